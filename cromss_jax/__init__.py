@@ -1,0 +1,1 @@
+"""Cross-modal pretraining of segmentation networks on noisy labels."""

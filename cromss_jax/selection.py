@@ -1,0 +1,139 @@
+"""Sample selection: which noisy labels to believe (paper, Section III-B).
+
+Everything here is weighing, not learning: the callers pass probabilities through
+`jax.lax.stop_gradient`. Dimensions: B batch, H height, W width, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def label_confidence(probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Probability that the network gives to the noisy label, P[y].
+
+    Args:
+      probs: [B, H, W, C] float32, softmax.
+      labels: [B, H, W] integers; those outside 0..C-1 are ignored pixels.
+
+    Returns:
+      [B, H, W] float32 in [0, 1]; 0 at ignored pixels.
+    """
+    one_hot = jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
+    return jnp.sum(probs * one_hot, axis=-1)
+
+
+def prediction_confidence(log_probs: jax.Array, kind: str) -> jax.Array:
+    """How sure the network is of its own prediction.
+
+    Args:
+      log_probs: [B, H, W, C] float32, log-softmax. Log-probabilities, not probabilities: the
+        published code takes the logarithm of a softmax, which is NaN where it saturates.
+      kind: "entropy" for 1 - H(P) / log C, "gini" for the sum of squared probabilities.
+
+    Returns:
+      [B, H, W] float32 in [0, 1].
+    """
+    probs = jnp.exp(log_probs)
+    if kind == "entropy":
+        entropy = -jnp.sum(probs * log_probs, axis=-1)
+        return jnp.clip(1.0 - entropy / jnp.log(probs.shape[-1]), 0.0, 1.0)
+    if kind == "gini":
+        return jnp.sum(probs**2, axis=-1)
+    raise ValueError(f"prediction confidence is {kind!r}; it must be 'entropy' or 'gini'")
+
+
+def entangle(own: jax.Array, other: jax.Array) -> jax.Array:
+    """Confidence of one modality, tempered by the other's: (c_d + c_1 c_2) / 2."""
+    return (own + own * other) / 2
+
+
+def class_thresholds(
+    confidence: jax.Array, labels: jax.Array, counts_to_keep: jax.Array
+) -> jax.Array:
+    """The k_c-th largest confidence among the pixels labelled c, exactly and without sorting.
+
+    Non-negative floats order as their bits do, so the threshold is the largest integer whose
+    number of pixels at or above it is still k_c. It is found bit by bit from the top. Over a
+    sharded batch each round costs one all-reduce of C integers, where a sort would gather every pixel.
+
+    Args:
+      confidence: [B, H, W] float32 in [0, 1].
+      labels: [B, H, W] integers; those outside 0..C-1 belong to no class.
+      counts_to_keep: [C] int32, k_c, at most the number of pixels labelled c.
+
+    Returns:
+      [C] float32. Meaningless for classes with k_c = 0.
+    """
+    num_classes = counts_to_keep.shape[0]
+    bits = jax.lax.bitcast_convert_type(confidence.astype(jnp.float32), jnp.int32)[..., None]
+    member = labels[..., None] == jnp.arange(num_classes).reshape(1, 1, 1, -1)
+
+    def one_round(round_index: jax.Array, found: jax.Array) -> jax.Array:
+        # 1.0 is 0x3f800000: the highest bit that a confidence can have is bit 29.
+        candidate = found | (1 << (29 - round_index))
+        above = member & (bits >= candidate.reshape(1, 1, 1, -1))
+        count = jnp.sum(above, axis=(0, 1, 2), dtype=jnp.int32)
+        return jnp.where(count >= counts_to_keep, candidate, found)
+
+    found = jax.lax.fori_loop(0, 30, one_round, jnp.zeros_like(counts_to_keep))
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def selection_weights(
+    confidence: jax.Array,
+    labels: jax.Array,
+    keep_fraction: jax.Array,
+    *,
+    num_classes: int,
+    num_scopes: int = 1,
+) -> jax.Array:
+    """Weights of the segmentation loss: 1 for the most confident share of each class, less below.
+
+    Args:
+      confidence: [B, H, W] float32 in [0, 1], the entangled label confidence.
+      labels: [B, H, W] noisy labels; those outside 0..C-1 are ignored and weigh 0.
+      keep_fraction: scalar in [0, 1], the share of each class that keeps full weight.
+      num_classes: C.
+      num_scopes: the batch is cut into this many equal parts with thresholds of their own. 1 is
+        the global batch; the number of devices is what the published code does under DDP.
+
+    Returns:
+      [B, H, W] float32 in [0, 1]: clip(confidence / threshold of the pixel's class, 0, 1).
+    """
+    if num_scopes > 1:
+        split = (num_scopes, confidence.shape[0] // num_scopes, *confidence.shape[1:])
+        weights = jax.vmap(
+            lambda c, y: selection_weights(c, y, keep_fraction, num_classes=num_classes)
+        )(confidence.reshape(split), labels.reshape(split))
+        return weights.reshape(confidence.shape)
+
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    counts = jnp.sum(one_hot, axis=(0, 1, 2), dtype=jnp.int32)
+    counts_to_keep = jnp.floor(keep_fraction * counts).astype(jnp.int32)
+    thresholds = class_thresholds(confidence, labels, counts_to_keep)
+
+    threshold = jnp.sum(one_hot * thresholds.reshape(1, 1, 1, -1), axis=-1)
+    kept_any = jnp.sum(one_hot * (counts_to_keep > 0).reshape(1, 1, 1, -1), axis=-1) > 0
+    ratio = jnp.where(threshold > 0, confidence / jnp.where(threshold > 0, threshold, 1.0), 1.0)
+    weights = jnp.where(kept_any, jnp.clip(ratio, 0.0, 1.0), 0.0)
+    weights = jnp.where(keep_fraction <= 0, confidence, weights)
+    valid_mask = jnp.sum(one_hot, axis=-1) > 0
+    return jnp.where(valid_mask, weights, 0.0)
+
+
+def keep_fraction(ramp: jax.Array, final_keep_fraction: float) -> jax.Array:
+    """Share of each class that keeps full weight: 1 at the start, `final_keep_fraction` at the end."""
+    return 1.0 - ramp * (1.0 - final_keep_fraction)
+
+
+def consistency_weights(confidence: jax.Array, ramp: jax.Array) -> jax.Array:
+    """Weights of the consistency loss: (1 - r) + r confidence, from 1 to the confidence itself.
+
+    Args:
+      confidence: [B, H, W] float32 in [0, 1], the entangled prediction confidence.
+      ramp: scalar r in [0, 1]; it is 1 from the end of the ramp on.
+
+    Returns:
+      [B, H, W] float32 in [0, 1].
+    """
+    return (1.0 - ramp) + ramp * confidence

@@ -1,0 +1,1 @@
+"""From GeoTIFF trees to ArrayRecord data sets."""

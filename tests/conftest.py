@@ -1,0 +1,25 @@
+"""Eight simulated CPU devices, strict rank promotion, and the folder of reference material."""
+
+import os
+import pathlib
+
+# Before jax is imported anywhere: devices are counted when the backend starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> pathlib.Path:
+    """`../shared`: real Sentinel data and numbers of the published code."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: no reference data on this machine")
+    return SHARED
