@@ -1,4 +1,4 @@
-"""Losses, selection and smoothing: the published code's numbers, hand-worked values, invariances."""
+"""Losses, selection and smoothing: golden numbers, hand-worked values, invariances."""
 
 import json
 
