@@ -18,7 +18,7 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     Returns:
       [C, C] int32, rows labels, columns predictions.
     """
-    # An image has fewer than 2^24 pixels: its counts are exact in float32, in which the product runs.
+    # The product runs in float32, exact while an image has fewer than 2^24 pixels.
     label_one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     prediction_one_hot = jax.nn.one_hot(predictions, num_classes, dtype=jnp.float32)
     per_image = jnp.einsum("bhwc,bhwd->bcd", label_one_hot, prediction_one_hot)

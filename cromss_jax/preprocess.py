@@ -57,7 +57,7 @@ def upsample(bands: jax.Array, factor: int) -> jax.Array:
 
 
 def stack_bands(records: Records, modality: str, s2_bands: Sequence[str]) -> jax.Array:
-    """Imagery of a modality at 10 m, [B, T, T, K] float32 in [0, 1], bands in the order asked for."""
+    """Imagery of a modality at 10 m, [B, T, T, K] float32 in [0, 1], bands as asked for."""
     if modality == "s1":
         return records["s1"].astype(jnp.float32) / 255.0
     stacked, names = [], []
@@ -152,7 +152,7 @@ def _source_coordinates(geometry: Geometry, size: int) -> tuple[jax.Array, jax.A
 
 
 def _pick(images: jax.Array, rows: jax.Array, columns: jax.Array, geometry: Geometry, size: int):
-    """Pixels [B, H, W, K] of tiles [B, T, T, K] at whole crop coordinates [B, H, W], flips undone."""
+    """Pixels [B, H, W, K] of tiles [B, T, T, K] at whole coordinates of the flipped crop."""
     rows = jnp.where(geometry.flip_rows.reshape(-1, 1, 1), size - 1 - rows, rows)
     columns = jnp.where(geometry.flip_columns.reshape(-1, 1, 1), size - 1 - columns, columns)
     rows += geometry.top.reshape(-1, 1, 1)

@@ -54,7 +54,7 @@ def class_thresholds(
 
     Non-negative floats order as their bits do, so the threshold is the largest integer whose
     number of pixels at or above it is still k_c. It is found bit by bit from the top. Over a
-    sharded batch each round costs one all-reduce of C integers, where a sort would gather every pixel.
+    sharded batch a round costs one all-reduce of C integers; a sort would gather every pixel.
 
     Args:
       confidence: [B, H, W] float32 in [0, 1].
@@ -122,7 +122,7 @@ def selection_weights(
 
 
 def keep_fraction(ramp: jax.Array, final_keep_fraction: float) -> jax.Array:
-    """Share of each class that keeps full weight: 1 at the start, `final_keep_fraction` at the end."""
+    """Share of each class that keeps full weight: from 1 down to `final_keep_fraction`."""
     return 1.0 - ramp * (1.0 - final_keep_fraction)
 
 

@@ -89,7 +89,7 @@ def smoothing_prior(
 def smoothed_targets(
     labels: jax.Array, prior: jax.Array, prior_weight: float, uniform_weight: float
 ) -> jax.Array:
-    """y' = (1 - a - b) onehot(y) + a M + b / C, and zero vectors at ignored pixels.
+    """Targets y' = (1 - a - b) onehot(y) + a M + b / C, zero vectors at ignored pixels.
 
     Args:
       labels: [B, H, W] integers; those outside 0..C-1 are ignored pixels.

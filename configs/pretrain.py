@@ -1,0 +1,125 @@
+"""CromSS pretraining on SSL4EO-S12 with noisy Dynamic World labels: the paper's recipe.
+
+    python -m cromss_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
+
+Variants come after a colon, separated by commas, single fields as flags of their own:
+
+    --config=configs/pretrain.py:fusion=late,bands=9    two complete U-Nets, 9 bands
+    --config=configs/pretrain.py:modality=s1            one network, no consistency
+    --config=configs/pretrain.py:selection=off          believe every label
+    --config=configs/pretrain.py:sample                 minutes on a laptop, on the sample data
+    --config.batch_size=256                             any field
+"""
+
+import ml_collections
+
+from cromss_jax import sensors
+
+_VARIANTS = {
+    "fusion": ("mid", "late"),
+    "bands": tuple(str(count) for count in sensors.S2_BAND_SUBSETS),
+    "modality": sensors.MODALITIES,
+    "selection": ("on", "off"),
+}
+
+
+def _parse(argument: str) -> dict[str, str]:
+    chosen = {}
+    for item in filter(None, argument.split(",")):
+        name, _, value = item.partition("=")
+        if item != "sample" and value not in _VARIANTS.get(name, ()):
+            known = [f"{n}={'|'.join(v)}" for n, v in _VARIANTS.items()]
+            raise ValueError(
+                f"configs/pretrain.py knows no variant {item!r}; it knows sample, "
+                + ", ".join(known)
+            )
+        chosen[name] = value
+    return chosen
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """The configuration, changed by the variants in `argument`."""
+    chosen = _parse(argument)
+    config = ml_collections.ConfigDict()
+
+    config.seed = 42
+    config.num_epochs = 200
+    # Of all devices together; the learning rate is not scaled with it.
+    config.batch_size = 128
+    # 0: all local devices.
+    config.num_devices = 0
+
+    config.data = ml_collections.ConfigDict()
+    config.data.dir = "data"
+    config.data.name = "ssl4eo_s12_nol"
+    config.data.crop_size = 256
+    # Held-back locations, every season of which is scored.
+    config.data.validation_fraction = 0.01
+    config.data.num_threads = 2
+
+    config.augmentation = ml_collections.ConfigDict()
+    config.augmentation.flip_probability = 0.5
+    config.augmentation.rotation_probability = 0.2
+    config.augmentation.max_angle = 90.0  # degrees
+
+    config.modalities = (chosen["modality"],) if "modality" in chosen else sensors.MODALITIES
+    config.s2_bands = sensors.S2_BAND_SUBSETS[int(chosen.get("bands", 13))]
+
+    config.network = ml_collections.ConfigDict()
+    config.network.fusion = "none" if "modality" in chosen else chosen.get("fusion", "mid")
+    config.network.depth = 50  # ResNet
+    config.network.dtype = "float32"  # or bfloat16: of activations; parameters stay float32
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.segmentation = ("cross_entropy", "dice")
+    config.loss.consistency = "none" if "modality" in chosen else "ce"
+    config.loss.consistency_weight = 1.0
+    # Label smoothing: spatial and temporal prior, its weight, and the uniform share.
+    config.loss.prior = "ts"
+    config.loss.prior_weight = 0.15
+    config.loss.uniform_weight = 0.05
+
+    config.selection = ml_collections.ConfigDict()
+    config.selection.enabled = chosen.get("selection", "on") == "on"
+    config.selection.confidence = "entropy"  # of predictions; or gini
+    config.selection.final_keep_fraction = 0.5
+    config.selection.ramp = "exp"
+    config.selection.ramp_epochs = 80
+    # Thresholds over the global batch; per_device is what the published code does under DDP.
+    config.selection.scope = "global"
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adam"  # or sgd
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.l2 = 1e-8  # added to the gradient
+    config.optimizer.momentum = 0.9  # of sgd
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.name = "plateau"  # or exponential, constant
+    config.schedule.factor = 0.5
+    config.schedule.patience = 30  # validations without improvement by 1e-4 relative
+    config.schedule.decay = 0.98  # an epoch, of the exponential schedule
+
+    config.log_every_steps = 50
+    config.eval_every_epochs = 1
+    config.checkpoint_every_epochs = 5
+    config.checkpoints_to_keep = 3
+    config.num_pictures = 4
+
+    if "sample" in chosen:
+        _shrink(config)
+    return config
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    """The recipe of `make pretrain`: everything there is, small enough for two cores."""
+    config.num_epochs = 24
+    config.batch_size = 8
+    config.data.crop_size = 128
+    config.data.validation_fraction = 0.125
+    config.network.depth = 18
+    config.optimizer.learning_rate = 0.001
+    config.selection.ramp_epochs = 12
+    config.log_every_steps = 10
+    config.eval_every_epochs = 4
+    config.checkpoint_every_epochs = 4

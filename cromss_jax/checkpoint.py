@@ -1,0 +1,78 @@
+"""Checkpoints: the device state and the data iterator, together or not at all."""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is not what it should be."""
+
+
+class Checkpoints:
+    """Numbered checkpoints under one folder, written in the background.
+
+    A checkpoint appears under its final name when it is complete; what a killed run left behind is
+    removed on opening.
+    """
+
+    def __init__(self, directory: str, keep: int):
+        """Opens the folder, making it if needed.
+
+        Args:
+          directory: absolute path or bucket address.
+          keep: how many of the newest checkpoints stay.
+
+        Raises:
+          CheckpointError: if a folder with a step's name holds no finished checkpoint.
+        """
+        for path in epath.Path(directory).glob("*"):
+            if path.name.isdigit() and not (path / "_CHECKPOINT_METADATA").exists():
+                raise CheckpointError(
+                    f"{path} has a checkpoint's name but is none (no _CHECKPOINT_METADATA); "
+                    "move it away, and the run continues from the newest real checkpoint"
+                )
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator_state: dict) -> None:
+        """Saves in the background; a step that is there already is left as it is."""
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(iterator_state)
+            ),
+        )
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+        """Restores the newest checkpoint.
+
+        Args:
+          abstract_state: the state's shapes, dtypes and shardings.
+
+        Returns:
+          The state and the data iterator's state.
+        """
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), iterator=ocp.args.JsonRestore()
+            ),
+        )
+        # A copy of XLA's own making: restored buffers on CPU may be borrowed, and are donated.
+        return jax.tree.map(lambda x: x.copy(), restored.state), restored.iterator
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()

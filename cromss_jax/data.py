@@ -1,0 +1,188 @@
+"""From ArrayRecord to batches of uint8 on the host. Decodes and stacks, nothing else; no jax.
+
+A data set holds one record per (location, season), the seasons of a location next to each other,
+so that a record's index is the location's start plus the season.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from cromss_jax import sensors
+
+# What the device needs of a record (preprocess.py), by modality.
+IMAGE_FEATURES = {"s1": ("s1",), "s2": ("s2_10m", "s2_20m", "s2_60m")}
+
+
+class DataError(ValueError):
+    """A data set is missing or does not fit the configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileDataset:
+    """A prepared data set.
+
+    Attributes:
+      source: random access to decoded records.
+      tile_size: T, pixels at 10 m.
+      season_counts: [locations] int, how many seasons each location has.
+      has_truth: whether records hold the true classes beside the noisy labels.
+    """
+
+    source: Sequence[dict]
+    tile_size: int
+    season_counts: np.ndarray
+    has_truth: bool
+
+    @property
+    def num_locations(self) -> int:
+        """Number of places."""
+        return len(self.season_counts)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """[locations] int, index of each location's first record."""
+        return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
+
+    def location_of(self, records: np.ndarray) -> np.ndarray:
+        """Indices of the locations that records belong to."""
+        return np.searchsorted(self.starts, records, side="right") - 1
+
+
+def open_dataset(data_dir: str, name: str) -> TileDataset:
+    """Opens the newest version of a data set that `data_prep.build` wrote.
+
+    Raises:
+      DataError: if there is none; says what was looked for and how to make it.
+    """
+    root = epath.Path(data_dir) / name
+    versions = sorted(
+        (tuple(map(int, info.parent.name.split("."))), info.parent)
+        for info in root.glob("*.*.*/dataset_info.json")
+    )
+    if not versions:
+        raise DataError(
+            f"no data set found: looked for {root}/VERSION/dataset_info.json. Make it with "
+            f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
+            f"--data_dir={data_dir}`, or try `make pretrain`, which makes its own sample"
+        )
+    builder = tfds.builder_from_directory(versions[-1][1])
+    metadata = builder.info.metadata
+    return TileDataset(
+        source=builder.as_data_source("train"),
+        tile_size=int(metadata["tile_size"]),
+        season_counts=np.asarray(metadata["season_counts"]),
+        has_truth=bool(metadata["has_truth"]),
+    )
+
+
+def split_locations(
+    num_locations: int, validation_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds back a share of the locations, at least one if the share is above 0.
+
+    Returns:
+      Indices of the training and of the validation locations, both sorted.
+
+    Raises:
+      DataError: if no location would be left to train on.
+    """
+    num_validation = round(num_locations * validation_fraction)
+    if validation_fraction > 0:
+        num_validation = max(num_validation, 1)
+    if num_validation >= num_locations:
+        raise DataError(
+            f"{num_locations} locations with a validation fraction of {validation_fraction} "
+            "leave none to train on; use more locations or a smaller "
+            "config.data.validation_fraction"
+        )
+    order = np.random.default_rng(seed).permutation(num_locations)
+    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndarray) -> dict:
+    """Reads and stacks records.
+
+    Args:
+      dataset: where from.
+      modalities: which imagery is wanted.
+      records: [B] int record indices; -1 stands for padding.
+
+    Returns:
+      Arrays of the features that the device needs, [B, ...], and `is_real` [B] bool. A padding
+      row repeats the first record with all its labels ignored.
+    """
+    is_real = records >= 0
+    decoded = dataset.source.__getitems__(np.where(is_real, records, records[0]).tolist())
+    names = [feature for modality in modalities for feature in IMAGE_FEATURES[modality]]
+    names += ["labels", "season"] + (["truth"] if dataset.has_truth else [])
+    batch = {name: np.stack([record[name] for record in decoded]) for name in names}
+    if not is_real.all():
+        for name in ("labels", "truth"):
+            if name in batch:
+                batch[name][~is_real] = sensors.IGNORE_LABEL
+    return {**batch, "is_real": is_real}
+
+
+def training_records(
+    dataset: TileDataset, locations: np.ndarray, batch_size: int, seed: int
+) -> grain.MapDataset:
+    """Which records make which global batch: an endless, random-access sequence of [B] indices.
+
+    Every epoch visits each location once, in an order of its own, with a season drawn for the
+    visit. Batches run across the border of epochs, so nothing is dropped: batch k holds visits
+    k B to (k + 1) B of the sequence.
+    """
+
+    def draw_season(location: int, rng: np.random.Generator) -> int:
+        return int(dataset.starts[location] + rng.integers(dataset.season_counts[location]))
+
+    return (
+        grain.MapDataset.source(locations.tolist())
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(draw_season)
+        .batch(batch_size)
+    )
+
+
+def training_batches(
+    dataset: TileDataset,
+    modalities: Sequence[str],
+    records: grain.MapDataset,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> grain.DatasetIterator:
+    """This process's rows of every global batch, read ahead by threads.
+
+    The iterator's state is the number of batches taken, whatever the number of processes.
+    """
+
+    def read(batch: np.ndarray) -> dict:
+        return read_batch(dataset, modalities, np.split(batch, process_count)[process_index])
+
+    # Elements are whole batches of about 0.5 MB a sample: a short buffer is enough. Threads, not
+    # processes: reading and copying release the GIL, and a killed run leaves no orphans behind.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
+    return iter(records.map(read).to_iter_dataset(options))
+
+
+def validation_records(
+    dataset: TileDataset, locations: np.ndarray, batch_size: int
+) -> list[np.ndarray]:
+    """Every season of the held-back locations, in batches of B indices, the last padded with -1."""
+    records = np.concatenate(
+        [dataset.starts[i] + np.arange(dataset.season_counts[i]) for i in locations]
+        or [np.zeros(0, int)]
+    )
+    padding = -len(records) % batch_size
+    padded = np.concatenate([records, np.full(padding, -1, records.dtype)])
+    return list(padded.reshape(-1, batch_size))

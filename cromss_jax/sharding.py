@@ -1,0 +1,44 @@
+"""Where arrays live: parameters replicated, the batch cut along its first dimension."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh(num_devices: int = 0) -> Mesh:
+    """A mesh of one axis, "data", over the devices of all processes.
+
+    Args:
+      num_devices: the first so many devices; 0 takes all.
+
+    Raises:
+      ValueError: if there are fewer devices.
+    """
+    devices = jax.devices()
+    if num_devices > len(devices):
+        raise ValueError(
+            f"config.num_devices is {num_devices} but only {len(devices)} devices were found; "
+            "set it to 0 to use all that there are"
+        )
+    count = num_devices or len(devices)
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """The first dimension cut over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on its devices, as part of the global batch."""
+    sharding = batch_sharded(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

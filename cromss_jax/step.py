@@ -1,0 +1,420 @@
+"""The compiled steps: training, validation, pictures. Pure functions of (state, records).
+
+The method as a whole stands in `training_loss`. Dimensions: B batch, H height, W width, C classes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+
+from cromss_jax import losses, metrics, models, preprocess, schedules, selection, sensors, smoothing
+
+NUM_CLASSES = sensors.NUM_CLASSES
+Maps = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes, and all that a checkpoint must hold of the device.
+
+    Attributes:
+      step: int32, steps done.
+      params: parameters of the networks, float32.
+      batch_stats: running statistics of the BatchNorms, float32.
+      opt_state: moments of the optimizer.
+      plateau: state of the plateau schedule; `plateau.scale` multiplies the learning rate.
+      rng: key that the augmentation's draws are made from, never advanced: step t folds t in.
+      first_bad_step: int32, the first step whose loss or gradient was not finite; -1 if none.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    batch_stats: nnx.State
+    opt_state: optax.OptState
+    plateau: optax.OptState
+    rng: jax.Array
+    first_bad_step: jax.Array
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Adam or SGD without the learning rate, which the step applies. L2 joins the gradient."""
+    l2 = optax.add_decayed_weights(config.optimizer.l2)
+    if config.optimizer.name == "adam":
+        return optax.chain(l2, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
+    if config.optimizer.name == "sgd":
+        return optax.chain(l2, optax.trace(decay=config.optimizer.momentum))
+    raise ValueError(f"optimizer {config.optimizer.name!r} must be 'adam' or 'sgd'")
+
+
+def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """The plateau schedule of the configuration."""
+    return schedules.plateau(config.schedule.factor, config.schedule.patience)
+
+
+def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+    """The networks of the configuration."""
+    num_channels = {"s1": len(sensors.S1_BANDS), "s2": len(config.s2_bands)}
+    return models.make_network(
+        config.network.fusion,
+        config.network.depth,
+        {modality: num_channels[modality] for modality in config.modalities},
+        NUM_CLASSES,
+        jnp.dtype(config.network.dtype),
+        rngs,
+    )
+
+
+def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
+    """A fresh state. Run it under `jax.jit`, or `jax.eval_shape` for its shapes."""
+    init_key, augmentation_key = jax.random.split(key)
+    network = make_network(config, nnx.Rngs(init_key))
+    params, batch_stats = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=make_optimizer(config).init(params),
+        plateau=make_plateau(config).init(params),
+        rng=jax.random.key_data(augmentation_key),
+        first_bad_step=jnp.int32(-1),
+    )
+
+
+def network_definition(config: ml_collections.ConfigDict) -> nnx.GraphDef:
+    """The networks without their arrays, for `nnx.merge`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
+
+
+def others(modality: str, maps: Maps) -> jax.Array | None:
+    """The other modality's entry, None where there is a single one."""
+    return next((value for name, value in maps.items() if name != modality), None)
+
+
+def entangled(confidences: Maps) -> dict[str, jax.Array]:
+    """Each modality's confidence tempered by the other's; a single modality's as it is."""
+    return {
+        modality: own
+        if len(confidences) == 1
+        else selection.entangle(own, others(modality, confidences))
+        for modality, own in confidences.items()
+    }
+
+
+def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array]:
+    """P[y] of each modality, [B, H, W], no gradient."""
+    return {
+        modality: selection.label_confidence(jnp.exp(jax.lax.stop_gradient(x)), labels)
+        for modality, x in log_probs.items()
+    }
+
+
+def selection_weights(
+    config: ml_collections.ConfigDict,
+    confidences: Maps,
+    labels: jax.Array,
+    ramp: jax.Array,
+    num_scopes: int,
+) -> dict[str, jax.Array]:
+    """Weights of the segmentation loss by modality, [B, H, W]; 0 at ignored pixels."""
+    if not config.selection.enabled:
+        return dict.fromkeys(confidences, (labels < NUM_CLASSES).astype(jnp.float32))
+    keep = selection.keep_fraction(ramp, config.selection.final_keep_fraction)
+    return {
+        modality: selection.selection_weights(
+            confidence,
+            labels,
+            keep,
+            num_classes=NUM_CLASSES,
+            num_scopes=num_scopes,
+        )
+        for modality, confidence in entangled(confidences).items()
+    }
+
+
+def consistency_weights(
+    config: ml_collections.ConfigDict, log_probs: Maps, ramp: jax.Array
+) -> dict[str, jax.Array]:
+    """Weights of the consistency loss by teaching modality, [B, H, W], no gradient."""
+    kind = config.selection.confidence
+    if not config.selection.enabled:
+        return {modality: jnp.ones(x.shape[:-1]) for modality, x in log_probs.items()}
+    confidences = {
+        modality: selection.prediction_confidence(jax.lax.stop_gradient(x), kind)
+        for modality, x in log_probs.items()
+    }
+    return {
+        modality: selection.consistency_weights(confidence, ramp)
+        for modality, confidence in entangled(confidences).items()
+    }
+
+
+def consistency_losses(
+    config: ml_collections.ConfigDict, log_probs: Maps, weights: Maps
+) -> Metrics:
+    """Both directions, each with its teacher's weights; none for a single modality."""
+    return {
+        f"consistency/{teacher}_to_{student}": losses.consistency_loss(
+            log_probs[teacher], log_probs[student], weights[teacher], config.loss.consistency
+        )
+        for teacher in log_probs
+        for student in log_probs
+        if teacher != student
+    }
+
+
+def total_loss(config: ml_collections.ConfigDict, parts: Metrics) -> jax.Array:
+    """Sum of the segmentation losses + lambda times that of the consistency losses."""
+    weight = {"segmentation": 1.0, "consistency": config.loss.consistency_weight}
+    return sum(weight[name.split("/")[0]] * value for name, value in parts.items())
+
+
+def training_loss(
+    config: ml_collections.ConfigDict,
+    logits: Maps,
+    batch: Maps,
+    epoch: jax.Array,
+    num_scopes: int = 1,
+) -> tuple[jax.Array, Metrics]:
+    """The loss that is minimised, and what to report of it (paper, Section III).
+
+    Args:
+      config: the configuration.
+      logits: [B, H, W, C] float32 a modality.
+      batch: `preprocess.examples`, with a prior if the configuration has one.
+      epoch: scalar from 0, drives the ramp.
+      num_scopes: number of equal parts of the batch with class thresholds of their own.
+
+    Returns:
+      Scalar loss; scalar metrics by name.
+    """
+    labels = batch["labels"]
+    # Softmax in float32, whatever the networks compute in.
+    log_probs = {m: jax.nn.log_softmax(x.astype(jnp.float32)) for m, x in logits.items()}
+    ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
+
+    confidences = label_confidences(log_probs, labels)
+    weights = selection_weights(config, confidences, labels, ramp, num_scopes)
+    targets = smoothed_targets(config, batch)
+    parts = {
+        f"segmentation/{m}": losses.segmentation_loss(
+            x, targets, weights[m], config.loss.segmentation
+        )
+        for m, x in log_probs.items()
+    }
+    teachers = consistency_weights(config, log_probs, ramp)
+    parts |= consistency_losses(config, log_probs, teachers)
+    loss = total_loss(config, parts)
+
+    valid = (labels < NUM_CLASSES).astype(jnp.float32)
+    report = {"loss": loss, "ramp": ramp, **parts}
+    for m, x in log_probs.items():
+        hits = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
+        report[f"accuracy/{m}"] = losses.weighted_mean(hits, valid)
+        report[f"label_confidence/{m}"] = losses.weighted_mean(confidences[m], valid)
+        report[f"selection_weight/{m}"] = losses.weighted_mean(weights[m], valid)
+        if "truth" in batch:
+            wrong = (labels != batch["truth"]).astype(jnp.float32)
+            known = valid * (batch["truth"] < NUM_CLASSES)
+            report[f"wrong_labels_selected/{m}"] = losses.weighted_mean(wrong, known * weights[m])
+    return loss, report
+
+
+def smoothed_targets(config: ml_collections.ConfigDict, batch: Maps) -> jax.Array:
+    """Targets y' of a batch, [B, H, W, C]; plain one-hot labels without a prior."""
+    if "prior" not in batch:
+        return jax.nn.one_hot(batch["labels"], NUM_CLASSES, dtype=jnp.float32)
+    return smoothing.smoothed_targets(
+        batch["labels"], batch["prior"], config.loss.prior_weight, config.loss.uniform_weight
+    )
+
+
+def prior_kind(config: ml_collections.ConfigDict) -> str | None:
+    """The smoothing prior that the configuration needs; None without label smoothing."""
+    smooths = config.loss.prior_weight > 0 or config.loss.uniform_weight > 0
+    return config.loss.prior if smooths else None
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    num_scopes: int = 1,
+) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
+    """Builds the training step, the same one for all epochs.
+
+    Args:
+      config: the configuration.
+      definition: of the networks.
+      num_locations: number of training locations, which is an epoch's number of samples.
+      num_scopes: as for `training_loss`; 1 is the global batch.
+
+    Returns:
+      (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
+      `preprocess`; B is `config.batch_size`.
+    """
+    optimizer = make_optimizer(config)
+
+    def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
+        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
+        epoch = state.step * config.batch_size // num_locations
+        margin = records["labels"].shape[-1] - config.data.crop_size
+        geometry = preprocess.random_geometry(
+            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+            config.batch_size,
+            margin,
+            **config.augmentation,
+        )
+        batch = make_examples(config, records, geometry, prior_kind(config))
+
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
+            network = nnx.merge(definition, params, state.batch_stats, copy=True)
+            logits = network({m: batch[m] for m in config.modalities}, train=True)
+            loss, report = training_loss(config, logits, batch, epoch, num_scopes)
+            return loss, (report, nnx.state(network, nnx.BatchStat))
+
+        (loss, (report, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        rate = schedules.learning_rate(
+            epoch,
+            config.optimizer.learning_rate,
+            config.schedule.name,
+            config.schedule.decay,
+            state.plateau.scale,
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+
+        norm = optax.global_norm(grads)
+        is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        first_bad_step = jnp.where(
+            (state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step
+        )
+        report |= {"gradient_norm": norm, "learning_rate": rate}
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            first_bad_step=first_bad_step,
+        )
+        return new_state, report
+
+    return train_step
+
+
+def make_examples(
+    config: ml_collections.ConfigDict,
+    records: Maps,
+    geometry: preprocess.Geometry,
+    kind: str | None,
+) -> dict[str, jax.Array]:
+    """`preprocess.examples` as the configuration wants them."""
+    return preprocess.examples(
+        records,
+        geometry,
+        modalities=config.modalities,
+        s2_bands=config.s2_bands,
+        crop_size=config.data.crop_size,
+        num_classes=NUM_CLASSES,
+        prior_kind=kind,
+    )
+
+
+def predict(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef, state: TrainState, batch: Maps
+) -> dict[str, jax.Array]:
+    """Log-probabilities [B, H, W, C] of each modality, running statistics in the BatchNorms."""
+    network = nnx.merge(definition, state.params, state.batch_stats)
+    logits = network({m: batch[m] for m in config.modalities}, train=False)
+    return {m: jax.nn.log_softmax(x.astype(jnp.float32)) for m, x in logits.items()}
+
+
+def make_eval_step(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef
+) -> Callable[[TrainState, Maps], Metrics]:
+    """Builds the validation step: (state, records) -> sums over the batch, to be jitted.
+
+    The loss has neither smoothing nor selection but keeps consistency. Padding rows
+    (`records["is_real"]` false) count nowhere. Returned are `loss` (mean over the batch),
+    `num_samples`, `confusion/<modality>` against the noisy labels and, where the records have
+    truth, `confusion_truth/<modality>`, `confusion_truth/labels` (the noisy labels' own) and
+    `confidence/<modality>` (`metrics.confidence_counts`).
+    """
+
+    def eval_step(state: TrainState, records: Maps) -> Metrics:
+        margin = records["labels"].shape[-1] - config.data.crop_size
+        is_real = records["is_real"]
+        geometry = preprocess.centre_geometry(is_real.shape[0], margin)
+        batch = make_examples(config, records, geometry, None)
+        labels = batch["labels"]
+        log_probs = predict(config, definition, state, batch)
+
+        weights = is_real.astype(jnp.float32).reshape(-1, 1, 1) * jnp.ones(labels.shape)
+        valid = jnp.where(labels < NUM_CLASSES, weights, 0.0)
+        targets = smoothed_targets(config, batch)
+        parts = {
+            f"segmentation/{m}": losses.segmentation_loss(
+                x, targets, valid, config.loss.segmentation
+            )
+            for m, x in log_probs.items()
+        }
+        parts |= consistency_losses(config, log_probs, dict.fromkeys(log_probs, weights))
+        sums = {"loss": total_loss(config, parts), "num_samples": jnp.sum(is_real)}
+
+        predictions = {m: jnp.argmax(x, axis=-1) for m, x in log_probs.items()}
+        for m, prediction in predictions.items():
+            sums[f"confusion/{m}"] = metrics.confusion_matrix(labels, prediction, NUM_CLASSES)
+        if "truth" not in batch:
+            return sums
+        truth = batch["truth"]
+        known = (truth < NUM_CLASSES) & (labels < NUM_CLASSES)
+        sums["confusion_truth/labels"] = metrics.confusion_matrix(
+            jnp.where(known, truth, sensors.IGNORE_LABEL), labels, NUM_CLASSES
+        )
+        confidences = label_confidences(log_probs, labels)
+        for m, prediction in predictions.items():
+            sums[f"confusion_truth/{m}"] = metrics.confusion_matrix(truth, prediction, NUM_CLASSES)
+            sums[f"confidence/{m}"] = metrics.confidence_counts(
+                confidences[m], known & (labels == truth), known & (labels != truth)
+            )
+        return sums
+
+    return eval_step
+
+
+def make_picture_step(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef, num_locations: int
+) -> Callable[[TrainState, Maps], dict[str, jax.Array]]:
+    """Builds the step that shows what the method does to a batch, to be jitted.
+
+    Returns [B, H, W] (imagery [B, H, W, K]): `s1`, `s2`, `labels`, `prior` (its likeliest
+    class), `truth` if any, and by modality `prediction/`, `label_confidence/`,
+    `selection_weights/`.
+    """
+
+    def picture_step(state: TrainState, records: Maps) -> dict[str, jax.Array]:
+        margin = records["labels"].shape[-1] - config.data.crop_size
+        geometry = preprocess.centre_geometry(records["labels"].shape[0], margin)
+        batch = make_examples(config, records, geometry, config.loss.prior)
+        log_probs = predict(config, definition, state, batch)
+        epoch = state.step * config.batch_size // num_locations
+        ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
+        confidences = label_confidences(log_probs, batch["labels"])
+        weights = selection_weights(config, confidences, batch["labels"], ramp, 1)
+        shown = {**batch, "prior": jnp.argmax(batch["prior"], axis=-1)}
+        for m, x in log_probs.items():
+            shown[f"prediction/{m}"] = jnp.argmax(x, axis=-1)
+            shown[f"label_confidence/{m}"] = confidences[m]
+            shown[f"selection_weights/{m}"] = weights[m]
+        return shown
+
+    return picture_step

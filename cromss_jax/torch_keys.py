@@ -1,0 +1,76 @@
+"""Our network states as segmentation_models_pytorch's `state_dict`s and back, without PyTorch.
+
+One rule for every tensor: its key is its attribute path joined by dots, and the four axes of a
+convolution kernel go from HWIO to PyTorch's OIHW.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
+_TO_OIHW = (3, 2, 0, 1)
+_TO_HWIO = (2, 3, 1, 0)
+
+
+def to_torch_state(state: nnx.State) -> dict[str, np.ndarray]:
+    """Flattens a network's state to arrays under the keys of smp's `state_dict`.
+
+    Args:
+      state: `nnx.state(network, (nnx.Param, nnx.BatchStat))`, or a part of it.
+
+    Returns:
+      Copies in PyTorch's layout; integers (`num_batches_tracked`) as int64. Sorted by key.
+    """
+    arrays = {}
+    for path, variable in sorted(_named(state).items()):
+        array = np.asarray(variable[...])
+        if array.ndim == 4:
+            array = array.transpose(_TO_OIHW)
+        dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else array.dtype
+        arrays[path] = np.array(array, dtype, order="C")
+    return arrays
+
+
+def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.State:
+    """Arranges smp's arrays as a network's state; every tensor of either must be in the other.
+
+    Args:
+      arrays: under the keys of smp's `state_dict`, in PyTorch's layout.
+      state: the structure, shapes and dtypes wanted: a network's state, or what
+        `nnx.eval_shape` gives for it. Its values are not read.
+
+    Returns:
+      A state like `state`, holding copies as NumPy arrays.
+
+    Raises:
+      ValueError: naming every key that is missing, unexpected or of another shape.
+    """
+    wanted = _named(state)
+    problems = [f"missing {key}" for key in sorted(wanted.keys() - arrays.keys())]
+    problems += [f"unexpected {key}" for key in sorted(arrays.keys() - wanted.keys())]
+    values = {}
+    for key in sorted(wanted.keys() & arrays.keys()):
+        array = np.asarray(arrays[key])
+        if array.ndim == 4:
+            array = array.transpose(_TO_HWIO)
+        if array.shape != wanted[key].shape:
+            problems.append(f"{key} is {array.shape}, needs {wanted[key].shape} (HWIO)")
+        values[key] = np.array(array, wanted[key].dtype, order="C")
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit the network in {len(problems)} tensors; check fusion, "
+            "depth, numbers of bands and classes:\n  " + "\n  ".join(problems)
+        )
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state(
+        [(path, variable.replace(values[_key(path)])) for path, variable in flat]
+    )
+
+
+def _key(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _named(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {_key(path): variable for path, variable in nnx.to_flat_state(state)}

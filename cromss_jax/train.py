@@ -1,0 +1,396 @@
+"""Pretraining, read from top to bottom: data, networks, loop, results."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import pathlib
+import platform
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cromss_jax import checkpoint, data, metrics, report, sharding, step
+
+_log = logging.getLogger(__name__)
+
+# What may change between the start of a run and its continuation.
+_FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures")
+_FREE_PREFIXES = ("log_every", "eval_every", "checkpoint", "data.dir", "data.num_threads")
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient became infinite or NaN."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run."""
+
+
+def check_config(config: ml_collections.ConfigDict, tile_size: int, num_devices: int) -> None:
+    """Raises ConfigError for what would fail late or silently do something else."""
+    crop, scope = config.data.crop_size, config.selection.scope
+    if crop > tile_size:
+        raise ConfigError(
+            f"config.data.crop_size is {crop} but the data set's tiles have {tile_size} pixels; "
+            "make it at most that"
+        )
+    if crop % 32:
+        raise ConfigError(
+            f"config.data.crop_size is {crop}; the networks need a multiple of 32, such as "
+            f"{max(crop // 32 * 32, 32)}"
+        )
+    if config.batch_size % num_devices:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}, which {num_devices} devices cannot share "
+            f"equally; use a multiple of {num_devices} or set config.num_devices"
+        )
+    if scope not in ("global", "per_device"):
+        raise ConfigError(f"config.selection.scope is {scope!r}; use 'global' or 'per_device'")
+    if config.schedule.name == "plateau" and config.data.validation_fraction == 0:
+        raise ConfigError(
+            "the plateau schedule needs a validation loss but config.data.validation_fraction is "
+            "0; hold back some locations or set config.schedule.name to 'constant'"
+        )
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the resolved configuration and the versions, and refuses to mix two runs.
+
+    Raises:
+      ConfigError: if the folder holds a run of another configuration.
+    """
+    path = workdir / "config.json"
+    resolved = json.loads(config.to_json())
+    if path.exists():
+        before, now = _flat(json.loads(path.read_text())), _flat(resolved)
+        changed = [
+            f"{name} from {before.get(name)} to {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+            and name not in _FREE_TO_CHANGE
+            and not name.startswith(_FREE_PREFIXES)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
+                "use the same configuration to continue it, or another --workdir"
+            )
+    path.write_text(json.dumps(resolved, indent=2) + "\n")
+    packages = (
+        "cromss_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in packages}
+    devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
+    versions |= {"devices": devices, "processes": jax.process_count()}
+    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+class Preemption:
+    """Notices SIGTERM, so that the loop can save and leave. Use as a context."""
+
+    def __enter__(self) -> "Preemption":
+        """Starts noticing."""
+        self._told = False
+        # With several processes JAX's own service notices, and all of them agree on a step.
+        self._previous = None
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *unused) -> None:
+        """Gives the signal back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, *unused) -> None:
+        self._told = True
+
+    def reached(self, step_number: int) -> bool:
+        """Whether to save at this step and leave."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step_number)
+        return self._told
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores on the held-back locations.
+
+    Attributes:
+      loss: validation loss, averaged over samples.
+      confusions: [C, C] int64 by "<modality>" (against the noisy labels), "truth/<modality>" and
+        "truth/labels" (the noisy labels themselves).
+      aurocs: of label confidence, by modality; empty without truth.
+    """
+
+    loss: float
+    confusions: dict[str, np.ndarray]
+    aurocs: dict[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        """Every score by name, classes included."""
+        values = {"loss": self.loss}
+        values |= {f"label_confidence_auroc/{m}": v for m, v in self.aurocs.items()}
+        for name, confusion in self.confusions.items():
+            for key, score in metrics.scores(confusion).items():
+                if np.ndim(score) == 0:
+                    values[f"{name}/{key}"] = score
+                    continue
+                for class_name, value in zip(step.sensors.CLASS_NAMES, score, strict=True):
+                    values[f"{name}/{key}/{class_name}"] = value
+        return values
+
+
+def evaluate(
+    eval_step: Callable, state: step.TrainState, batches: Sequence[dict], mesh: jax.sharding.Mesh
+) -> Evaluation:
+    """Scores the state on batches of host arrays, without waiting between them."""
+    sums = [eval_step(state, sharding.to_devices(batch, mesh)) for batch in batches]
+    sums = jax.device_get(sums)
+    samples = np.array([s["num_samples"] for s in sums], np.float64)
+    total = {
+        name: np.sum([np.asarray(s[name], np.int64) for s in sums], axis=0)
+        for name in sums[0]
+        if "/" in name
+    }
+    confusions = {
+        name.replace("confusion_truth/", "truth/").replace("confusion/", ""): value
+        for name, value in total.items()
+        if name.startswith("confusion")
+    }
+    aurocs = {
+        name.removeprefix("confidence/"): metrics.auroc(value)
+        for name, value in total.items()
+        if name.startswith("confidence/")
+    }
+    loss = float(np.average([s["loss"] for s in sums], weights=samples))
+    return Evaluation(loss, confusions, aurocs)
+
+
+def write_results(evaluation: Evaluation, workdir: pathlib.Path) -> str:
+    """Writes `results.md` and returns its text."""
+    scores = {}
+    for name, confusion in evaluation.confusions.items():
+        reference, _, subject = name.rpartition("/")
+        subject = "noisy labels" if subject == "labels" else subject.upper()
+        scores[f"{subject} against {reference or 'noisy labels'}"] = metrics.scores(confusion)
+    table = report.results_table(scores, evaluation.aurocs)
+    (workdir / "results.md").write_text(table)
+    return table
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
+    """Pretrains, from the newest checkpoint of `workdir` if there is one.
+
+    Returns:
+      The final state.
+
+    Raises:
+      data.DataError, ConfigError, checkpoint.CheckpointError, NonFiniteLossError: each with a
+        sentence for the user.
+    """
+    config = ml_collections.FrozenConfigDict(config)
+    folder = pathlib.Path(workdir).absolute()
+    is_writer = jax.process_index() == 0
+
+    # ---------------------------------------------------------------- data
+    dataset = data.open_dataset(config.data.dir, config.data.name)
+    mesh = sharding.make_mesh(config.num_devices)
+    check_config(config, dataset.tile_size, mesh.size)
+    train_locations, held_back = data.split_locations(
+        dataset.num_locations, config.data.validation_fraction, config.seed
+    )
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        record_config(config, folder)
+    records = data.training_records(dataset, train_locations, config.batch_size, config.seed)
+    batches = data.training_batches(
+        dataset,
+        config.modalities,
+        records,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    validation = data.validation_records(dataset, held_back, config.batch_size)
+
+    def validation_batches():
+        for batch in validation:
+            rows = np.split(batch, jax.process_count())[jax.process_index()]
+            yield data.read_batch(dataset, config.modalities, rows)
+
+    # ---------------------------------------------------------------- state and steps
+    replicated, sharded = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    definition = step.network_definition(config)
+    num_locations = len(train_locations)
+    num_scopes = 1 if config.selection.scope == "global" else mesh.size
+    init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
+    train_step = jax.jit(
+        step.make_train_step(config, definition, num_locations, num_scopes),
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(
+        step.make_eval_step(config, definition),
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+    )
+    picture_step = jax.jit(
+        step.make_picture_step(config, definition, num_locations),
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+    )
+    plateau = step.make_plateau(config)
+
+    @jax.jit
+    def update_plateau(state: step.TrainState, loss: jax.Array) -> step.TrainState:
+        _, new = plateau.update({}, state.plateau, value=loss)
+        return dataclasses.replace(state, plateau=new)
+
+    checkpoints = checkpoint.Checkpoints(str(folder / "checkpoints"), config.checkpoints_to_keep)
+    key = jax.random.key(config.seed)
+    if checkpoints.latest_step is None:
+        state, done = init(key), 0
+    else:
+        shapes = jax.eval_shape(init, key)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
+        )
+        state, iterator_state = checkpoints.restore(abstract)
+        batches.set_state(iterator_state)
+        done = checkpoints.latest_step
+        _log.info("continuing from %s at step %d", folder / "checkpoints", done)
+
+    # ---------------------------------------------------------------- when to do what
+    def last_step(epoch: int) -> int:
+        """Number of steps after which `epoch` epochs of samples have been taken."""
+        return -(-epoch * num_locations // config.batch_size)
+
+    def steps_at(every: int) -> set[int]:
+        epochs = {*range(every, config.num_epochs + 1, every), config.num_epochs}
+        return {last_step(epoch) for epoch in epochs}
+
+    num_steps = last_step(config.num_epochs)
+    eval_steps = steps_at(config.eval_every_epochs) if len(held_back) else set()
+    checkpoint_steps = steps_at(config.checkpoint_every_epochs)
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    _log.info(
+        "%d locations to train on, %d held back; %d epochs of %.1f steps of %d samples on %d "
+        "devices; %s parameters",
+        num_locations,
+        len(held_back),
+        config.num_epochs,
+        num_locations / config.batch_size,
+        config.batch_size,
+        mesh.size,
+        f"{num_params:,}",
+    )
+
+    def stop_if_bad(state: step.TrainState) -> None:
+        first_bad = int(state.first_bad_step)
+        if first_bad < 0:
+            return
+        ids = [str(dataset.source[int(i)]["location_id"].decode()) for i in records[first_bad]]
+        raise NonFiniteLossError(
+            f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
+            f"locations {', '.join(ids)}; the newest checkpoint, at step "
+            f"{checkpoints.latest_step}, is from before that: look at those locations, or lower "
+            "config.optimizer.learning_rate"
+        )
+
+    # ---------------------------------------------------------------- loop
+    log = report.MetricLog(str(folder), done) if is_writer else None
+    pending, started, start_step = [], time.perf_counter(), done
+    evaluation = None
+    with Preemption() as preemption:
+        for number in range(done + 1, num_steps + 1):
+            state, step_metrics = train_step(state, sharding.to_devices(next(batches), mesh))
+            pending.append(step_metrics)
+            # Lets the device be two steps behind, so that waiting batches don't fill its memory.
+            if len(pending) > 2:
+                jax.block_until_ready(pending[-3]["loss"])
+
+            if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
+                means = {
+                    name: float(np.mean([float(m[name]) for m in jax.device_get(pending)]))
+                    for name in pending[0]
+                }
+                stop_if_bad(state)
+                rate = (number - start_step) / (time.perf_counter() - started)
+                means["samples_per_second"] = rate * config.batch_size
+                pending = []
+                if log:
+                    log.scalars(number, "train", means)
+                _log.info(
+                    "step %d/%d, epoch %.1f, loss %.4f, %.1f samples/s, %s left",
+                    number,
+                    num_steps,
+                    number * config.batch_size / num_locations,
+                    means["loss"],
+                    means["samples_per_second"],
+                    time.strftime("%H:%M:%S", time.gmtime((num_steps - number) / rate)),
+                )
+
+            if number in eval_steps:
+                evaluation = evaluate(eval_step, state, validation_batches(), mesh)
+                state = update_plateau(state, evaluation.loss)
+                if log:
+                    log.scalars(number, "validation", evaluation.scalars())
+                    picture = draw(config, picture_step, state, next(validation_batches()), mesh)
+                    log.picture(number, "samples", picture)
+                    report.save_picture(str(folder / "samples.png"), picture)
+                _log.info("step %d, validation loss %.4f", number, evaluation.loss)
+
+            # After the validation, whose result the plateau schedule keeps in the state. The
+            # iterator stands behind this step's batch.
+            leave = preemption.reached(number)
+            if number in checkpoint_steps or leave:
+                stop_if_bad(state)
+                checkpoints.save(number, state, batches.get_state())
+            if leave and number < num_steps:
+                checkpoints.close()
+                _log.info("told to stop: saved step %d; the same command continues", number)
+                return state
+    checkpoints.close()
+    if evaluation is None and len(held_back):  # the run was already complete
+        evaluation = evaluate(eval_step, state, validation_batches(), mesh)
+    if evaluation is not None and is_writer:
+        _log.info("results\n\n%s", write_results(evaluation, folder))
+    if log:
+        log.close()
+    return state
+
+
+def draw(
+    config: ml_collections.FrozenConfigDict,
+    picture_step: Callable,
+    state: step.TrainState,
+    batch: dict,
+    mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+    """What the method does to the first samples of a batch, [H, W, 3] uint8."""
+    shown = jax.device_get(picture_step(state, sharding.to_devices(batch, mesh)))
+    return report.draw_samples(shown, tuple(config.s2_bands), config.num_pictures)
