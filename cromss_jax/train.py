@@ -1,6 +1,7 @@
 """Pretraining, read from top to bottom: data, networks, loop, results."""
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import logging
@@ -241,6 +242,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             rows = np.split(batch, jax.process_count())[jax.process_index()]
             yield data.read_batch(dataset, config.modalities, rows)
 
+    def picture_batch():
+        seasons = np.arange(len(held_back)) % dataset.season_counts[held_back]
+        rows = np.resize(dataset.starts[held_back] + seasons, config.batch_size)
+        rows = np.split(rows, jax.process_count())[jax.process_index()]
+        return data.read_batch(dataset, config.modalities, rows)
+
     # ---------------------------------------------------------------- state and steps
     replicated, sharded = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     definition = step.network_definition(config)
@@ -310,7 +317,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     )
 
     def stop_if_bad(state: step.TrainState) -> None:
-        first_bad = int(state.first_bad_step)
+        first_bad = int(jax.device_get(state.first_bad_step))
         if first_bad < 0:
             return
         ids = [str(dataset.source[int(i)]["location_id"].decode()) for i in records[first_bad]]
@@ -323,15 +330,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
 
     # ---------------------------------------------------------------- loop
     log = report.MetricLog(str(folder), done) if is_writer else None
-    pending, started, start_step = [], time.perf_counter(), done
+    pending, started, start_step = [], 0.0, done + 1
     evaluation = None
-    with Preemption() as preemption:
+    # Nothing crosses between host and device unless it is said to.
+    with Preemption() as preemption, jax.transfer_guard("disallow"):
         for number in range(done + 1, num_steps + 1):
             state, step_metrics = train_step(state, sharding.to_devices(next(batches), mesh))
             pending.append(step_metrics)
             # Lets the device be two steps behind, so that waiting batches don't fill its memory.
             if len(pending) > 2:
                 jax.block_until_ready(pending[-3]["loss"])
+            if number == start_step:  # compiled by now: speed is measured from here
+                jax.block_until_ready(step_metrics)
+                started = time.perf_counter()
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
                 means = {
@@ -339,9 +350,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     for name in pending[0]
                 }
                 stop_if_bad(state)
-                rate = (number - start_step) / (time.perf_counter() - started)
-                means["samples_per_second"] = rate * config.batch_size
                 pending = []
+                seconds = (time.perf_counter() - started) / max(number - start_step, 1)
+                means["samples_per_second"] = config.batch_size / seconds
                 if log:
                     log.scalars(number, "train", means)
                 _log.info(
@@ -351,15 +362,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     number * config.batch_size / num_locations,
                     means["loss"],
                     means["samples_per_second"],
-                    time.strftime("%H:%M:%S", time.gmtime((num_steps - number) / rate)),
+                    datetime.timedelta(seconds=round((num_steps - number) * seconds)),
                 )
 
             if number in eval_steps:
                 evaluation = evaluate(eval_step, state, validation_batches(), mesh)
-                state = update_plateau(state, evaluation.loss)
+                state = update_plateau(state, jax.device_put(np.float32(evaluation.loss), replicated))
                 if log:
                     log.scalars(number, "validation", evaluation.scalars())
-                    picture = draw(config, picture_step, state, next(validation_batches()), mesh)
+                    picture = draw(config, picture_step, state, picture_batch(), mesh)
                     log.picture(number, "samples", picture)
                     report.save_picture(str(folder / "samples.png"), picture)
                 _log.info("step %d, validation loss %.4f", number, evaluation.loss)

@@ -1,0 +1,51 @@
+# The project's commands. Everything is installed into .venv from the committed lock files.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SAMPLE := data/sample_geotiffs
+DATASET := data/ssl4eo_s12_nol/.built
+WORKDIR ?= runs/sample
+
+.PHONY: pretrain test lint lock clean
+
+# Sample data, records, pretraining, report: minutes on two cores.
+pretrain: $(DATASET)
+	$(BIN)/python -m cromss_jax.main --config=configs/pretrain.py:sample --workdir=$(WORKDIR)
+	@echo "Table: $(WORKDIR)/results.md   Picture: $(WORKDIR)/samples.png"
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/.run: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+.venv/.test: requirements-test.lock .venv/.run
+	$(BIN)/pip install -q -r requirements-test.lock
+	touch $@
+
+$(SAMPLE)/dw_complete_ids.csv: | .venv/.run
+	rm -rf $(SAMPLE)
+	$(BIN)/python -m data_prep.sample --output_dir=$(SAMPLE) \
+		--locations=64 --seasons=4 --tile_size=132 --seed=0
+
+$(DATASET): $(SAMPLE)/dw_complete_ids.csv
+	$(BIN)/python -m data_prep.build --dataset=ssl4eo_s12_nol \
+		--source_dir=$(SAMPLE) --data_dir=data
+	touch $@
+
+# Writes the lock files anew from pyproject.toml, the second with the first's versions.
+lock:
+	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 pyproject.toml \
+		-o requirements.lock
+	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 --extra test \
+		--extra torch -c requirements.lock pyproject.toml -o requirements-test.lock
+
+clean:
+	rm -rf .venv data runs

@@ -1,0 +1,113 @@
+"""Which record comes when: every location once an epoch, the same for any number of processes."""
+
+import numpy as np
+import pytest
+
+from cromss_jax import data
+
+COUNTS = np.array([4, 1, 3, 4, 2, 4, 4, 4, 1, 2])
+
+
+class Source(list):
+    """Random access to records, as TFDS's data source gives it."""
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+@pytest.fixture
+def dataset():
+    records = [
+        {
+            "s1": np.full((6, 6, 2), index, np.uint8),
+            "s2_10m": np.full((6, 6, 4), index, np.uint8),
+            "s2_20m": np.full((3, 3, 6), index, np.uint8),
+            "s2_60m": np.full((1, 1, 3), index, np.uint8),
+            "labels": np.full((4, 6, 6), location % 9, np.uint8),
+            "season": np.int32(season),
+            "location_id": b"%07d" % location,
+        }
+        for index, (location, season) in enumerate(
+            (location, season) for location, n in enumerate(COUNTS) for season in range(n)
+        )
+    ]
+    return data.TileDataset(Source(records), 6, COUNTS, has_truth=False)
+
+
+def test_an_epoch_visits_each_location_once_with_a_drawn_season(dataset):
+    locations = np.array([0, 1, 2, 4, 5, 7, 9])
+    batches = data.training_records(dataset, locations, 4, seed=1)
+    visits = np.concatenate([batches[i] for i in range(70)])  # 40 epochs of 7
+    epochs = dataset.location_of(visits).reshape(40, 7)
+    assert (np.sort(epochs) == locations).all()
+    assert len({tuple(e) for e in epochs}) > 30  # each epoch has its own order
+    seasons = visits - dataset.starts[dataset.location_of(visits)]
+    for location in locations:
+        drawn = seasons[dataset.location_of(visits) == location]
+        assert set(drawn) == set(range(COUNTS[location]))
+
+
+def test_the_order_is_pinned_by_the_seed(dataset):
+    # The literal order: a library that changes it would make old runs irreproducible.
+    batches = data.training_records(dataset, np.arange(10), 5, seed=3)
+    found = [batches[i].tolist() for i in range(3)]
+    assert found == [[12, 18, 28, 23, 17], [10, 4, 26, 7, 2], [26, 4, 11, 25, 27]]
+    other = data.training_records(dataset, np.arange(10), 5, seed=4)
+    assert [other[i].tolist() for i in range(3)] != found
+
+
+def test_processes_share_the_rows_of_the_same_batches(dataset):
+    records = data.training_records(dataset, np.arange(10), 6, seed=0)
+    whole = data.training_batches(dataset, ("s1", "s2"), records)
+    parts = [
+        data.training_batches(dataset, ("s1", "s2"), records, process_index=p, process_count=3)
+        for p in range(3)
+    ]
+    for _ in range(7):
+        batch, rows = next(whole), [next(part) for part in parts]
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], np.concatenate([r[name] for r in rows]))
+    # The state is the same number for all, so that a run may go on with other processes.
+    states = [iterator.get_state() for iterator in (whole, *parts)]
+    assert all(state == states[0] for state in states)
+
+
+def test_iterator_state_continues_exactly(dataset):
+    records = data.training_records(dataset, np.arange(10), 4, seed=0)
+    iterator = data.training_batches(dataset, ("s1",), records)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["s1"][:, 0, 0, 0] for _ in range(6)]
+    resumed = data.training_batches(dataset, ("s1",), records)
+    resumed.set_state(state)
+    found = [next(resumed)["s1"][:, 0, 0, 0] for _ in range(6)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_validation_covers_every_season_and_pads_with_ignored_labels(dataset):
+    batches = data.validation_records(dataset, np.array([2, 5, 8]), 6)
+    np.testing.assert_array_equal(batches, [[5, 6, 7, 14, 15, 16], [17, 26, -1, -1, -1, -1]])
+    batch = data.read_batch(dataset, ("s2",), batches[1])
+    assert set(batch) == {"s2_10m", "s2_20m", "s2_60m", "labels", "season", "is_real"}
+    np.testing.assert_array_equal(batch["is_real"], [1, 1, 0, 0, 0, 0])
+    assert (batch["labels"][2:] == 255).all()
+    assert (batch["labels"][:2] != 255).all()
+    assert (dataset.source[17]["labels"] != 255).all()  # the record itself is untouched
+
+
+def test_held_back_locations():
+    train, held_back = data.split_locations(1000, 0.01, seed=0)
+    assert len(held_back) == 10
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
+    assert len(data.split_locations(4, 0.01, seed=0)[1]) == 1
+    assert len(data.split_locations(4, 0.0, seed=0)[1]) == 0
+    with pytest.raises(data.DataError, match="leave none to train on"):
+        data.split_locations(1, 0.01, seed=0)
+
+
+def test_missing_data_says_what_and_how(tmp_path):
+    with pytest.raises(data.DataError) as error:
+        data.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
+    for part in (str(tmp_path / "ssl4eo_s12_nol"), "python -m data_prep.build", "make pretrain"):
+        assert part in str(error.value)
