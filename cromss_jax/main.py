@@ -18,7 +18,11 @@ def main(arguments: list[str]) -> None:
     """Runs the configuration; a sentence and exit code 1 for what the user can mend."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    # Our own progress only: the libraries tell the user nothing at this level.
+    # Our own progress, and what libraries warn of.
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
     try:
         train.train(_CONFIG.value, _WORKDIR.value)
@@ -31,6 +35,15 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """Parses the flags; a sentence instead of a traceback for what was mistyped."""
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError) as error:  # the latter for unknown --config.fields
+        sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
+        sys.exit(f"error: {sentence} (--helpshort lists the flags)")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -21,110 +21,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from cromss_jax.layers import BatchNorm, Conv, KernelInit, draw_kernels, max_pool, upsample
 from cromss_jax.sensors import MODALITIES
+
+# What smp 0.6.0 leaves in each kind of convolution.
+# torchvision's ResNet: kaiming_normal_(mode="fan_out", nonlinearity="relu").
+ENCODER_INIT = KernelInit("normal", 2.0, "out")
+# A first convolution of other than 3 bands is replaced, and gets torch's default for any
+# convolution: kaiming_uniform_(a=sqrt(5)), of gain sqrt(2 / (1 + 5)).
+PATCHED_CONV_INIT = KernelInit("uniform", 1 / 3, "in")
+# kaiming_uniform_(mode="fan_in", nonlinearity="relu").
+DECODER_INIT = KernelInit("uniform", 2.0, "in")
+# xavier_uniform_.
+HEAD_INIT = KernelInit("uniform", 1.0, "average")
 
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 # Five halvings between the image and the deepest features.
 STRIDE = 32
-
-_initializers = jax.nn.initializers
-# What smp 0.6.0 leaves in each kind of convolution, written with JAX's equivalents.
-# torchvision's ResNet: kaiming_normal_(mode="fan_out", nonlinearity="relu").
-ENCODER_INIT = _initializers.variance_scaling(2.0, "fan_out", "normal")
-# A first convolution of other than 3 bands is replaced, and gets torch's default for any
-# convolution: kaiming_uniform_(a=sqrt(5)), which is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-PATCHED_CONV_INIT = _initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# kaiming_uniform_(mode="fan_in", nonlinearity="relu").
-DECODER_INIT = _initializers.variance_scaling(2.0, "fan_in", "uniform")
-HEAD_INIT = _initializers.glorot_uniform()
-
-
-class Conv(nnx.Module):
-    """Square convolution with torch's symmetric padding of `kernel_size // 2`.
-
-    Computes in its input's dtype. A 1x1 kernel is applied as a matrix product, which XLA's CPU
-    backend runs faster, forward and backward, than its convolution.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        use_bias: bool = False,
-        init: jax.nn.initializers.Initializer,
-        rngs: nnx.Rngs,
-    ):
-        shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.weight = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(out_channels)) if use_bias else None
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, out_channels]."""
-        kernel = self.weight[...].astype(x.dtype)
-        padding = kernel.shape[0] // 2
-        if padding == 0:
-            y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=[(padding, padding)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
-        return y
-
-
-class BatchNorm(nnx.Module):
-    """Batch normalisation with torch's semantics.
-
-    Normalises by the biased variance and moves the unbiased one into the running variance, by
-    `MOMENTUM` of the new value. Statistics are float32 whatever the input's dtype and, under
-    `jax.jit`, those of the whole batch however it is sharded.
-    """
-
-    MOMENTUM = 0.1
-    EPSILON = 1e-5
-
-    def __init__(self, num_channels: int):
-        self.weight = nnx.Param(jnp.ones(num_channels))
-        self.bias = nnx.Param(jnp.zeros(num_channels))
-        self.running_mean = nnx.BatchStat(jnp.zeros(num_channels))
-        self.running_var = nnx.BatchStat(jnp.ones(num_channels))
-        # Nothing reads it; torch counts it, so a checkpoint keeps it on its way there and back.
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises [B, H, W, C]; with `train` by the batch's statistics, and tracks them."""
-        x32 = x.astype(jnp.float32)
-        if train:
-            mean = x32.mean((0, 1, 2), keepdims=True)
-            # The variance's derivative by the mean is zero: not asking for it saves a pass.
-            var = jnp.square(x32 - jax.lax.stop_gradient(mean)).mean((0, 1, 2), keepdims=True)
-            self._track(mean.reshape(-1), var.reshape(-1), x.size // x.shape[-1])
-        else:
-            mean = self.running_mean[...].reshape(1, 1, 1, -1)
-            var = self.running_var[...].reshape(1, 1, 1, -1)
-        scale = jax.lax.rsqrt(var + self.EPSILON) * self.weight[...].reshape(1, 1, 1, -1)
-        return ((x32 - mean) * scale + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
-
-    def _track(self, mean: jax.Array, var: jax.Array, count: int) -> None:
-        if count < 2:
-            raise ValueError(
-                "BatchNorm found one value per channel in training mode and needs at least two: "
-                "use a larger batch or larger images"
-            )
-        unbiased = var * (count / (count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            new = jax.lax.stop_gradient(new)
-            running[...] = (1 - self.MOMENTUM) * running[...] + self.MOMENTUM * new
-        self.num_batches_tracked[...] += 1
 
 
 def _conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
@@ -132,36 +45,17 @@ def _conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
     return norm(conv(x), train)
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even."""
-    return jax.lax.reduce_window(
-        x,
-        -jnp.inf,
-        jax.lax.max,
-        window_dimensions=(1, 3, 3, 1),
-        window_strides=(1, 2, 2, 1),
-        padding=((0, 0), (1, 1), (1, 1), (0, 0)),
-    )
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Nearest-neighbour upsampling by two: [B, H, W, C] to [B, 2 H, 2 W, C]."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
 class BasicBlock(nnx.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, rngs: nnx.Rngs):
-        self.conv1 = _encoder_conv(in_channels, channels, 3, stride, rngs)
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        self.conv1 = _encoder_conv(in_channels, channels, 3, stride)
         self.bn1 = BatchNorm(channels)
-        self.conv2 = _encoder_conv(channels, channels, 3, 1, rngs)
+        self.conv2 = _encoder_conv(channels, channels, 3, 1)
         self.bn2 = BatchNorm(channels)
-        self.downsample = _downsample(in_channels, channels, stride, rngs)
+        self.downsample = _downsample(in_channels, channels, stride)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, channels]."""
@@ -176,15 +70,15 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, rngs: nnx.Rngs):
+    def __init__(self, in_channels: int, channels: int, stride: int):
         out_channels = channels * self.expansion
-        self.conv1 = _encoder_conv(in_channels, channels, 1, 1, rngs)
+        self.conv1 = _encoder_conv(in_channels, channels, 1, 1)
         self.bn1 = BatchNorm(channels)
-        self.conv2 = _encoder_conv(channels, channels, 3, stride, rngs)
+        self.conv2 = _encoder_conv(channels, channels, 3, stride)
         self.bn2 = BatchNorm(channels)
-        self.conv3 = _encoder_conv(channels, out_channels, 1, 1, rngs)
+        self.conv3 = _encoder_conv(channels, out_channels, 1, 1)
         self.bn3 = BatchNorm(out_channels)
-        self.downsample = _downsample(in_channels, out_channels, stride, rngs)
+        self.downsample = _downsample(in_channels, out_channels, stride)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, 4 channels]."""
@@ -195,19 +89,15 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(y + shortcut)
 
 
-def _encoder_conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int, rngs: nnx.Rngs
-) -> Conv:
-    return Conv(in_channels, out_channels, kernel_size, stride=stride, init=ENCODER_INIT, rngs=rngs)
+def _encoder_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Conv:
+    return Conv(in_channels, out_channels, kernel_size, stride=stride, init=ENCODER_INIT)
 
 
-def _downsample(
-    in_channels: int, out_channels: int, stride: int, rngs: nnx.Rngs
-) -> nnx.List | None:
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | None:
     """The shortcut's projection, where its shape changes."""
     if stride == 1 and in_channels == out_channels:
         return None
-    conv = _encoder_conv(in_channels, out_channels, 1, stride, rngs)
+    conv = _encoder_conv(in_channels, out_channels, 1, stride)
     return nnx.List([conv, BatchNorm(out_channels)])
 
 
@@ -227,10 +117,10 @@ class ResNetEncoder(nnx.Module):
     [B, H/32, W/32, 512 e], with e = 1 for ResNet-18 and 34 and e = 4 for ResNet-50.
     """
 
-    def __init__(self, depth: int, in_channels: int, rngs: nnx.Rngs):
+    def __init__(self, depth: int, in_channels: int):
         block, num_blocks = RESNETS[depth]
         init = ENCODER_INIT if in_channels == 3 else PATCHED_CONV_INIT
-        self.conv1 = Conv(in_channels, 64, 7, stride=2, init=init, rngs=rngs)
+        self.conv1 = Conv(in_channels, 64, 7, stride=2, init=init)
         self.bn1 = BatchNorm(64)
         channels = 64
         for stage in range(4):
@@ -238,7 +128,7 @@ class ResNetEncoder(nnx.Module):
             blocks = nnx.List()
             for index in range(num_blocks[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width, stride, rngs))
+                blocks.append(block(channels, width, stride))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", blocks)
         self.out_channels = (64, *(64 * 2**stage * block.expansion for stage in range(4)))
@@ -258,9 +148,9 @@ class ResNetEncoder(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Upsampling, concatenation with the skipped features, two 3x3 conv-BatchNorm-ReLU."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, rngs: nnx.Rngs):
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
         def conv_bn(in_channels: int) -> nnx.List:
-            conv = Conv(in_channels, out_channels, 3, init=DECODER_INIT, rngs=rngs)
+            conv = Conv(in_channels, out_channels, 3, init=DECODER_INIT)
             return nnx.List([conv, BatchNorm(out_channels)])
 
         self.conv1 = conv_bn(in_channels + skip_channels)
@@ -278,11 +168,11 @@ class DecoderBlock(nnx.Module):
 class UNetDecoder(nnx.Module):
     """Five decoder blocks from the deepest features back to the image's size."""
 
-    def __init__(self, encoder_channels: Sequence[int], rngs: nnx.Rngs):
+    def __init__(self, encoder_channels: Sequence[int]):
         deepest, *skips = reversed(encoder_channels)
         in_channels = (deepest, *DECODER_CHANNELS[:-1])
         sizes = zip(in_channels, (*skips, 0), DECODER_CHANNELS, strict=True)
-        self.blocks = nnx.List([DecoderBlock(*size, rngs) for size in sizes])
+        self.blocks = nnx.List([DecoderBlock(*size) for size in sizes])
 
     def __call__(self, features: Sequence[jax.Array], train: bool) -> jax.Array:
         """Maps an encoder's features, finest first, to [B, H, W, 16]."""
@@ -292,9 +182,9 @@ class UNetDecoder(nnx.Module):
         return x
 
 
-def _segmentation_head(num_classes: int, rngs: nnx.Rngs) -> nnx.List:
+def _segmentation_head(num_classes: int) -> nnx.List:
     channels = DECODER_CHANNELS[-1]
-    return nnx.List([Conv(channels, num_classes, 3, use_bias=True, init=HEAD_INIT, rngs=rngs)])
+    return nnx.List([Conv(channels, num_classes, 3, use_bias=True, init=HEAD_INIT)])
 
 
 def _check_image(image: jax.Array, num_channels: int) -> None:
@@ -315,13 +205,11 @@ def _check_image(image: jax.Array, num_channels: int) -> None:
 class UNet(nnx.Module):
     """One encoder, decoder and head: `smp.Unet("resnet<depth>")`."""
 
-    def __init__(
-        self, depth: int, num_channels: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, depth: int, num_channels: int, num_classes: int, dtype: DTypeLike):
         self.dtype = jnp.dtype(dtype)
-        self.encoder = ResNetEncoder(depth, num_channels, rngs)
-        self.decoder = UNetDecoder(self.encoder.out_channels, rngs)
-        self.segmentation_head = _segmentation_head(num_classes, rngs)
+        self.encoder = ResNetEncoder(depth, num_channels)
+        self.decoder = UNetDecoder(self.encoder.out_channels)
+        self.segmentation_head = _segmentation_head(num_classes)
 
     def __call__(self, image: jax.Array, train: bool) -> jax.Array:
         """Maps an image [B, H, W, K] to logits [B, H, W, C], float32."""
@@ -339,12 +227,17 @@ class UNet(nnx.Module):
 
 
 class SingleModality(UNet):
-    """A U-Net that takes and returns a dict of one modality, as the fusion networks do."""
+    """A U-Net that takes and returns a dict of modalities, as the fusion networks do."""
+
+    def __init__(
+        self, depth: int, num_channels: Mapping[str, int], num_classes: int, dtype: DTypeLike
+    ):
+        ((self.modality, channels),) = num_channels.items()
+        super().__init__(depth, channels, num_classes, dtype)
 
     def __call__(self, images: Mapping[str, jax.Array], train: bool) -> dict[str, jax.Array]:
         """See `make_network`."""
-        ((modality, image),) = images.items()
-        return {modality: super().__call__(image, train)}
+        return {self.modality: super().__call__(images[self.modality], train)}
 
 
 class MidFusion(UNet):
@@ -360,10 +253,9 @@ class MidFusion(UNet):
         num_channels: Mapping[str, int],
         num_classes: int,
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ):
-        self.encoder1 = ResNetEncoder(depth, num_channels["s1"], rngs)
-        super().__init__(depth, num_channels["s2"], num_classes, dtype, rngs)
+        self.encoder1 = ResNetEncoder(depth, num_channels["s1"])
+        super().__init__(depth, num_channels["s2"], num_classes, dtype)
 
     def __call__(self, images: Mapping[str, jax.Array], train: bool) -> dict[str, jax.Array]:
         """See `make_network`."""
@@ -381,14 +273,16 @@ class LateFusion(nnx.Module):
         num_channels: Mapping[str, int],
         num_classes: int,
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ):
-        self.model1 = UNet(depth, num_channels["s1"], num_classes, dtype, rngs)
-        self.model2 = UNet(depth, num_channels["s2"], num_classes, dtype, rngs)
+        self.model1 = UNet(depth, num_channels["s1"], num_classes, dtype)
+        self.model2 = UNet(depth, num_channels["s2"], num_classes, dtype)
 
     def __call__(self, images: Mapping[str, jax.Array], train: bool) -> dict[str, jax.Array]:
         """See `make_network`."""
         return {"s1": self.model1(images["s1"], train), "s2": self.model2(images["s2"], train)}
+
+
+FUSIONS = {"mid": MidFusion, "late": LateFusion, "none": SingleModality}
 
 
 def make_network(
@@ -417,19 +311,18 @@ def make_network(
       ValueError: for an unknown `fusion`, `depth` or `dtype`, for modalities that do not suit
         `fusion`; when called, for an image of another size or number of bands than described.
     """
-    if fusion not in ("mid", "late", "none"):
-        raise ValueError(f"unknown fusion {fusion!r}: choose 'mid', 'late' or 'none'")
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}: choose one of {list(FUSIONS)}")
     if depth not in RESNETS:
         raise ValueError(f"unknown ResNet depth {depth!r}: choose one of {list(RESNETS)}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"unknown compute dtype {dtype!r}: choose float32 or bfloat16")
-    modalities = sorted(num_channels)
-    if fusion == "none":
-        if modalities not in (["s1"], ["s2"]):
-            raise ValueError(f"modalities {modalities}: fusion 'none' needs one of {MODALITIES}")
-        (channels,) = num_channels.values()
-        return SingleModality(depth, channels, num_classes, dtype, rngs)
-    if modalities != sorted(MODALITIES):
-        raise ValueError(f"modalities {modalities}: fusion {fusion!r} needs both of {MODALITIES}")
-    network = MidFusion if fusion == "mid" else LateFusion
-    return network(depth, num_channels, num_classes, dtype, rngs)
+    needed = 1 if fusion == "none" else len(MODALITIES)
+    if len(num_channels) != needed or not set(num_channels) <= set(MODALITIES):
+        raise ValueError(
+            f"num_channels names the modalities {list(num_channels)}: fusion {fusion!r} needs "
+            f"{needed} of {list(MODALITIES)}"
+        )
+    network = FUSIONS[fusion](depth, num_channels, num_classes, dtype)
+    draw_kernels(network, rngs)
+    return network

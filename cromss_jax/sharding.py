@@ -1,6 +1,6 @@
 """Where arrays live: parameters replicated, the batch cut along its first dimension."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -34,6 +34,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """The first dimension cut over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> Callable:
+    """Compiles (state, records) -> anything: the state and the result replicated, records cut."""
+    return jax.jit(
+        function,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=(0,) if donate_state else (),
+    )
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -292,7 +292,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         first_bad_step = jnp.where(
             (state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step

@@ -51,11 +51,14 @@ def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.
     problems += [f"unexpected {key}" for key in sorted(arrays.keys() - wanted.keys())]
     values = {}
     for key in sorted(wanted.keys() & arrays.keys()):
-        array = np.asarray(arrays[key])
-        if array.ndim == 4:
+        array, shape = np.asarray(arrays[key]), wanted[key].shape
+        is_kernel = len(shape) == 4
+        torch_shape = tuple(shape[axis] for axis in _TO_OIHW) if is_kernel else shape
+        if array.shape != torch_shape:
+            problems.append(f"{key} has shape {array.shape}, needs {torch_shape}")
+            continue
+        if is_kernel:
             array = array.transpose(_TO_HWIO)
-        if array.shape != wanted[key].shape:
-            problems.append(f"{key} is {array.shape}, needs {wanted[key].shape} (HWIO)")
         values[key] = np.array(array, wanted[key].dtype, order="C")
     if problems:
         raise ValueError(

@@ -249,26 +249,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         return data.read_batch(dataset, config.modalities, rows)
 
     # ---------------------------------------------------------------- state and steps
-    replicated, sharded = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    replicated = sharding.replicated(mesh)
     definition = step.network_definition(config)
     num_locations = len(train_locations)
     num_scopes = 1 if config.selection.scope == "global" else mesh.size
     init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
-    train_step = jax.jit(
+    train_step = sharding.jit_step(
         step.make_train_step(config, definition, num_locations, num_scopes),
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-        donate_argnums=0,
+        mesh,
+        donate_state=True,
     )
-    eval_step = jax.jit(
-        step.make_eval_step(config, definition),
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
-    )
-    picture_step = jax.jit(
-        step.make_picture_step(config, definition, num_locations),
-        in_shardings=(replicated, sharded),
-        out_shardings=replicated,
+    eval_step = sharding.jit_step(step.make_eval_step(config, definition), mesh)
+    picture_step = sharding.jit_step(
+        step.make_picture_step(config, definition, num_locations), mesh
     )
     plateau = step.make_plateau(config)
 
@@ -367,7 +360,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
 
             if number in eval_steps:
                 evaluation = evaluate(eval_step, state, validation_batches(), mesh)
-                state = update_plateau(state, jax.device_put(np.float32(evaluation.loss), replicated))
+                state = update_plateau(
+                    state, jax.device_put(np.float32(evaluation.loss), replicated)
+                )
                 if log:
                     log.scalars(number, "validation", evaluation.scalars())
                     picture = draw(config, picture_step, state, picture_batch(), mesh)

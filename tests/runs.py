@@ -1,0 +1,72 @@
+"""Small real runs for tests and benches: a tiny data set, a tiny recipe, digests of the outcome."""
+
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+from configs import pretrain
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(module: str, **flags) -> list[str]:
+    """The command line of a module of ours."""
+    return [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def make_data(folder: pathlib.Path, **sample_flags) -> str:
+    """Writes the procedural sample as GeoTIFFs and builds it; returns the data folder."""
+    source, target = folder / "geotiffs", folder / "data"
+    for line in (
+        command("data_prep.sample", output_dir=source, **sample_flags),
+        command("data_prep.build", dataset="ssl4eo_s12_nol", source_dir=source, data_dir=target),
+    ):
+        subprocess.run(line, check=True, cwd=ROOT, capture_output=True)
+    return str(target)
+
+
+def tiny_flags(data_dir: str) -> dict[str, object]:
+    """Overrides of the sample recipe for runs of seconds: tiles of 48 pixels, crops of 32."""
+    return {
+        "data.dir": data_dir,
+        "data.crop_size": 32,
+        "num_epochs": 4,
+        "batch_size": 8,
+        "eval_every_epochs": 2,
+        "checkpoint_every_epochs": 1,
+        "log_every_steps": 3,
+        "selection.ramp_epochs": 2,
+    }
+
+
+def tiny_config(data_dir: str, variant: str = "sample", **more) -> ml_collections.ConfigDict:
+    """The same as a configuration."""
+    config = pretrain.get_config(variant)
+    config.update_from_flattened_dict({**tiny_flags(data_dir), **more})
+    return config
+
+
+def final_digest(workdir: pathlib.Path) -> str:
+    """SHA-256 of every array of the newest checkpoint, names and shapes included."""
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((newest / "state").absolute())
+    digest = hashlib.sha256(newest.name.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
