@@ -16,7 +16,7 @@ from cromss_jax.sensors import (
     S2_BANDS,
     S2_BANDS_BY_RESOLUTION,
 )
-from data_prep import sample, world
+from data_prep import imagery, sample, world
 
 WATER, TREES, BARE, SNOW = (
     CLASS_NAMES.index(name) for name in ("water", "trees", "bare ground", "snow & ice")
@@ -193,7 +193,7 @@ def test_coarse_bands_are_area_means_of_the_fine_scene():
     scene = np.random.default_rng(0).uniform(500, 1500, (len(S2_BANDS), 48, 48)).astype(np.float32)
     for metres in (20, 60):
         bands = S2_BANDS_BY_RESOLUTION[metres]
-        seen = world._sense_s2(np.random.default_rng(1), scene, metres)
+        seen = imagery.sense_s2(np.random.default_rng(1), scene, metres)
         side = metres // 10
         for i, band in enumerate(bands):
             blocks = scene[S2_BANDS.index(band)].reshape(48 // side, side, 48 // side, side)

@@ -1,0 +1,87 @@
+"""Runs a reading function over many items in several processes, results in order."""
+
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+# Items a worker gets at a time: neighbours in an archive are then read in one go.
+ITEMS_PER_TASK = 8
+
+_function: Callable[[Any], Any] | None = None
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _start_fork_server() -> None:
+    """Starts the process that workers descend from; all of them ignore Ctrl-C from birth.
+
+    Ctrl-C reaches every process of the terminal, and the parent alone decides.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _run_task(items: list[Any]) -> list[Any]:
+    return [_function(item) for item in items]
+
+
+def map_in_order(
+    function: Callable[[Any], Any], items: Iterable[Any], num_workers: int
+) -> Iterator[Any]:
+    """Yields `function(item)` for every item, in the order of the items.
+
+    Args:
+      function: picklable; sent to each worker once.
+      items: picklable; read as needed, so that little is in flight at any time.
+      num_workers: processes. With 1 the calling process does the work itself; with more the
+        caller must be the main thread.
+
+    Raises:
+      concurrent.futures.process.BrokenProcessPool: if a worker dies.
+      Exception: whatever `function` raises.
+    """
+    if num_workers <= 1:
+        yield from map(function, items)
+        return
+    tasks = iter(lambda: list(itertools.islice(items, ITEMS_PER_TASK)), [])
+    items = iter(items)
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    _start_fork_server()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers,
+        # Neither the threads nor the memory of the parent are copied.
+        mp_context=multiprocessing.get_context("forkserver"),
+        initializer=_start_worker,
+        initargs=(function,),
+    )
+    try:
+        # Two tasks more than workers keep every worker busy while the oldest result is used.
+        for task in tasks:
+            pending.append(pool.submit(_run_task, task))
+            if len(pending) > num_workers + 2:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,193 @@
+"""Whole runs on a tiny data set made from GeoTIFFs: results, resuming, refusing, stopping."""
+
+import json
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cromss_jax import checkpoint, data, train
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return runs.make_data(
+        tmp_path_factory.mktemp("tiny"), locations=16, seasons=2, tile_size=48, seed=0
+    )
+
+
+def run(config, workdir):
+    return train.train(config, str(workdir))
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run of mid fusion from start to end."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(runs.tiny_config(data_dir), workdir)
+    return workdir
+
+
+def test_a_run_leaves_results_logs_and_checkpoints(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        *("checkpoints", "config.json", "metrics.jsonl", "results.md", "samples.png"),
+        *("tensorboard", "versions.json"),
+    }
+    lines = runs.logged(finished)
+    validation = [line for line in lines if line["split"] == "validation"]
+    # 14 locations, 8 a batch: epochs 2 and 4 end with the batches 4 and 7.
+    assert [line["step"] for line in validation] == [4, 7]
+    last = validation[-1]
+    for key in ("s1/oa", "s2/miou", "truth/s2/iou/water", "truth/labels/oa", "s1/mf1", "loss"):
+        assert key in last
+    assert 0.5 < last["truth/labels/oa"] < 0.8  # about a third of the labels is wrong
+    assert 0 < last["label_confidence_auroc/s2"] < 1
+    trained = [line for line in lines if line["split"] == "train"]
+    assert {"consistency/s1_to_s2", "segmentation/s1", "wrong_labels_selected/s2"} <= set(
+        trained[-1]
+    )
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert "noisy labels against truth" in (finished / "results.md").read_text()
+    versions = json.loads((finished / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+
+
+def test_checkpoints_are_kept_as_configured(finished):
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").glob("[0-9]*"))
+    assert steps == [4, 6, 7]  # ends of the epochs 2, 3 and 4
+
+
+def test_a_finished_run_is_finished(finished, data_dir):
+    before = runs.logged(finished), runs.final_digest(finished)
+    run(runs.tiny_config(data_dir), finished)
+    assert (runs.logged(finished), runs.final_digest(finished)) == before
+
+
+def test_sigterm_saves_and_the_same_command_ends_bit_equal(finished, data_dir, tmp_path):
+    config = runs.tiny_config(data_dir)
+    stop = train.Preemption.reached
+    seen = []
+
+    def reached(self, number):
+        seen.append(number)
+        if number == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return stop(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Preemption, "reached", reached)
+        run(config, tmp_path)
+    assert seen[-1] == 3
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(config, tmp_path)
+    assert runs.final_digest(tmp_path) == runs.final_digest(finished)
+    # Logs are averages since the last line: the stop at step 3 is a line's end anyway.
+    assert runs.logged(tmp_path) == runs.logged(finished)
+
+
+def test_a_killed_process_ends_bit_equal(data_dir, tmp_path):
+    overrides = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
+    overrides |= {"config.num_epochs": 6}
+    folders = {name: tmp_path / name for name in ("whole", "killed")}
+    lines = {
+        name: runs.command(
+            "cromss_jax.main",
+            config="configs/pretrain.py:sample,modality=s1",
+            workdir=folder,
+            **overrides,
+        )
+        for name, folder in folders.items()
+    }
+    subprocess.run(lines["whole"], check=True, cwd=runs.ROOT, capture_output=True)
+    process = subprocess.Popen(
+        lines["killed"], cwd=runs.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folders["killed"].glob("checkpoints/[0-9]*/_CHECKPOINT_METADATA")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(lines["killed"], check=True, cwd=runs.ROOT, capture_output=True)
+    assert runs.final_digest(folders["killed"]) == runs.final_digest(folders["whole"])
+    assert runs.logged(folders["killed"]) == runs.logged(folders["whole"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
+    config = runs.tiny_config(
+        data_dir,
+        "sample,modality=s1",
+        **{"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "log_every_steps": 100},
+    )
+    with pytest.raises(train.NonFiniteLossError) as error:
+        run(config, tmp_path)
+    first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
+    dataset = data.open_dataset(data_dir, config.data.name)
+    locations, _ = data.split_locations(16, config.data.validation_fraction, config.seed)
+    batch = data.training_records(dataset, locations, config.batch_size, config.seed)[first_bad]
+    for index in batch:
+        assert dataset.source[int(index)]["location_id"].decode() in str(error.value)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"data.crop_size": 64}, "tiles have 48 pixels"),
+        ({"data.crop_size": 40}, "multiple of 32"),
+        ({"batch_size": 12}, "devices cannot share"),
+        ({"num_devices": 9}, "only 8 devices"),
+        ({"data.validation_fraction": 0.0}, "plateau schedule needs a validation loss"),
+        ({"selection.scope": "gpu"}, "use 'global' or 'per_device'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    data_dir, tmp_path, change, sentence
+):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=sentence):
+        run(runs.tiny_config(data_dir, **change), workdir)
+    assert not workdir.exists()
+
+
+def test_another_configuration_does_not_continue_a_run(finished, data_dir):
+    with pytest.raises(train.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
+        run(runs.tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
+
+
+def test_a_stray_folder_is_named(finished, data_dir):
+    stray = finished / "checkpoints" / "9"
+    stray.mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="none"):
+        run(runs.tiny_config(data_dir), finished)
+    stray.rmdir()
+
+
+def test_real_places_train(shared, tmp_path):
+    # Four real places of one season and 216 pixels: another number of seasons and tile size.
+    subprocess.run(
+        runs.command(
+            "data_prep.build",
+            dataset="ssl4eo_s12_nol",
+            source_dir=shared / "real/nol",
+            data_dir=tmp_path,
+        ),
+        check=True,
+        cwd=runs.ROOT,
+        capture_output=True,
+    )
+    config = runs.tiny_config(
+        str(tmp_path),
+        "sample,modality=s2",
+        **{"data.crop_size": 64, "num_epochs": 4, "data.validation_fraction": 0.25},
+    )
+    state = run(config, tmp_path / "run")
+    assert int(state.step) == 2
+    assert "truth" not in (tmp_path / "run/results.md").read_text()
