@@ -44,8 +44,9 @@ class MetricLog:
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", float(value), step)
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, step)
         self._board.flush()
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:

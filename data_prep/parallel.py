@@ -2,10 +2,10 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # Items a worker gets at a time: neighbours in an archive are then read in one go.
-ITEMS_PER_TASK = 8
+ITEMS_PER_TASK = 4
 
 _function: Callable[[Any], Any] | None = None
 
@@ -21,6 +21,8 @@ _function: Callable[[Any], Any] | None = None
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    # Ctrl-C reaches every process of the terminal; the parent alone decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -30,16 +32,21 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _start_fork_server() -> None:
-    """Starts the process that workers descend from; all of them ignore Ctrl-C from birth.
-
-    Ctrl-C reaches every process of the terminal, and the parent alone decides.
-    """
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back: a worker half started would make the pool wait for ever."""
+    received = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        multiprocessing.forkserver.ensure_running()
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
 
 
 def _run_task(items: list[Any]) -> list[Any]:
@@ -67,7 +74,6 @@ def map_in_order(
     tasks = iter(lambda: list(itertools.islice(items, ITEMS_PER_TASK)), [])
     items = iter(items)
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
-    _start_fork_server()
     pool = concurrent.futures.ProcessPoolExecutor(
         num_workers,
         # Neither the threads nor the memory of the parent are copied.
@@ -78,7 +84,8 @@ def map_in_order(
     try:
         # Two tasks more than workers keep every worker busy while the oldest result is used.
         for task in tasks:
-            pending.append(pool.submit(_run_task, task))
+            with _signals_deferred():
+                pending.append(pool.submit(_run_task, task))
             if len(pending) > num_workers + 2:
                 yield from pending.popleft().result()
         while pending:

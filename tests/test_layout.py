@@ -10,6 +10,7 @@ LAYERS = (
     ("main",),
     ("train",),
     ("step", "models", "data", "sharding", "checkpoint", "report", "preprocess", "torch_keys"),
+    ("layers",),
     ("losses", "selection", "smoothing", "metrics", "schedules"),
     ("sensors",),
 )

@@ -1,0 +1,104 @@
+"""Reads single-band GeoTIFFs, refusing those that are not whole."""
+
+import dataclasses
+import logging
+import struct
+import warnings
+
+import numpy as np
+import rasterio
+import rasterio.errors
+import rasterio.io
+from affine import Affine
+
+# What GDAL logs about a damaged file is raised here as an error.
+logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+
+# Bytes of one value of each TIFF field type.
+_FIELD_BYTES = {
+    1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
+    16: 8, 17: 8, 18: 8,
+}  # fmt: skip
+
+
+class GeotiffError(ValueError):
+    """A file that is no GeoTIFF, is cut short, or has not exactly one band."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """One band as stored.
+
+    Attributes:
+      pixels: (H, W), of the file's dtype.
+      crs: coordinate reference system as WKT; empty if the file names none.
+      transform: (a, b, c, d, e, f): x = a * column + b * row + c, y = d * column + e * row + f,
+        in the units of `crs`. The identity if the file has none.
+    """
+
+    pixels: np.ndarray
+    crs: str
+    transform: Affine
+
+
+def read_band(data: bytes) -> Band:
+    """Reads the one band of a GeoTIFF.
+
+    Args:
+      data: the whole file. Reading from memory costs no more than from a path, and is the same
+        for files that lie in an archive.
+
+    Raises:
+      GeotiffError: if the file is no GeoTIFF, is cut short, or has more than one band.
+    """
+    if not data:
+        raise GeotiffError("empty file")
+    try:
+        with (
+            # No search for side-car files, which GDAL would look for beside every tile.
+            rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+            warnings.catch_warnings(),
+            rasterio.io.MemoryFile(data) as memory,
+        ):
+            # Tiles without georeference are fine to train on.
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with memory.open(driver="GTiff") as dataset:
+                if dataset.count != 1:
+                    raise GeotiffError(f"has {dataset.count} bands, one is needed")
+                _check_blocks(dataset)
+                pixels = dataset.read(1)
+                crs = dataset.crs.to_wkt() if dataset.crs else ""
+                transform = dataset.transform
+        _check_tags(data)
+    except (rasterio.errors.RasterioError, struct.error) as error:
+        raise GeotiffError("no GeoTIFF, or cut short") from error
+    return Band(pixels, crs, transform)
+
+
+def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
+    """Refuses a file with blocks that were never written: GDAL would give zeros and say nothing."""
+    height, width = dataset.block_shapes[0]
+    for row in range(-(-dataset.height // height)):
+        for column in range(-(-dataset.width // width)):
+            if dataset.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1) is None:
+                raise GeotiffError(f"cut short, or sparse: no pixels stored at row {row * height}")
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuses a file with tags whose values lie past its end.
+
+    GDAL takes such tags, the georeference and the table of blocks included, for absent or zero.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    big_tiff = struct.unpack_from(order + "H", data, 2)[0] == 43
+    start = struct.unpack_from(order + ("Q" if big_tiff else "I"), data, 8 if big_tiff else 4)[0]
+    count_format, entry_format = ("Q", "HHQQ") if big_tiff else ("H", "HHII")
+    inline_bytes = 8 if big_tiff else 4
+    (entries,) = struct.unpack_from(order + count_format, data, start)
+    start += struct.calcsize(order + count_format)
+    for _ in range(entries):
+        tag, field_type, count, offset = struct.unpack_from(order + entry_format, data, start)
+        start += struct.calcsize(order + entry_format)
+        size = count * _FIELD_BYTES.get(field_type, 1)
+        if size > inline_bytes and offset + size > len(data):
+            raise GeotiffError(f"cut short: tag {tag} ends past the end of the file")

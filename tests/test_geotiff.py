@@ -1,0 +1,96 @@
+import io
+
+import numpy as np
+import pytest
+import rasterio
+import rasterio.errors
+
+from data_prep import geotiff
+
+PIXELS = np.random.default_rng(0).integers(500, 900, (48, 48)).astype(np.uint16)
+TRANSFORM = rasterio.Affine(10, 0, 5e5, 0, -10, 6e6)
+
+
+def geotiff_bytes(pixels=PIXELS, **options) -> bytes:
+    file = io.BytesIO()
+    profile = {"driver": "GTiff", "crs": "EPSG:32632", "transform": TRANSFORM}
+    profile |= {"width": 48, "height": 48, "count": 1, "dtype": pixels.dtype}
+    with rasterio.open(file, "w", **(profile | options)) as dataset:
+        dataset.write(pixels[None] if pixels.ndim == 2 else pixels)
+    return file.getvalue()
+
+
+def georeferenced_at_end(path, **options) -> bytes:
+    """A file whose tags lie behind its pixels, where cutting loses the georeference first."""
+    path.write_bytes(geotiff_bytes(**options))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.crs = "EPSG:32633"
+        dataset.update_tags(note="x" * 60)
+    return path.read_bytes()
+
+
+def test_band_and_georeference():
+    band = geotiff.read_band(geotiff_bytes())
+    np.testing.assert_array_equal(band.pixels, PIXELS)
+    assert band.pixels.dtype == np.uint16
+    assert rasterio.CRS.from_wkt(band.crs) == rasterio.CRS.from_epsg(32632)
+    assert tuple(band.transform[:6]) == (10, 0, 5e5, 0, -10, 6e6)
+
+
+def test_no_georeference():
+    with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
+        data = geotiff_bytes(crs=None, transform=None)
+    band = geotiff.read_band(data)
+    assert band.crs == ""
+    assert band.transform == rasterio.Affine.identity()
+
+
+@pytest.mark.parametrize("tags_at_end", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blockysize": 1},
+        {"compress": "deflate", "BIGTIFF": "YES"},
+        {"tiled": True, "blockxsize": 16, "blockysize": 16, "ENDIANNESS": "BIG"},
+    ],
+    ids=str,
+)
+def test_cut_file_is_never_read_wrongly(tmp_path, options, tags_at_end):
+    if tags_at_end:
+        data = georeferenced_at_end(tmp_path / "a.tif", **options)
+    else:
+        data = geotiff_bytes(**options)
+    whole = geotiff.read_band(data)
+    # Denser where the tables lie, at either end.
+    end = len(data)
+    lengths = {*range(0, 700, 7), *range(0, end, 89), *range(end - 300, end, 7), end - 1}
+    refused = 0
+    for length in lengths:
+        try:
+            band = geotiff.read_band(data[:length])
+        except geotiff.GeotiffError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(band.pixels, whole.pixels)
+            assert (band.crs, band.transform) == (whole.crs, whole.transform)
+    assert refused > 0.9 * len(lengths)
+
+
+def test_sparse_file_is_refused():
+    """GDAL gives zeros for blocks that were never written."""
+    data = geotiff_bytes(np.zeros_like(PIXELS), SPARSE_OK=True)
+    with pytest.raises(geotiff.GeotiffError, match="no pixels stored at row 0"):
+        geotiff.read_band(data)
+
+
+def test_more_bands_than_one_are_refused():
+    data = geotiff_bytes(np.stack([PIXELS, PIXELS]), count=2)
+    with pytest.raises(geotiff.GeotiffError, match="has 2 bands, one is needed"):
+        geotiff.read_band(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"II", b"no GeoTIFF at all", bytes(1000)])
+def test_other_bytes_are_refused(data):
+    with pytest.raises(geotiff.GeotiffError):
+        geotiff.read_band(data)
