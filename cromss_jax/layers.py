@@ -124,8 +124,10 @@ class BatchNorm(nnx.Module):
         unbiased = var * (count / (count - 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             new = jax.lax.stop_gradient(new)
-            running[...] = (1 - self.MOMENTUM) * running[...] + self.MOMENTUM * new
-        self.num_batches_tracked[...] += 1
+            # Not `running[...] =`, which asks a traced value for its sharding: JAX then searches
+            # the whole trace for an error message, and tracing takes four times as long.
+            running.set_value((1 - self.MOMENTUM) * running[...] + self.MOMENTUM * new)
+        self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -165,4 +167,4 @@ def draw_kernels(network: nnx.Module, rngs: nnx.Rngs) -> None:
         values = draw(rngs.params(), (ends[-1],))
         for conv, part in zip(chosen, jnp.split(values, ends[:-1]), strict=True):
             shape = conv.weight.shape
-            conv.weight[...] = part.reshape(shape) * conv.init.std(shape)
+            conv.weight.set_value(part.reshape(shape) * conv.init.std(shape))
