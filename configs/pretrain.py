@@ -84,7 +84,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.selection.confidence = "entropy"  # of predictions; or gini
     config.selection.final_keep_fraction = 0.5
     config.selection.ramp = "exp"
-    config.selection.ramp_epochs = 80
+    config.schedule.name = "exponential"
+    config.schedule.decay = 0.8
+    config.selection.ramp_epochs = 100
     # Thresholds over the global batch; per_device is what the published code does under DDP.
     config.selection.scope = "global"
 
@@ -113,13 +115,15 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """The recipe of `make pretrain`: everything there is, small enough for two cores."""
-    config.num_epochs = 24
+    config.num_epochs = 14
     config.batch_size = 8
-    config.data.crop_size = 128
+    config.data.crop_size = 96
     config.data.validation_fraction = 0.125
     config.network.depth = 18
-    config.optimizer.learning_rate = 0.001
-    config.selection.ramp_epochs = 12
+    config.optimizer.learning_rate = 0.003
+    config.schedule.name = "exponential"
+    config.schedule.decay = 0.8
+    config.selection.ramp_epochs = 10
     config.log_every_steps = 10
-    config.eval_every_epochs = 4
-    config.checkpoint_every_epochs = 4
+    config.eval_every_epochs = 7
+    config.checkpoint_every_epochs = 7

@@ -1,8 +1,10 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
 import logging
+import os
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -24,6 +26,8 @@ def main(arguments: list[str]) -> None:
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
+        jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
     try:
         train.train(_CONFIG.value, _WORKDIR.value)
     except (

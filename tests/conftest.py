@@ -2,7 +2,10 @@
 
 import os
 import pathlib
+import tempfile
 
+# Runs of the same recipe share what they compile, those in processes of their own too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "cromss_jax_tests")
 # Before jax is imported anywhere: devices are counted when the backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (

@@ -37,6 +37,7 @@ def tiny_flags(data_dir: str) -> dict[str, object]:
     return {
         "data.dir": data_dir,
         "data.crop_size": 32,
+        "num_devices": 1,
         "num_epochs": 4,
         "batch_size": 8,
         "eval_every_epochs": 2,
