@@ -29,8 +29,8 @@ lint: .venv/.test
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@
 
+# pip, which takes PyTorch from the disk where one is configured (--find-links).
 .venv/.test: requirements-test.lock .venv/.run
-	# pip, which finds a PyTorch wheel on the disk where one is configured (--find-links).
 	$(BIN)/pip install -q -r requirements-test.lock
 	touch $@
 

@@ -84,9 +84,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.selection.confidence = "entropy"  # of predictions; or gini
     config.selection.final_keep_fraction = 0.5
     config.selection.ramp = "exp"
-    config.schedule.name = "exponential"
-    config.schedule.decay = 0.8
-    config.selection.ramp_epochs = 100
+    config.selection.ramp_epochs = 80
     # Thresholds over the global batch; per_device is what the published code does under DDP.
     config.selection.scope = "global"
 
