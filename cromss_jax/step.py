@@ -195,8 +195,8 @@ def training_loss(
       Scalar loss; scalar metrics by name.
     """
     labels = batch["labels"]
-    # Softmax in float32, whatever the networks compute in.
-    log_probs = {m: jax.nn.log_softmax(x.astype(jnp.float32)) for m, x in logits.items()}
+    # In float32: the networks return logits so, whatever they compute in.
+    log_probs = {m: jax.nn.log_softmax(x) for m, x in logits.items()}
     ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
 
     confidences = label_confidences(log_probs, labels)
@@ -335,7 +335,7 @@ def predict(
     """Log-probabilities [B, H, W, C] of each modality, running statistics in the BatchNorms."""
     network = nnx.merge(definition, state.params, state.batch_stats)
     logits = network({m: batch[m] for m in config.modalities}, train=False)
-    return {m: jax.nn.log_softmax(x.astype(jnp.float32)) for m, x in logits.items()}
+    return {m: jax.nn.log_softmax(x) for m, x in logits.items()}
 
 
 def make_eval_step(

@@ -54,9 +54,15 @@ def tiny_config(data_dir: str, variant: str = "sample", **more) -> ml_collection
     return config
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps of the finished checkpoints."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def final_digest(workdir: pathlib.Path) -> str:
     """SHA-256 of every array of the newest checkpoint, names and shapes included."""
-    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    newest = workdir / "checkpoints" / str(max(saved_steps(workdir)))
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((newest / "state").absolute())
     digest = hashlib.sha256(newest.name.encode())

@@ -3,14 +3,13 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cromss_jax import sharding, step
 from tests import runs
 
-B, S, T = 8, 2, 48
+B, S, T = 8, 2, 36
 
 
 def make_records(seed: int) -> dict[str, np.ndarray]:
@@ -18,29 +17,30 @@ def make_records(seed: int) -> dict[str, np.ndarray]:
     shapes = {"s1": (T, T, 2), "s2_10m": (T, T, 4), "s2_20m": (T // 2, T // 2, 6)}
     shapes |= {"s2_60m": (T // 6, T // 6, 3)}
     records = {k: rng.integers(0, 256, (B, *s), dtype=np.uint8) for k, s in shapes.items()}
-    parcels = rng.integers(0, 9, (B, S, T // 8, T // 8), dtype=np.uint8)
-    records["labels"] = np.kron(parcels, np.ones((1, 1, 8, 8), np.uint8))
+    parcels = rng.integers(0, 9, (B, S, T // 6, T // 6), dtype=np.uint8)
+    records["labels"] = np.kron(parcels, np.ones((1, 1, 6, 6), np.uint8))
     records["season"] = rng.integers(0, S, B).astype(np.int32)
     return {**records, "is_real": np.ones(B, bool)}
 
 
-def compile_step(config, num_devices: int):
-    """The compiled training step, and a fresh state on its devices."""
-    mesh = sharding.make_mesh(num_devices)
-    definition = step.network_definition(config)
-    num_scopes = 1 if config.selection.scope == "global" else num_devices
-    jitted = sharding.jit_step(step.make_train_step(config, definition, 64, num_scopes), mesh)
-    init = jax.jit(lambda k: step.init_state(config, k), out_shardings=sharding.replicated(mesh))
-    state = init(jax.random.key(0))
-    return jitted.lower(state, sharding.to_devices(make_records(0), mesh)).compile(), state, mesh
-
-
 @pytest.fixture(scope="module")
 def compiled():
-    config = runs.tiny_config(
-        "unused", **{"optimizer.name": "sgd", "optimizer.learning_rate": 0.01}
-    )
+    """The compiled step of both networks on 1 and on 8 devices, with its state and mesh."""
+    # Plain SGD in small steps: see below.
+    settings = {"name": "sgd", "learning_rate": 2e-5, "momentum": 0.0}
+    config = runs.tiny_config("unused", **{f"optimizer.{k}": v for k, v in settings.items()})
     return {n: compile_step(config, n) for n in (1, 8)}
+
+
+def compile_step(config, num_devices: int):
+    mesh = sharding.make_mesh(num_devices)
+    jitted = sharding.jit_step(
+        step.make_train_step(config, step.network_definition(config), 64), mesh
+    )
+    init = jax.jit(lambda k: step.init_state(config, k), out_shardings=sharding.replicated(mesh))
+    state = init(jax.random.key(0))
+    records = sharding.to_devices(make_records(0), mesh)
+    return jitted.lower(state, records).compile(), state, mesh
 
 
 def test_no_pixel_is_gathered(compiled):
@@ -51,13 +51,20 @@ def test_no_pixel_is_gathered(compiled):
 
 
 def test_one_and_eight_devices_agree(compiled):
-    losses = {}
-    for num_devices, (executable, state, mesh) in compiled.items():
-        losses[num_devices] = []
+    """Twenty steps, whose losses and whose way through parameter space must be the same.
+
+    Two orders of summation differ by 1e-7 in float32. That flips the sign of a few activations,
+    which changes gradients by about 1e-3 of their norm, in PyTorch too; large steps amplify it.
+    """
+    losses, moved = {}, {}
+    for n, (executable, start, mesh) in compiled.items():
+        state, losses[n] = start, []
         for number in range(20):
             state, report = executable(state, sharding.to_devices(make_records(number), mesh))
-            losses[num_devices].append(float(report["loss"]))
-    # What is promised; float32 sums in another order make the first step differ by about 1e-7.
+            losses[n].append(float(report["loss"]))
+        way = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start.params)
+        moved[n] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(way)])
     np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
-    assert losses[1][-1] != losses[1][0]
-    assert jnp.isfinite(losses[1][-1])
+    difference = np.linalg.norm(moved[1] - moved[8]) / np.linalg.norm(moved[1])
+    assert difference < 0.01
+    assert np.linalg.norm(moved[1]) > 0

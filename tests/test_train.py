@@ -74,8 +74,7 @@ def test_a_run_leaves_results_logs_and_checkpoints(finished):
 
 
 def test_checkpoints_are_kept_as_configured(finished):
-    steps = sorted(int(path.name) for path in (finished / "checkpoints").glob("[0-9]*"))
-    assert steps == [4, 6, 7]  # ends of the epochs 2, 3 and 4
+    assert runs.saved_steps(finished) == [4, 6, 7]  # ends of the epochs 2, 3 and 4
 
 
 def test_sigterm_saves_and_the_same_command_ends_bit_equal(finished, data_dir, tmp_path):
@@ -86,7 +85,7 @@ def test_sigterm_saves_and_the_same_command_ends_bit_equal(finished, data_dir, t
     process.send_signal(signal.SIGTERM)
     assert "told to stop: saved step" in finish(process)
     assert not (tmp_path / "results.md").exists()
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
+    saved = max(runs.saved_steps(tmp_path))
     assert saved < 7
     assert f"at step {saved}" in finish(start(data_dir, tmp_path))
     assert runs.final_digest(tmp_path) == runs.final_digest(finished)
@@ -123,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     batch = data.training_records(dataset, locations, config.batch_size, config.seed)[first_bad]
     for index in batch:
         assert dataset.source[int(index)]["location_id"].decode() in str(error.value)
-    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert runs.saved_steps(tmp_path) == []
 
 
 @pytest.mark.parametrize(

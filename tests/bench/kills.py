@@ -25,7 +25,6 @@ def main(_) -> None:
         folder = pathlib.Path(name)
         data_dir = runs.make_data(folder, locations=16, seasons=2, tile_size=48)
         overrides = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
-        overrides |= {"config.num_epochs": 12}
 
         def start(workdir: pathlib.Path) -> subprocess.Popen:
             line = runs.command(
@@ -58,13 +57,13 @@ def main(_) -> None:
             time.sleep(moment)
             process.kill()
             process.wait()
-            saved = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*") if p.is_dir())
+            saved = runs.saved_steps(workdir)
             finish(workdir)
             same = runs.final_digest(workdir) == digest and runs.logged(workdir) == logged
             equal += same
             print(
                 f"killed after {moment:5.1f} of {length:.1f} s, newest checkpoint "
-                f"{saved[-1] if saved else None}: {'bit-equal' if same else 'DIFFERENT'}",
+                f"{max(saved, default=None)}: {'bit-equal' if same else 'DIFFERENT'}",
                 flush=True,
             )
     print(json.dumps({"kills": _KILLS.value, "bit_equal_endings": equal}))
