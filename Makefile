@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Installs in seconds what pip takes a minute and a half for.
 UV_VERSION := 0.13.9
 SAMPLE := data/sample_geotiffs
-DATASET := data/ssl4eo_s12_nol/.built
+DATASET := data/sample/ssl4eo_s12_nol/.built
 WORKDIR ?= runs/sample
 
 .PHONY: pretrain test lint lock clean
@@ -40,8 +40,9 @@ $(SAMPLE)/dw_complete_ids.csv: | .venv/.run
 		--locations=64 --seasons=4 --tile_size=132 --seed=0
 
 $(DATASET): $(SAMPLE)/dw_complete_ids.csv
+	rm -rf data/sample
 	$(BIN)/python -m data_prep.build --dataset=ssl4eo_s12_nol \
-		--source_dir=$(SAMPLE) --data_dir=data
+		--source_dir=$(SAMPLE) --data_dir=data/sample
 	touch $@
 
 # Writes the lock files anew from pyproject.toml, the second with the first's versions.

@@ -34,6 +34,8 @@ def _parse(argument: str) -> dict[str, str]:
                 + ", ".join(known)
             )
         chosen[name] = value
+    if "modality" in chosen and "fusion" in chosen:
+        raise ValueError("configs/pretrain.py: modality=... is a single network, without fusion")
     return chosen
 
 
@@ -113,6 +115,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """The recipe of `make pretrain`: everything there is, small enough for two cores."""
+    config.data.dir = "data/sample"
     config.num_epochs = 14
     config.batch_size = 8
     config.data.crop_size = 96

@@ -26,14 +26,16 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay.
 
         Raises:
-          CheckpointError: if a folder with a step's name holds no finished checkpoint.
+          CheckpointError: if the newest folder with a step's name holds no finished checkpoint.
+            Older ones are what a kill left of a checkpoint that was being removed.
         """
-        for path in epath.Path(directory).glob("*"):
-            if path.name.isdigit() and not (path / "_CHECKPOINT_METADATA").exists():
-                raise CheckpointError(
-                    f"{path} has a checkpoint's name but is none (no _CHECKPOINT_METADATA); "
-                    "move it away, and the run continues from the newest real checkpoint"
-                )
+        steps = [path for path in epath.Path(directory).glob("*") if path.name.isdigit()]
+        newest = max(steps, key=lambda path: int(path.name), default=None)
+        if newest is not None and not (newest / "_CHECKPOINT_METADATA").exists():
+            raise CheckpointError(
+                f"{newest} has a checkpoint's name but is none (no _CHECKPOINT_METADATA); "
+                "move it away, and the run continues from the newest real checkpoint"
+            )
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),

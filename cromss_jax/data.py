@@ -6,6 +6,8 @@ so that a record's index is the location's start plus the season.
 
 import dataclasses
 import functools
+import hashlib
+import re
 from collections.abc import Sequence
 
 import grain
@@ -49,6 +51,12 @@ class TileDataset:
         """[locations] int, index of each location's first record."""
         return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
 
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What must not change under a run, since the order of visits follows from it."""
+        digest = hashlib.sha256(np.asarray(self.season_counts, np.int64).tobytes())
+        return {"tile_size": self.tile_size, "season_counts": digest.hexdigest()}
+
     def location_of(self, records: np.ndarray) -> np.ndarray:
         """Indices of the locations that records belong to."""
         return np.searchsorted(self.starts, records, side="right") - 1
@@ -61,9 +69,11 @@ def open_dataset(data_dir: str, name: str) -> TileDataset:
       DataError: if there is none; says what was looked for and how to make it.
     """
     root = epath.Path(data_dir) / name
+    # Not `incomplete.*`, what a killed build leaves.
     versions = sorted(
         (tuple(map(int, info.parent.name.split("."))), info.parent)
         for info in root.glob("*.*.*/dataset_info.json")
+        if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
     )
     if not versions:
         raise DataError(

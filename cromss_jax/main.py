@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> list[str]:
     """Parses the flags; a sentence instead of a traceback for what was mistyped."""
     try:
         return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError) as error:  # the latter for unknown --config.fields
+    except (flags.Error, AttributeError, OSError) as error:  # unknown fields, missing files
         sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
         sys.exit(f"error: {sentence} (--helpshort lists the flags)")
 

@@ -76,21 +76,20 @@ def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.nd
     if name == "s1":
         return _stretch(values[..., [0, 1, 0]])
     if name == "s2":
-        return _stretch(values[..., [s2_bands.index(band) for band in ("B4", "B3", "B2")]])
+        colours = [s2_bands.index(band) for band in ("B4", "B3", "B2") if band in s2_bands]
+        # Without all three colours, the first band in grey.
+        return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
     if name.startswith(("label_confidence", "selection_weights")):
         return values
     return class_colours(values)
 
 
-def draw_samples(
-    shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...], count: int
-) -> np.ndarray:
+def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> np.ndarray:
     """Draws samples as rows and what is known of them as columns.
 
     Args:
-      shown: what the picture step returns, [B, H, W] or [B, H, W, K].
+      shown: what the picture step returns, [n, H, W] or [n, H, W, K].
       s2_bands: names of the bands of `shown["s2"]`.
-      count: number of rows.
 
     Returns:
       [H, W, 3] uint8.
@@ -98,7 +97,7 @@ def draw_samples(
     order = ["s2", "s1", "truth", "labels", "prior"]
     order = [name for name in order if name in shown]
     order += sorted(name for name in shown if "/" in name)
-    count = min(count, len(shown["labels"]))
+    count = len(shown["labels"])
     figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), 1.72 * count + 0.75), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(count, len(order), squeeze=False)

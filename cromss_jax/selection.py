@@ -7,6 +7,8 @@ Everything here is weighing, not learning: the callers pass probabilities throug
 import jax
 import jax.numpy as jnp
 
+PREDICTION_CONFIDENCES = ("entropy", "gini")
+
 
 def label_confidence(probs: jax.Array, labels: jax.Array) -> jax.Array:
     """Probability that the network gives to the noisy label, P[y].
@@ -39,7 +41,7 @@ def prediction_confidence(log_probs: jax.Array, kind: str) -> jax.Array:
         return jnp.clip(1.0 - entropy / jnp.log(probs.shape[-1]), 0.0, 1.0)
     if kind == "gini":
         return jnp.sum(probs**2, axis=-1)
-    raise ValueError(f"prediction confidence is {kind!r}; it must be 'entropy' or 'gini'")
+    raise ValueError(f"prediction confidence {kind!r} is none of {PREDICTION_CONFIDENCES}")
 
 
 def entangle(own: jax.Array, other: jax.Array) -> jax.Array:

@@ -12,16 +12,8 @@ def make_mesh(num_devices: int = 0) -> Mesh:
 
     Args:
       num_devices: the first so many devices; 0 takes all.
-
-    Raises:
-      ValueError: if there are fewer devices.
     """
     devices = jax.devices()
-    if num_devices > len(devices):
-        raise ValueError(
-            f"config.num_devices is {num_devices} but only {len(devices)} devices were found; "
-            "set it to 0 to use all that there are"
-        )
     count = num_devices or len(devices)
     return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
 

@@ -31,7 +31,7 @@ class TrainState:
       opt_state: moments of the optimizer.
       plateau: state of the plateau schedule; `plateau.scale` multiplies the learning rate.
       rng: key that the augmentation's draws are made from, never advanced: step t folds t in.
-      first_bad_step: int32, the first step whose loss or gradient was not finite; -1 if none.
+      first_bad_step: int32, the first step whose loss, gradient or outcome was not finite; or -1.
     """
 
     step: jax.Array
@@ -293,7 +293,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
         norm = optax.tree.norm(grads)
-        is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        is_bad = ~jnp.isfinite(loss + norm + optax.tree.norm(params))
         first_bad_step = jnp.where(
             (state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step
         )
@@ -382,7 +382,9 @@ def make_eval_step(
         )
         confidences = label_confidences(log_probs, labels)
         for m, prediction in predictions.items():
-            sums[f"confusion_truth/{m}"] = metrics.confusion_matrix(truth, prediction, NUM_CLASSES)
+            sums[f"confusion_truth/{m}"] = metrics.confusion_matrix(
+                jnp.where(known, truth, sensors.IGNORE_LABEL), prediction, NUM_CLASSES
+            )
             sums[f"confidence/{m}"] = metrics.confidence_counts(
                 confidences[m], known & (labels == truth), known & (labels != truth)
             )
@@ -396,9 +398,9 @@ def make_picture_step(
 ) -> Callable[[TrainState, Maps], dict[str, jax.Array]]:
     """Builds the step that shows what the method does to a batch, to be jitted.
 
-    Returns [B, H, W] (imagery [B, H, W, K]): `s1`, `s2`, `labels`, `prior` (its likeliest
-    class), `truth` if any, and by modality `prediction/`, `label_confidence/`,
-    `selection_weights/`.
+    Returns, for the first `config.num_pictures` samples, [n, H, W] (imagery [n, H, W, K]):
+    `s1`, `s2`, `labels`, `prior` (its likeliest class), `truth` if any, and by modality
+    `prediction/`, `label_confidence/`, `selection_weights/`.
     """
 
     def picture_step(state: TrainState, records: Maps) -> dict[str, jax.Array]:
@@ -415,6 +417,6 @@ def make_picture_step(
             shown[f"prediction/{m}"] = jnp.argmax(x, axis=-1)
             shown[f"label_confidence/{m}"] = confidences[m]
             shown[f"selection_weights/{m}"] = weights[m]
-        return shown
+        return {name: values[: config.num_pictures] for name, values in shown.items()}
 
     return picture_step

@@ -1,7 +1,9 @@
 """Pretraining, read from top to bottom: data, networks, loop, results."""
 
+import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import logging
@@ -16,13 +18,44 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cromss_jax import checkpoint, data, metrics, report, sharding, step
+from cromss_jax import (
+    checkpoint,
+    data,
+    losses,
+    metrics,
+    models,
+    report,
+    schedules,
+    selection,
+    sensors,
+    sharding,
+    smoothing,
+    step,
+)
 
 _log = logging.getLogger(__name__)
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures")
-_FREE_PREFIXES = ("log_every", "eval_every", "checkpoint", "data.dir", "data.num_threads")
+_FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
+_COUNTS = ("num_epochs", "batch_size", "log_every_steps", "eval_every_epochs", "num_pictures")
+_COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads")
+
+_CHOICES = {
+    "modalities": sensors.MODALITIES,
+    "s2_bands": sensors.S2_BANDS,
+    "network.fusion": models.FUSIONS,
+    "network.depth": tuple(models.RESNETS),
+    "network.dtype": ("float32", "bfloat16"),
+    "loss.segmentation": losses.SEGMENTATION_LOSSES,
+    "loss.consistency": losses.CONSISTENCY_LOSSES,
+    "loss.prior": smoothing.PRIOR_KINDS,
+    "selection.confidence": selection.PREDICTION_CONFIDENCES,
+    "selection.ramp": schedules.RAMPS,
+    "selection.scope": ("global", "per_device"),
+    "optimizer.name": ("adam", "sgd"),
+    "schedule.name": schedules.LEARNING_RATES,
+}
 
 
 class NonFiniteLossError(ValueError):
@@ -35,7 +68,26 @@ class ConfigError(ValueError):
 
 def check_config(config: ml_collections.ConfigDict, tile_size: int, num_devices: int) -> None:
     """Raises ConfigError for what would fail late or silently do something else."""
-    crop, scope = config.data.crop_size, config.selection.scope
+
+    def field(name: str):
+        return functools.reduce(lambda node, key: node[key], name.split("."), config)
+
+    for name in _COUNTS:
+        if field(name) < 1:
+            raise ConfigError(f"config.{name} is {field(name)}; it must be at least 1")
+    for name, choices in _CHOICES.items():
+        value = field(name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not set(values) <= set(choices):
+            raise ConfigError(
+                f"config.{name} is {value!r}; choose from {', '.join(map(str, choices))}"
+            )
+    if (config.network.fusion == "none") != (len(config.modalities) == 1):
+        raise ConfigError(
+            f"config.network.fusion is {config.network.fusion!r} with the modalities "
+            f"{', '.join(config.modalities)}; use 'none' for one modality, 'mid' or 'late' for two"
+        )
+    crop = config.data.crop_size
     if crop > tile_size:
         raise ConfigError(
             f"config.data.crop_size is {crop} but the data set's tiles have {tile_size} pixels; "
@@ -51,8 +103,6 @@ def check_config(config: ml_collections.ConfigDict, tile_size: int, num_devices:
             f"config.batch_size is {config.batch_size}, which {num_devices} devices cannot share "
             f"equally; use a multiple of {num_devices} or set config.num_devices"
         )
-    if scope not in ("global", "per_device"):
-        raise ConfigError(f"config.selection.scope is {scope!r}; use 'global' or 'per_device'")
     if config.schedule.name == "plateau" and config.data.validation_fraction == 0:
         raise ConfigError(
             "the plateau schedule needs a validation loss but config.data.validation_fraction is "
@@ -76,7 +126,8 @@ def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     """
     path = workdir / "config.json"
     resolved = json.loads(config.to_json())
-    if path.exists():
+    # Before its first checkpoint a run has nothing that a change could spoil.
+    if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
         before, now = _flat(json.loads(path.read_text())), _flat(resolved)
         changed = [
             f"{name} from {before.get(name)} to {now.get(name)}"
@@ -90,7 +141,9 @@ def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
                 f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
                 "use the same configuration to continue it, or another --workdir"
             )
-    path.write_text(json.dumps(resolved, indent=2) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(resolved, indent=2) + "\n")
+    temporary.replace(path)  # whole or not at all, whenever the run is killed
     packages = (
         "cromss_jax",
         "jax",
@@ -159,7 +212,7 @@ class Evaluation:
                 if np.ndim(score) == 0:
                     values[f"{name}/{key}"] = score
                     continue
-                for class_name, value in zip(step.sensors.CLASS_NAMES, score, strict=True):
+                for class_name, value in zip(sensors.CLASS_NAMES, score, strict=True):
                     values[f"{name}/{key}/{class_name}"] = value
         return values
 
@@ -168,7 +221,11 @@ def evaluate(
     eval_step: Callable, state: step.TrainState, batches: Sequence[dict], mesh: jax.sharding.Mesh
 ) -> Evaluation:
     """Scores the state on batches of host arrays, without waiting between them."""
-    sums = [eval_step(state, sharding.to_devices(batch, mesh)) for batch in batches]
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(state, sharding.to_devices(batch, mesh)))
+        if len(sums) > 2:  # waiting batches must not fill the device's memory
+            jax.block_until_ready(sums[-3])
     sums = jax.device_get(sums)
     samples = np.array([s["num_samples"] for s in sums], np.float64)
     total = {
@@ -218,6 +275,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
 
     # ---------------------------------------------------------------- data
     dataset = data.open_dataset(config.data.dir, config.data.name)
+    if not 0 <= config.num_devices <= len(jax.devices()):
+        raise ConfigError(
+            f"config.num_devices is {config.num_devices} but {len(jax.devices())} devices were "
+            "found; set it to 0 to use all that there are"
+        )
     mesh = sharding.make_mesh(config.num_devices)
     check_config(config, dataset.tile_size, mesh.size)
     train_locations, held_back = data.split_locations(
@@ -279,8 +341,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         )
-        state, iterator_state = checkpoints.restore(abstract)
-        batches.set_state(iterator_state)
+        state, host_state = checkpoints.restore(abstract)
+        before = host_state["data"]
+        if before != {**dataset.identity, "scopes": num_scopes}:
+            raise ConfigError(
+                f"the run in {folder} was on other data, or on another number of devices with "
+                "config.selection.scope per_device: use those again, or another --workdir"
+            )
+        batches.set_state(host_state["iterator"])
         done = checkpoints.latest_step
         _log.info("continuing from %s at step %d", folder / "checkpoints", done)
 
@@ -316,17 +384,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         ids = [str(dataset.source[int(i)]["location_id"].decode()) for i in records[first_bad]]
         raise NonFiniteLossError(
             f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
-            f"locations {', '.join(ids)}; the newest checkpoint, at step "
-            f"{checkpoints.latest_step}, is from before that: look at those locations, or lower "
-            "config.optimizer.learning_rate"
+            f"locations {', '.join(ids)}; checkpoints (newest: step {checkpoints.latest_step}) are "
+            "from before that: look at those locations, or lower config.optimizer.learning_rate"
         )
 
     # ---------------------------------------------------------------- loop
     log = report.MetricLog(str(folder), done) if is_writer else None
     pending, started, start_step = [], 0.0, done + 1
     evaluation = None
-    # Nothing crosses between host and device unless it is said to.
-    with Preemption() as preemption, jax.transfer_guard("disallow"):
+    # Whatever happens, what is being saved is saved to the end. And nothing goes to the device
+    # unless it is said to.
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log) if log else contextlib.nullcontext(),
+        Preemption() as preemption,
+        jax.transfer_guard_host_to_device("disallow"),
+    ):
         for number in range(done + 1, num_steps + 1):
             state, step_metrics = train_step(state, sharding.to_devices(next(batches), mesh))
             pending.append(step_metrics)
@@ -345,7 +418,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 stop_if_bad(state)
                 pending = []
                 seconds = (time.perf_counter() - started) / max(number - start_step, 1)
-                means["samples_per_second"] = config.batch_size / seconds
+                if number > start_step:
+                    means["samples_per_second"] = config.batch_size / seconds
                 if log:
                     log.scalars(number, "train", means)
                 _log.info(
@@ -354,7 +428,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     num_steps,
                     number * config.batch_size / num_locations,
                     means["loss"],
-                    means["samples_per_second"],
+                    config.batch_size / seconds,
                     datetime.timedelta(seconds=round((num_steps - number) * seconds)),
                 )
 
@@ -375,18 +449,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             leave = preemption.reached(number)
             if number in checkpoint_steps or leave:
                 stop_if_bad(state)
-                checkpoints.save(number, state, batches.get_state())
+                host_state = {
+                    "iterator": batches.get_state(),
+                    "data": {**dataset.identity, "scopes": num_scopes},
+                }
+                checkpoints.save(number, state, host_state)
             if leave and number < num_steps:
-                checkpoints.close()
                 _log.info("told to stop: saved step %d; the same command continues", number)
                 return state
-    checkpoints.close()
-    if evaluation is None and len(held_back):  # the run was already complete
-        evaluation = evaluate(eval_step, state, validation_batches(), mesh)
-    if evaluation is not None and is_writer:
-        _log.info("results\n\n%s", write_results(evaluation, folder))
-    if log:
-        log.close()
+        if evaluation is None and len(held_back):  # the run was already complete
+            evaluation = evaluate(eval_step, state, validation_batches(), mesh)
+        if evaluation is not None and is_writer:
+            _log.info("results\n\n%s", write_results(evaluation, folder))
     return state
 
 
@@ -399,4 +473,4 @@ def draw(
 ) -> np.ndarray:
     """What the method does to the first samples of a batch, [H, W, 3] uint8."""
     shown = jax.device_get(picture_step(state, sharding.to_devices(batch, mesh)))
-    return report.draw_samples(shown, tuple(config.s2_bands), config.num_pictures)
+    return report.draw_samples(shown, tuple(config.s2_bands))

@@ -131,9 +131,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
         ({"data.crop_size": 64}, "tiles have 48 pixels"),
         ({"data.crop_size": 40}, "multiple of 32"),
         ({"batch_size": 12, "num_devices": 8}, "devices cannot share"),
-        ({"num_devices": 9}, "only 8 devices"),
+        ({"num_devices": 9}, "8 devices were found"),
         ({"data.validation_fraction": 0.0}, "plateau schedule needs a validation loss"),
-        ({"selection.scope": "gpu"}, "use 'global' or 'per_device'"),
+        ({"selection.scope": "gpu"}, "selection.scope is 'gpu'; choose from global, per_device"),
+        ({"selection.ramp": "exponential"}, "choose from exp, linear, none"),
+        ({"loss.segmentation": ("dice", "ce")}, "choose from cross_entropy, dice, focal"),
+        ({"s2_bands": ("B4", "B14")}, "choose from B1, B2"),
+        ({"network.depth": 101}, "choose from 18, 34, 50"),
+        ({"modalities": ("s1",)}, "use 'none' for one modality"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(

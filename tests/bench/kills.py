@@ -5,6 +5,7 @@ the first, started again with the same command, and must end with the same bits 
 """
 
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -26,6 +27,8 @@ def main(_) -> None:
         data_dir = runs.make_data(folder, locations=16, seasons=2, tile_size=48)
         overrides = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
 
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+
         def start(workdir: pathlib.Path) -> subprocess.Popen:
             line = runs.command(
                 "cromss_jax.main",
@@ -34,7 +37,7 @@ def main(_) -> None:
                 **overrides,
             )
             log = (folder / f"{workdir.name}.log").open("a")
-            return subprocess.Popen(line, cwd=runs.ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(line, cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
 
         def finish(workdir: pathlib.Path) -> float:
             started = time.monotonic()
@@ -46,7 +49,7 @@ def main(_) -> None:
         reference = folder / "reference"
         finish(reference)
         digest, logged = runs.final_digest(reference), runs.logged(reference)
-        # Killed runs may take the programs that the first one compiled.
+        # Killed runs take the programs that the first one compiled.
         length = finish(folder / "again")
         rng = random.Random(_SEED.value)
         equal = 0
