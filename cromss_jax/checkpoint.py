@@ -46,14 +46,14 @@ class Checkpoints:
         """Step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, iterator_state: dict) -> None:
+    def save(self, step: int, state: Any, host_state: dict) -> None:
         """Saves in the background; a step that is there already is left as it is."""
         if step == self.latest_step:
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), iterator=ocp.args.JsonSave(iterator_state)
+                state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host_state)
             ),
         )
 
@@ -64,16 +64,16 @@ class Checkpoints:
           abstract_state: the state's shapes, dtypes and shardings.
 
         Returns:
-          The state and the data iterator's state.
+          The state, and the host's: the data iterator's and what identifies its data.
         """
         restored = self._manager.restore(
             self.latest_step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), iterator=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(abstract_state), host=ocp.args.JsonRestore()
             ),
         )
         # A copy of XLA's own making: restored buffers on CPU may be borrowed, and are donated.
-        return jax.tree.map(lambda x: x.copy(), restored.state), restored.iterator
+        return jax.tree.map(lambda x: x.copy(), restored.state), restored.host
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -11,7 +11,7 @@ import pathlib
 import platform
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import ml_collections
@@ -93,10 +93,10 @@ def check_config(config: ml_collections.ConfigDict, tile_size: int, num_devices:
             f"config.data.crop_size is {crop} but the data set's tiles have {tile_size} pixels; "
             "make it at most that"
         )
-    if crop % 32:
+    if crop % models.STRIDE:
         raise ConfigError(
-            f"config.data.crop_size is {crop}; the networks need a multiple of 32, such as "
-            f"{max(crop // 32 * 32, 32)}"
+            f"config.data.crop_size is {crop}; the networks need a multiple of {models.STRIDE}, "
+            f"such as {max(crop // models.STRIDE, 1) * models.STRIDE}"
         )
     if config.batch_size % num_devices:
         raise ConfigError(
@@ -218,7 +218,7 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable, state: step.TrainState, batches: Sequence[dict], mesh: jax.sharding.Mesh
+    eval_step: Callable, state: step.TrainState, batches: Iterable[dict], mesh: jax.sharding.Mesh
 ) -> Evaluation:
     """Scores the state on batches of host arrays, without waiting between them."""
     sums = []
@@ -299,16 +299,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     )
     validation = data.validation_records(dataset, held_back, config.batch_size)
 
-    def validation_batches():
-        for batch in validation:
-            rows = np.split(batch, jax.process_count())[jax.process_index()]
-            yield data.read_batch(dataset, config.modalities, rows)
+    def read(batch: np.ndarray) -> dict:
+        rows = np.split(batch, jax.process_count())[jax.process_index()]
+        return data.read_batch(dataset, config.modalities, rows)
 
     def picture_batch():
         seasons = np.arange(len(held_back)) % dataset.season_counts[held_back]
-        rows = np.resize(dataset.starts[held_back] + seasons, config.batch_size)
-        rows = np.split(rows, jax.process_count())[jax.process_index()]
-        return data.read_batch(dataset, config.modalities, rows)
+        return read(np.resize(dataset.starts[held_back] + seasons, config.batch_size))
 
     # ---------------------------------------------------------------- state and steps
     replicated = sharding.replicated(mesh)
@@ -326,6 +323,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         step.make_picture_step(config, definition, num_locations), mesh
     )
     plateau = step.make_plateau(config)
+    # What a continued run must find again.
+    identity = {**dataset.identity, "scopes": num_scopes}
 
     @jax.jit
     def update_plateau(state: step.TrainState, loss: jax.Array) -> step.TrainState:
@@ -342,8 +341,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         )
         state, host_state = checkpoints.restore(abstract)
-        before = host_state["data"]
-        if before != {**dataset.identity, "scopes": num_scopes}:
+        if host_state["data"] != identity:
             raise ConfigError(
                 f"the run in {folder} was on other data, or on another number of devices with "
                 "config.selection.scope per_device: use those again, or another --workdir"
@@ -433,7 +431,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 )
 
             if number in eval_steps:
-                evaluation = evaluate(eval_step, state, validation_batches(), mesh)
+                evaluation = evaluate(eval_step, state, map(read, validation), mesh)
                 state = update_plateau(
                     state, jax.device_put(np.float32(evaluation.loss), replicated)
                 )
@@ -449,16 +447,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             leave = preemption.reached(number)
             if number in checkpoint_steps or leave:
                 stop_if_bad(state)
-                host_state = {
-                    "iterator": batches.get_state(),
-                    "data": {**dataset.identity, "scopes": num_scopes},
-                }
+                host_state = {"iterator": batches.get_state(), "data": identity}
                 checkpoints.save(number, state, host_state)
             if leave and number < num_steps:
                 _log.info("told to stop: saved step %d; the same command continues", number)
                 return state
         if evaluation is None and len(held_back):  # the run was already complete
-            evaluation = evaluate(eval_step, state, validation_batches(), mesh)
+            evaluation = evaluate(eval_step, state, map(read, validation), mesh)
         if evaluation is not None and is_writer:
             _log.info("results\n\n%s", write_results(evaluation, folder))
     return state

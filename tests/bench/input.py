@@ -7,14 +7,13 @@ from a warm cache, as pretraining does.
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
 from absl import app, flags
 
 from cromss_jax import data, sensors
+from tests import runs
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "A prepared data set; none: make a sample")
 _NAME = flags.DEFINE_string("name", "ssl4eo_s12_nol", "Its name")
@@ -23,27 +22,12 @@ _THREADS = flags.DEFINE_integer("threads", 2, "Reading threads")
 _BATCHES = flags.DEFINE_integer("batches", 60, "Batches a round")
 
 
-def make_sample(folder: pathlib.Path) -> str:
-    """A data set of 64 procedural locations of four seasons, 264 x 264."""
-    source, target = folder / "geotiffs", folder / "records"
-    command = [sys.executable, "-m"]
-    subprocess.run(
-        [*command, "data_prep.sample", f"--output_dir={source}", "--locations=64", "--seasons=4"]
-        + ["--tile_size=264", "--seed=0"],
-        check=True,
-    )
-    subprocess.run(
-        [*command, "data_prep.build", "--dataset=ssl4eo_s12_nol", f"--source_dir={source}"]
-        + [f"--data_dir={target}"],
-        check=True,
-    )
-    return str(target)
-
-
 def main(_) -> None:
     """Prints the figures, the last line as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        data_dir = _DATA_DIR.value or make_sample(pathlib.Path(folder))
+        data_dir = _DATA_DIR.value or runs.make_data(
+            pathlib.Path(folder), locations=64, seasons=4, tile_size=264, seed=0
+        )
         dataset = data.open_dataset(data_dir, _NAME.value)
         train, _ = data.split_locations(dataset.num_locations, 0.01, 0)
         records = data.training_records(dataset, train, _BATCH_SIZE.value, 0)
