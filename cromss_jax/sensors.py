@@ -97,3 +97,17 @@ def scale_to_uint8(values: np.ndarray, band: str) -> np.ndarray:
     low = mean - 2 * std
     scaled = (values - low) / (4 * std) * 255
     return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def values_of_uint8(pixels: np.ndarray, band: str) -> np.ndarray:
+    """What `scale_to_uint8` was given, up to clipping and truncation.
+
+    Args:
+      pixels: any shape, 0..255.
+      band: a name of `S1_BANDS` or `S2_BANDS`.
+
+    Returns:
+      float64 of the same shape; S1 in dB, S2 as reflectance * 10000.
+    """
+    mean, std = BAND_STATISTICS[band]
+    return mean - 2 * std + pixels / 255 * (4 * std)

@@ -8,13 +8,6 @@ from cromss_jax import data
 COUNTS = np.array([4, 1, 3, 4, 2, 4, 4, 4, 1, 2])
 
 
-class Source(list):
-    """Random access to records, as TFDS's data source gives it."""
-
-    def __getitems__(self, indices):
-        return [self[i] for i in indices]
-
-
 @pytest.fixture
 def dataset():
     records = [
@@ -31,7 +24,7 @@ def dataset():
             (location, season) for location, n in enumerate(COUNTS) for season in range(n)
         )
     ]
-    return data.TileDataset(Source(records), 6, COUNTS, has_truth=False)
+    return data.TileDataset(records, 6, COUNTS, has_truth=False)
 
 
 def test_an_epoch_visits_each_location_once_with_a_drawn_season(dataset):

@@ -14,6 +14,7 @@ import pytest
 import rasterio
 import tensorflow_datasets as tfds
 
+from cromss_jax import data as training_data
 from cromss_jax import sensors
 from data_prep import records, sources, ssl4eo_s12_nol
 
@@ -167,6 +168,17 @@ def test_records(template, tmp_path):
     # The third location lacks two seasons.
     assert (data[8]["labels"][2:] == 255).all()
     np.testing.assert_array_equal(data[8]["labels"], data[9]["labels"])
+
+
+def test_training_reads_what_tfds_reads(template, tmp_path):
+    expected = build(template, tmp_path).as_data_source("train")
+    found = training_data.open_dataset(str(tmp_path), "ssl4eo_s12_nol").source
+    assert len(found) == len(expected)
+    for index in (0, 9):
+        assert set(found[index]) == set(expected[index])
+        for name, value in expected[index].items():
+            np.testing.assert_array_equal(found[index][name], value, name)
+            assert not isinstance(value, np.ndarray) or found[index][name].dtype == value.dtype
 
 
 def test_readable_where_data_prep_was_never_imported(template, tmp_path):

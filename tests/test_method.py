@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from cromss_jax import losses, schedules, selection, smoothing
+from cromss_jax import losses, schedules, selection, sensors, smoothing
 
 C = 9
 GOLDEN_TOLERANCE = 1e-5  # what the numbers of the published code must be matched to
@@ -107,6 +107,32 @@ def test_golden_smoothing_prior(shared):
     assert set(found) == set(golden) - {"labels_b"}
     for key, value in found.items():
         np.testing.assert_allclose(value[0], golden[key], atol=GOLDEN_TOLERANCE, err_msg=key)
+
+
+def test_golden_scaling(shared):
+    golden = np.load(shared / "golden/downstream_clip.npz")
+    for modality, bands in (("s1", sensors.S1_BANDS), ("s2", sensors.S2_BANDS)):
+        for i, band in enumerate(bands):
+            values = golden[modality][..., i]
+            clipped = golden[f"{modality}_clip"][..., i]
+            np.testing.assert_array_equal(sensors.scale_to_uint8(values, band), clipped, band)
+            # Standardised as published: S1 between its own percentiles, S2 between mean ± 2 std.
+            mean, std = sensors.BAND_STATISTICS[band]
+            limits = (mean - 2 * std, mean + 2 * std)
+            if modality == "s1":
+                limits = np.percentile(values, (1, 99))
+            found = (np.clip(values.astype(np.float64), *limits) - mean) / std
+            expected = golden[f"{modality}_norm"][..., i]
+            np.testing.assert_allclose(found, expected, atol=GOLDEN_TOLERANCE, err_msg=band)
+
+
+def test_golden_scaling_back_to_reflectance(shared):
+    golden = np.load(shared / "golden/normalize13.npz")
+    for i, band in enumerate(sensors.S2_BANDS):
+        found = sensors.values_of_uint8(golden["img"][..., i], band) / 10000
+        np.testing.assert_allclose(
+            found, golden["out"][..., i], atol=GOLDEN_TOLERANCE, err_msg=band
+        )
 
 
 @pytest.mark.parametrize("size", [5, 24, 264])
