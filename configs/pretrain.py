@@ -51,6 +51,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     # 0: all local devices.
     config.num_devices = 0
 
+    # Weights to start from: a run's folder, or a file that PyTorch wrote. Empty: drawn anew.
+    config.init_from = ""
+
     config.data = ml_collections.ConfigDict()
     config.data.dir = "data"
     config.data.name = "ssl4eo_s12_nol"

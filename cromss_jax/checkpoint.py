@@ -1,8 +1,10 @@
 """Checkpoints: the device state and the data iterator, together or not at all."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -78,3 +80,30 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+def read_arrays(step_folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
+    """Reads parts of a saved state, whatever devices it was saved on.
+
+    Args:
+      step_folder: a checkpoint's folder.
+      names: fields of the state.
+
+    Returns:
+      Nested dicts of NumPy arrays by name of the field.
+
+    Raises:
+      ValueError, KeyError or OSError: if they are missing or damaged.
+    """
+    reader, folder = ocp.PyTreeCheckpointHandler(), step_folder / "state"
+    shapes = reader.metadata(folder).tree
+    wanted = {name: shapes[name] for name in names}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    return reader.restore(folder, args=args)
+
+
+def write_arrays(step_folder: epath.Path, state: Any) -> None:
+    """Writes a state that `read_arrays` reads; refuses to replace one."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(step_folder / "state", args=ocp.args.PyTreeSave(state))

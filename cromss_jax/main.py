@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import checkpoint, data, train
+from cromss_jax import checkpoint, data, train, weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
         data.DataError,
         train.ConfigError,
         train.NonFiniteLossError,
+        weights.WeightsError,
     ) as error:
         sys.exit(f"error: {error}")
 

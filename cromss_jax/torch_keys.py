@@ -6,11 +6,26 @@ convolution kernel go from HWIO to PyTorch's OIHW.
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from flax import nnx
 
 _TO_OIHW = (3, 2, 0, 1)
 _TO_HWIO = (2, 3, 1, 0)
+
+
+def keys(state: nnx.State) -> list[str]:
+    """The keys of smp's `state_dict` for a network's state, sorted."""
+    return sorted(_named(state))
+
+
+def from_tree(tree: Mapping) -> dict[str, np.ndarray]:
+    """The same as `to_torch_state` for the nested dicts that a checkpoint holds of a state."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        ".".join(str(key.key) for key in path[:-1]): _to_torch(np.asarray(array))
+        for path, array in paths
+    }
 
 
 def to_torch_state(state: nnx.State) -> dict[str, np.ndarray]:
@@ -22,14 +37,17 @@ def to_torch_state(state: nnx.State) -> dict[str, np.ndarray]:
     Returns:
       Copies in PyTorch's layout; integers (`num_batches_tracked`) as int64. Sorted by key.
     """
-    arrays = {}
-    for path, variable in sorted(_named(state).items()):
-        array = np.asarray(variable[...])
-        if array.ndim == 4:
-            array = array.transpose(_TO_OIHW)
-        dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else array.dtype
-        arrays[path] = np.array(array, dtype, order="C")
-    return arrays
+    return {
+        key: _to_torch(np.asarray(variable[...])) for key, variable in sorted(_named(state).items())
+    }
+
+
+def _to_torch(array: np.ndarray) -> np.ndarray:
+    """A copy in PyTorch's axes; integers as int64."""
+    if array.ndim == 4:
+        array = array.transpose(_TO_OIHW)
+    dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else array.dtype
+    return np.array(array, dtype, order="C")
 
 
 def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.State:
@@ -56,6 +74,10 @@ def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.
         torch_shape = tuple(shape[axis] for axis in _TO_OIHW) if is_kernel else shape
         if array.shape != torch_shape:
             problems.append(f"{key} has shape {array.shape}, needs {torch_shape}")
+            continue
+        is_integer = np.issubdtype(wanted[key].dtype, np.integer)
+        if is_integer != np.issubdtype(array.dtype, np.integer):
+            problems.append(f"{key} holds {array.dtype}, needs {wanted[key].dtype}")
             continue
         if is_kernel:
             array = array.transpose(_TO_HWIO)

@@ -31,6 +31,9 @@ from cromss_jax import (
     sharding,
     smoothing,
     step,
+    torch_keys,
+    weight_files,
+    weights,
 )
 
 _log = logging.getLogger(__name__)
@@ -259,6 +262,35 @@ def write_results(evaluation: Evaluation, workdir: pathlib.Path) -> str:
     return table
 
 
+def start_from(
+    config: ml_collections.FrozenConfigDict,
+    state: step.TrainState,
+    placement: jax.sharding.NamedSharding,
+) -> step.TrainState:
+    """Takes over the weights that `config.init_from` names, and says which.
+
+    Raises:
+      weights.WeightsError: if they cannot be read or don't fit.
+    """
+    parts = (state.params, state.batch_stats)
+    initial = {k: v for part in parts for k, v in torch_keys.to_torch_state(part).items()}
+    target = weights.Weights(weights.Network.of_config(config), initial)
+    source = weight_files.load(config.init_from)
+    started, report = weights.transfer(source, target)
+    _log.info("starting from %s, a %s", config.init_from, source.network)
+    for sentence in (*source.notes, *report):
+        _log.info("  %s", sentence)
+    params, batch_stats = (
+        torch_keys.from_torch_state({k: started.arrays[k] for k in torch_keys.keys(part)}, part)
+        for part in parts
+    )
+    return dataclasses.replace(
+        state,
+        params=jax.device_put(params, placement),
+        batch_stats=jax.device_put(batch_stats, placement),
+    )
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     """Pretrains, from the newest checkpoint of `workdir` if there is one.
 
@@ -266,8 +298,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
       The final state.
 
     Raises:
-      data.DataError, ConfigError, checkpoint.CheckpointError, NonFiniteLossError: each with a
-        sentence for the user.
+      data.DataError, ConfigError, checkpoint.CheckpointError, weights.WeightsError,
+        NonFiniteLossError: each with a sentence for the user.
     """
     config = ml_collections.FrozenConfigDict(config)
     folder = pathlib.Path(workdir).absolute()
@@ -335,6 +367,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     key = jax.random.key(config.seed)
     if checkpoints.latest_step is None:
         state, done = init(key), 0
+        if config.init_from:
+            state = start_from(config, state, replicated)
     else:
         shapes = jax.eval_shape(init, key)
         abstract = jax.tree.map(

@@ -1,12 +1,13 @@
 """The training step over eight devices: what it communicates, and that it computes the same."""
 
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from cromss_jax import sharding, step
+from cromss_jax import sharding, step, torch_keys
 from tests import runs
 
 B, S, T = 8, 2, 36
@@ -26,10 +27,26 @@ def make_records(seed: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def compiled():
     """The compiled step of both networks on 1 and on 8 devices, with its state and mesh."""
-    # Plain SGD in small steps: see below.
-    settings = {"name": "sgd", "learning_rate": 2e-5, "momentum": 0.0}
-    config = runs.tiny_config("unused", **{f"optimizer.{k}": v for k, v in settings.items()})
+    config = runs.tiny_config("unused")
     return {n: compile_step(config, n) for n in (1, 8)}
+
+
+def away_from_kinks(state: step.TrainState) -> step.TrainState:
+    """The state with every BatchNorm such that no activation comes near the kink of a ReLU.
+
+    Where one does, rounding decides whether a gradient passes, in PyTorch too, and training
+    amplifies it: at usual weights losses differ by up to 1e-3 after 20 steps. Here 70 % of the
+    channels are far above zero, the rest far below.
+    """
+    rng = np.random.default_rng(0)
+    arrays = torch_keys.to_torch_state(state.params)
+    statistics = torch_keys.keys(state.batch_stats)
+    for norm in [k.removesuffix("running_mean") for k in statistics if k.endswith("running_mean")]:
+        shape = arrays[norm + "bias"].shape
+        arrays[norm + "bias"] = np.where(rng.random(shape) < 0.7, 4, -100) + rng.random(shape)
+        arrays[norm + "weight"] = rng.uniform(0.5, 1, shape)
+    params = torch_keys.from_torch_state(arrays, state.params)
+    return dataclasses.replace(state, params=params)
 
 
 def compile_step(config, num_devices: int):
@@ -51,21 +68,17 @@ def test_no_pixel_is_gathered(compiled):
 
 
 def test_one_and_eight_devices_agree(compiled):
-    """Twenty steps, whose losses and whose way through parameter space must be the same.
-
-    Two orders of summation differ by 1e-7 in float32. That flips the sign of a few activations,
-    which changes gradients, in PyTorch too, and large steps amplify it.
-    """
+    """Twenty steps of the sample's Adam: their losses, and where they lead."""
     losses, moved = {}, {}
     for n, (executable, start, mesh) in compiled.items():
-        state, losses[n] = start, []
+        start = away_from_kinks(start)
+        state, losses[n] = jax.device_put(start, sharding.replicated(mesh)), []
         for number in range(20):
             state, report = executable(state, sharding.to_devices(make_records(number), mesh))
             losses[n].append(float(report["loss"]))
         way = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start.params)
         moved[n] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(way)])
     np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
-    # 0.04 was measured, for the reason above; a gradient of one device's share alone, or
-    # statistics that are not shared, point elsewhere altogether.
-    assert np.linalg.norm(moved[1] - moved[8]) < 0.1 * np.linalg.norm(moved[1])
-    assert np.linalg.norm(moved[1]) > 0
+    assert losses[8][-1] < losses[8][0]
+    # 0.0008 was measured: Adam divides a small gradient's rounding by the small gradient.
+    assert np.linalg.norm(moved[1] - moved[8]) < 0.005 * np.linalg.norm(moved[1])

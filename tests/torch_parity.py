@@ -3,9 +3,30 @@
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from flax import nnx
+
+from configs import pretrain
+from cromss_jax import step, torch_keys
+from tests import torch_oracle
+
+NUM_CLASSES = torch_oracle.NUM_CLASSES
+# Logits and the loss: absolute, or relative to the largest where that is above 1, as float32
+# rounds by 6e-8 in each of some 60 layers. Statistics: likewise. Gradients: a tensor's distance
+# relative to its length.
+TOLERANCES = {
+    "eval_logits": 1e-4,
+    "train_logits": 1e-4,
+    "loss": 1e-5,
+    "statistics": 1e-5,
+    "gradients": 1e-4,
+    "eval_logits_after_step": 1e-4,
+}
+EPOCH = 20  # the ramp has begun: about 3 % of each class are left out
 
 
 class TorchMidFusion(torch.nn.Module):
@@ -107,3 +128,106 @@ def gate_norms(network: torch.nn.Module, seed: int) -> None:
                 # A channel may have summed up tens in the residual stream before it is closed.
                 module.bias.copy_(torch.where(open_, 4.0, -100.0))
                 module.bias.add_(torch.rand(module.bias.shape, generator=generator))
+
+
+def network_config(fusion: str, depth: int, num_bands: int):
+    """The paper's recipe with another network."""
+    config = pretrain.get_config(f"bands={num_bands},fusion={fusion}")
+    config.network.depth = depth
+    return config
+
+
+def example_batch(num_channels: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Images, labels in parcels, and any prior; height and width differ, so that a swap shows."""
+    rng = np.random.default_rng(6)
+    batch = {m: rng.random((2, 64, 96, k), np.float32) for m, k in num_channels.items()}
+    parcels = rng.integers(0, NUM_CLASSES, (2, 8, 12))
+    batch["labels"] = np.kron(parcels, np.ones((1, 8, 8), np.int64)).astype(np.int32)
+    prior = rng.random((2, 64, 96, NUM_CLASSES), np.float32)
+    return batch | {"prior": prior / prior.sum(-1, keepdims=True)}
+
+
+def scaled_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, absolute or relative to the largest expected value if above 1."""
+    return float(np.abs(found - expected).max() / max(1, np.abs(expected).max()))
+
+
+def logit_error(logits: Mapping, expected: Mapping[str, torch.Tensor]) -> float:
+    """Of the worse modality."""
+    assert logits.keys() == expected.keys()
+    assert all(x.dtype == jnp.float32 for x in logits.values())
+    return max(scaled_error(logits[m], from_torch_image(x)) for m, x in expected.items())
+
+
+def errors(
+    fusion: str, depth: int, num_channels: Mapping[str, int], compiler_options: Mapping
+) -> dict[str, float]:
+    """How far the same weights are from computing the same here and in PyTorch.
+
+    Evaluation, then a forward and backward pass of the total loss in training, with random
+    weights; and, with the weights that come out of it here moved to PyTorch, evaluation again.
+    """
+    config = network_config(fusion, depth, num_channels["s2"])
+    theirs = torch_network(fusion, depth, num_channels, NUM_CLASSES, seed=4)
+    randomise_norms(theirs, seed=5)
+    definition = step.network_definition(config)
+    abstract = nnx.state(nnx.eval_shape(lambda: step.make_network(config, nnx.Rngs(0))))
+    batch = example_batch(num_channels)
+    images = {m: batch[m] for m in num_channels}
+    torch_images = {m: to_torch_image(x) for m, x in images.items()}
+
+    def state_of(network):
+        state = torch_keys.from_torch_state(torch_arrays(network), abstract)
+        return nnx.split_state(state, nnx.Param, nnx.BatchStat)
+
+    def evaluate(params, batch_stats):
+        return nnx.merge(definition, params, batch_stats)(images, train=False)
+
+    def loss_of(params, batch_stats):
+        network = nnx.merge(definition, params, batch_stats, copy=True)
+        logits = network(images, train=True)
+        loss, _ = step.training_loss(config, logits, batch, EPOCH)
+        return loss, (logits, nnx.state(network, nnx.BatchStat))
+
+    evaluate = jax.jit(evaluate, compiler_options=compiler_options)
+    differentiate = jax.jit(
+        jax.value_and_grad(loss_of, has_aux=True), compiler_options=compiler_options
+    )
+    found = {}
+    with torch.no_grad():
+        expected = theirs.eval()(torch_images)
+    found["eval_logits"] = logit_error(evaluate(*state_of(theirs)), expected)
+
+    gate_norms(theirs, seed=7)
+    params, batch_stats = state_of(theirs)
+    (loss, (logits, batch_stats)), grads = differentiate(params, batch_stats)
+    expected = theirs.train()(torch_images)
+    expected_loss = torch_oracle.total_loss(
+        expected, torch.from_numpy(batch["labels"]).long(), to_torch_image(batch["prior"]), EPOCH
+    )
+    expected_loss.backward()
+    found["loss"] = abs(float(loss) - expected_loss.item()) / expected_loss.item()
+    found["train_logits"] = logit_error(logits, expected)
+    arrays = torch_arrays(theirs)
+    found["statistics"] = max(
+        scaled_error(array, arrays[key])
+        for key, array in torch_keys.to_torch_state(batch_stats).items()
+    )
+    grads = torch_keys.to_torch_state(grads)
+    expected_grads = {key: value.grad.numpy() for key, value in theirs.named_parameters()}
+    norms = {key: np.linalg.norm(value) for key, value in expected_grads.items()}
+    # A bottleneck's bn2.bias has no effect where no ReLU closes, as 1x1 convolution and BatchNorm
+    # follow: its gradient is rounding. All others are over ten times this floor.
+    floor = 1e-10 * max(norms.values())
+    assert all(key.endswith("bn2.bias") for key, norm in norms.items() if norm < 10 * floor)
+    found["gradients"] = max(
+        max(np.linalg.norm(grads[key] - expected_grads[key]) - floor, 0) / max(norm, floor)
+        for key, norm in norms.items()
+    )
+
+    moved = torch_keys.to_torch_state(params) | torch_keys.to_torch_state(batch_stats)
+    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in moved.items()}, strict=True)
+    with torch.no_grad():
+        expected = theirs.eval()(torch_images)
+    found["eval_logits_after_step"] = logit_error(evaluate(params, batch_stats), expected)
+    return found

@@ -1,0 +1,375 @@
+"""Weights of a network outside of training: what they are, their parts, their PyTorch layouts.
+
+Arrays stand under the keys of the published code (models), in PyTorch's axes. No PyTorch here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cromss_jax import models, sensors, torch_keys
+
+Arrays = Mapping[str, np.ndarray]
+
+PARTS = ("encoder", "decoder", "segmentation_head")
+
+# Where the parts of each modality are, by fusion. "encoder" is an encoder without its network.
+_PREFIXES = {
+    "mid": {"s1": ("encoder1.", "decoder.", "segmentation_head.")}
+    | {"s2": ("encoder.", "decoder.", "segmentation_head.")},
+    "late": {m: tuple(f"{name}.{part}." for part in PARTS) for m, name in
+             (("s1", "model1"), ("s2", "model2"))},
+    "none": dict.fromkeys(sensors.MODALITIES, tuple(f"{part}." for part in PARTS)),
+    "encoder": dict.fromkeys(sensors.MODALITIES, ("encoder.",)),
+}  # fmt: skip
+
+LAYOUTS = ("lightning", "unet", "encoder", "torchvision")
+# What wrappers put before every key: data parallelism, Lightning, torch.compile.
+_WRAPPERS = ("module.", "net.", "_orig_mod.")
+
+
+class WeightsError(ValueError):
+    """Weights are not what they are said to be, or don't fit where they shall go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a network is.
+
+    Attributes:
+      fusion: "mid", "late", "none", or "encoder" for the encoder of one modality alone.
+      depth: of the ResNet.
+      bands: names of the bands by modality, in the order of the first convolution's channels.
+      num_classes: C, None for an encoder.
+    """
+
+    fusion: str
+    depth: int
+    bands: Mapping[str, tuple[str, ...]]
+    num_classes: int | None
+
+    @classmethod
+    def of_config(cls, config: Mapping) -> "Network":
+        """The network that a run's configuration describes."""
+        bands = {"s1": sensors.S1_BANDS, "s2": tuple(config["s2_bands"])}
+        return cls(
+            fusion=config["network"]["fusion"],
+            depth=config["network"]["depth"],
+            bands={modality: bands[modality] for modality in config["modalities"]},
+            num_classes=sensors.NUM_CLASSES,
+        )
+
+    @property
+    def prefixes(self) -> dict[tuple[str, str], str]:
+        """Where each (modality, part) begins; mid fusion's modalities share some."""
+        return {
+            (modality, part): prefix
+            for modality in self.bands
+            for part, prefix in zip(PARTS, _PREFIXES[self.fusion][modality], strict=False)
+        }
+
+    def abstract_state(self) -> nnx.State:
+        """Shapes and dtypes of all parameters and statistics."""
+        num_channels = tuple((modality, len(bands)) for modality, bands in self.bands.items())
+        return _abstract_state(self.fusion, self.depth, num_channels, self.num_classes)
+
+    def __str__(self) -> str:
+        kinds = {"mid": "mid fusion", "late": "late fusion", "none": "U-Net", "encoder": "encoder"}
+        bands = " + ".join(f"{m.upper()} {' '.join(names)}" for m, names in self.bands.items())
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        return f"ResNet-{self.depth} {kinds[self.fusion]} of {bands}{classes}"
+
+
+@functools.cache  # tracing a network takes a second
+def _abstract_state(
+    fusion: str, depth: int, num_channels: tuple[tuple[str, int], ...], num_classes: int | None
+) -> nnx.State:
+    def make():
+        if fusion == "encoder":
+            ((_, channels),) = num_channels
+            return nnx.Dict(encoder=models.ResNetEncoder(depth, channels))
+        return models.make_network(
+            fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0)
+        )
+
+    return nnx.state(nnx.eval_shape(make), (nnx.Param, nnx.BatchStat))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A network with its arrays.
+
+    Attributes:
+      network: what it is.
+      arrays: every parameter and statistic, under the published code's keys.
+      notes: what was found beside them, sentences for the user.
+    """
+
+    network: Network
+    arrays: Arrays
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.state()
+
+    def state(self) -> nnx.State:
+        """The arrays as a network's state of float32.
+
+        Raises:
+          WeightsError: naming every key that is missing, unexpected, of another shape or kind.
+        """
+        try:
+            return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
+        except ValueError as error:
+            raise WeightsError(f"taken for a {self.network}: {error}") from error
+
+
+def part_of(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose keys begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _one_modality(network: Network, modality: str | None, layout: str) -> str:
+    if modality is None and len(network.bands) == 1:
+        (modality,) = network.bands
+    if modality not in network.bands:
+        raise WeightsError(
+            f"layout {layout} holds one modality of the {network}; choose it by "
+            + " or ".join(f"--modality={m}" for m in network.bands)
+        )
+    return modality
+
+
+def to_layout(
+    weights: Weights, layout: str, modality: str | None
+) -> tuple[Network, dict[str, np.ndarray]]:
+    """Arranges weights as a PyTorch `state_dict`.
+
+    Args:
+      weights: of a run.
+      layout: "lightning", the published code's keys under `net.`; "unet", those of `smp.Unet`;
+        "encoder" and "torchvision", those of smp's encoder, which are torchvision's without `fc`.
+      modality: which to take; needed where there are two and the layout holds one.
+
+    Returns:
+      What the network in the layout is, and its arrays.
+
+    Raises:
+      WeightsError: if the weights don't hold what the layout needs.
+    """
+    network = weights.network
+    if layout == "lightning":
+        if network.fusion == "encoder":
+            raise WeightsError("layout lightning needs a whole network, and this is an encoder")
+        return network, {f"net.{key}": array for key, array in weights.arrays.items()}
+    modality = _one_modality(network, modality, layout)
+    bands = {modality: network.bands[modality]}
+    prefixes = {p: prefix for (m, p), prefix in network.prefixes.items() if m == modality}
+    if layout == "unet":
+        if network.fusion == "encoder":
+            raise WeightsError("layout unet needs a decoder, and this is an encoder alone")
+        arrays = {
+            f"{part}.{key}": array
+            for part, prefix in prefixes.items()
+            for key, array in part_of(weights.arrays, prefix).items()
+        }
+        return dataclasses.replace(network, fusion="none", bands=bands), arrays
+    if layout not in LAYOUTS:
+        raise WeightsError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    arrays = part_of(weights.arrays, prefixes["encoder"])
+    return Network("encoder", network.depth, bands, None), arrays
+
+
+def from_layout(
+    arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[str, Weights]:
+    """Finds out what a PyTorch `state_dict` is, in any of the layouts.
+
+    Args:
+      arrays: under the file's keys, wrapped by `module.` or `net.` or not.
+      bands: by modality, if they are known; else by their number, which is unambiguous for
+        2 (S1), 3, 9, 12 and 13 bands.
+
+    Returns:
+      The layout and the weights. Whatever was found beside the network is in the notes.
+
+    Raises:
+      WeightsError: if keys, shapes or kinds don't make a network of ours.
+    """
+    arrays, notes = _unwrap(arrays)
+    if "encoder1.conv1.weight" in arrays:
+        layout, fusion = "lightning", "mid"
+    elif "model1.encoder.conv1.weight" in arrays:
+        layout, fusion = "lightning", "late"
+    elif "encoder.conv1.weight" in arrays:
+        has_head = any(not key.startswith("encoder.") for key in arrays)
+        layout, fusion = ("unet", "none") if has_head else ("encoder", "encoder")
+    elif "conv1.weight" in arrays:
+        layout, fusion = "torchvision", "encoder"
+        classifier = [key for key in arrays if key in ("fc.weight", "fc.bias")]
+        if classifier:
+            notes += (f"left out {', '.join(classifier)}: a classifier, which we have none of",)
+        arrays = {f"encoder.{k}": v for k, v in arrays.items() if k not in classifier}
+    else:
+        raise WeightsError(
+            "no network of ours: expected a first convolution named encoder1.conv1.weight, "
+            "model1.encoder.conv1.weight, encoder.conv1.weight or conv1.weight; found "
+            + (", ".join(sorted(arrays)[:5]) or "nothing")
+        )
+    modalities = sensors.MODALITIES if fusion in ("mid", "late") else (None,)
+    first = {
+        m: _shape(arrays, _PREFIXES[fusion][m or "s2"][0] + "conv1.weight")[1] for m in modalities
+    }
+    network = Network(
+        fusion=fusion,
+        depth=_depth(part_of(arrays, _PREFIXES[fusion]["s2"][0])),
+        bands=_bands(first, bands),
+        num_classes=None
+        if fusion == "encoder"
+        else _shape(arrays, _PREFIXES[fusion]["s2"][2] + "0.weight")[0],
+    )
+    counts = [
+        k for k in torch_keys.keys(network.abstract_state()) if k.endswith("num_batches_tracked")
+    ]
+    if not any(key in arrays for key in counts):
+        arrays |= {key: np.zeros((), np.int64) for key in counts}
+        notes += ("num_batches_tracked, which nothing reads, was absent and starts at 0",)
+    bad = sorted(key for key, array in arrays.items() if not np.isfinite(array).all())
+    if bad:
+        raise WeightsError(f"NaN or infinite values in {', '.join(bad)}")
+    return layout, Weights(network, arrays, notes)
+
+
+def _unwrap(arrays: Arrays) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Strips wrappers' prefixes; what is outside of `net.` is not of the network."""
+    notes = ()
+    found = dict(arrays)
+    while wrapper := next((w for w in _WRAPPERS if any(k.startswith(w) for k in found)), None):
+        outside = sorted(key for key in found if not key.startswith(wrapper))
+        if outside:
+            notes += (f"left out {', '.join(outside)}: outside of `{wrapper}`",)
+        found = part_of(found, wrapper)
+    return found, notes
+
+
+def _shape(arrays: Arrays, key: str) -> tuple[int, ...]:
+    shape = np.shape(arrays[key]) if key in arrays else None
+    if shape is None or len(shape) != 4:
+        found = "is missing" if shape is None else f"has shape {shape}, needs four axes"
+        raise WeightsError(f"no network of ours: {key} {found}")
+    return shape
+
+
+def _depth(encoder: Arrays) -> int:
+    """The depth of a ResNet, by the number and kind of its blocks."""
+    blocks = tuple(
+        len({key.split(".")[1] for key in encoder if key.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    block = models.Bottleneck if "layer1.0.conv3.weight" in encoder else models.BasicBlock
+    for depth, resnet in models.RESNETS.items():
+        if resnet == (block, blocks):
+            return depth
+    raise WeightsError(
+        f"an encoder of {', '.join(map(str, blocks))} {block.__name__}s; known are ResNet-"
+        + ", ".join(map(str, models.RESNETS))
+    )
+
+
+def _bands(
+    counts: Mapping[str | None, int], known: Mapping[str, tuple[str, ...]] | None
+) -> dict[str, tuple[str, ...]]:
+    """Bands by modality, from their numbers and from what is known; None: a single modality."""
+    if None in counts:
+        (count,) = counts.values()
+        guess = "s1" if count == len(sensors.S1_BANDS) else "s2"
+        counts = {next(iter(known)) if known and len(known) == 1 else guess: count}
+    bands = {}
+    for modality, count in counts.items():
+        default = sensors.S1_BANDS if modality == "s1" else sensors.S2_BAND_SUBSETS.get(count)
+        names = (known or {}).get(modality, default)
+        if names is None or len(names) != count:
+            raise WeightsError(
+                f"the first convolution of {modality.upper()} takes {count} bands"
+                + (f", not {' '.join(names)}" if names else ", whose names are not known")
+                + "; name them in their order, as in --bands=B2,B3,B4,B8"
+            )
+        bands[modality] = tuple(names)
+    return bands
+
+
+def transfer(source: Weights, target: Weights) -> tuple[Weights, list[str]]:
+    """Starts a network from the weights of another, part by part.
+
+    Encoders go to the encoder of their modality, decoders and heads to those of their modality or
+    to the shared one; the first convolution goes band by band. What the source doesn't have, or
+    has twice for one place, or for another number of classes, stays as it is in the target.
+
+    Args:
+      source: where from.
+      target: of the wanted network, freshly drawn.
+
+    Returns:
+      The weights, and what came of each part, sentences for the user.
+
+    Raises:
+      WeightsError: if the depths differ or nothing can be taken.
+    """
+    ours, theirs = target.network, source.network
+    if ours.depth != theirs.depth:
+        raise WeightsError(
+            f"the weights are of a {theirs}; config.network.depth is {ours.depth}, and needs to be "
+            f"{theirs.depth} to start from them"
+        )
+    arrays, report, taken = dict(target.arrays), [], 0
+    places: dict[str, list[tuple[str, str]]] = {}
+    for place, prefix in ours.prefixes.items():
+        places.setdefault(prefix, []).append(place)
+    for prefix, users in places.items():
+        name = f"{users[0][1]} of {' and '.join(m.upper() for m, _ in users)}"
+        origins = sorted({theirs.prefixes[user] for user in users if user in theirs.prefixes})
+        if len(origins) != 1:
+            why = f"the weights have {len(origins)}" if origins else "the weights have none"
+            report.append(f"{name}: as initialised, {why}")
+            continue
+        part = part_of(source.arrays, origins[0])
+        modality, kind = users[0]
+        if kind == "segmentation_head" and ours.num_classes != theirs.num_classes:
+            report.append(
+                f"{name}: as initialised, the weights are for {theirs.num_classes} classes"
+            )
+            continue
+        taken += 1
+        how = "taken"
+        if kind == "encoder" and ours.bands[modality] != theirs.bands[modality]:
+            part["conv1.weight"], how = _adapt(
+                part["conv1.weight"],
+                theirs.bands[modality],
+                arrays[prefix + "conv1.weight"],
+                ours.bands[modality],
+            )
+        arrays |= {prefix + key: value for key, value in part.items()}
+        report.append(f"{name}: {how}")
+    if not taken:
+        raise WeightsError(f"a {theirs} has no part that a {ours} could start from")
+    return Weights(ours, arrays), report
+
+
+def _adapt(
+    theirs: np.ndarray, their_bands: tuple[str, ...], ours: np.ndarray, our_bands: tuple[str, ...]
+) -> tuple[np.ndarray, str]:
+    """The first convolution's kernel [64, K, 7, 7], each band's from the band of its name."""
+    adapted = ours.copy()
+    for index, band in enumerate(our_bands):
+        if band in their_bands:
+            adapted[:, index] = theirs[:, their_bands.index(band)]
+    new = [band for band in our_bands if band not in their_bands]
+    unused = [band for band in their_bands if band not in our_bands]
+    how = "taken, its first convolution by band name"
+    how += f"; as initialised for {' '.join(new)}" if new else ""
+    how += f"; not used: {' '.join(unused)}" if unused else ""
+    return adapted, how
