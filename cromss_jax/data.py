@@ -18,8 +18,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cromss_jax import sensors
 
-# What the device needs of a record (preprocess.py), by modality.
-IMAGE_FEATURES = {"s1": ("s1",), "s2": ("s2_10m", "s2_20m", "s2_60m")}
+# What the device needs of a record (preprocess.py), by modality; a data set has S2 in one array at
+# 10 m or at native sizes.
+IMAGE_FEATURES = {"s1": ("s1",), "s2": ("s2", "s2_10m", "s2_20m", "s2_60m")}
 
 
 class DataError(ValueError):
@@ -32,15 +33,19 @@ class TileDataset:
 
     Attributes:
       source: random access to records: name of feature to array, number or bytes.
+      features: names of what a record holds.
       tile_size: T, pixels at 10 m.
       season_counts: [locations] int, how many seasons each location has.
       has_truth: whether records hold the true classes beside the noisy labels.
+      legend: the classes in label order, each with its colour.
     """
 
     source: Sequence[dict]
+    features: tuple[str, ...]
     tile_size: int
     season_counts: np.ndarray
     has_truth: bool
+    legend: sensors.Legend
 
     @property
     def num_locations(self) -> int:
@@ -88,8 +93,8 @@ class _Records(Sequence):
         return record
 
 
-def open_dataset(data_dir: str, name: str) -> TileDataset:
-    """Opens the newest version of a data set that `data_prep.build` wrote.
+def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
+    """Opens a split of the newest version of a data set that `data_prep.build` wrote.
 
     Raises:
       DataError: if there is none; says what was looked for and how to make it.
@@ -109,14 +114,20 @@ def open_dataset(data_dir: str, name: str) -> TileDataset:
         )
     builder = tfds.builder_from_directory(versions[-1][1])
     metadata = builder.info.metadata
+    if split not in builder.info.splits:
+        raise DataError(
+            f"{versions[-1][1]} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+        )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return TileDataset(
         source=_Records(
-            builder.as_data_source("train", deserialize_method=raw), builder.info.features
+            builder.as_data_source(split, deserialize_method=raw), builder.info.features
         ),
+        features=tuple(builder.info.features),
         tile_size=int(metadata["tile_size"]),
-        season_counts=np.asarray(metadata["season_counts"]),
+        season_counts=np.asarray(metadata["season_counts"][split]),
         has_truth=bool(metadata["has_truth"]),
+        legend=dict(metadata["legend"]),
     )
 
 
@@ -157,7 +168,7 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
       row repeats the first record with all its labels ignored.
     """
     is_real = records >= 0
-    names = [feature for modality in modalities for feature in IMAGE_FEATURES[modality]]
+    names = [name for m in modalities for name in IMAGE_FEATURES[m] if name in dataset.features]
     names += ["labels", "season"] + (["truth"] if dataset.has_truth else [])
     batch = {}
     # One record at a time: the next one reuses the memory of the last. Held all at once, most of

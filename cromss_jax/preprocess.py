@@ -1,8 +1,9 @@
 """From decoded records to what the networks see, on the device and inside the jitted step.
 
 A batch of records is the dict that the host makes: uint8 arrays at native resolution,
-    s1 [B, T, T, 2], s2_10m [B, T, T, 4], s2_20m [B, T/2, T/2, 6], s2_60m [B, T/6, T/6, 3],
-    labels [B, S, T, T] of all seasons, season [B] int32, and truth [B, T, T] where there is one.
+    s1 [B, T, T, 2], s2_10m [B, T, T, 4], s2_20m [B, T/2, T/2, 6], s2_60m [B, T/6, T/6, 3] (or
+    s2 [B, T, T, 13] where a data set comes at 10 m), labels [B, S, T, T] of all seasons, season
+    [B] int32, and truth [B, T, T] where there is one.
 A batch of examples is what leaves: imagery in [0, 1], labels, prior, cropped and augmented.
 Dimensions: B batch, T tile size, S seasons, H = W crop size, K bands, C classes.
 """
@@ -60,6 +61,9 @@ def stack_bands(records: Records, modality: str, s2_bands: Sequence[str]) -> jax
     """Imagery of a modality at 10 m, [B, T, T, K] float32 in [0, 1], bands as asked for."""
     if modality == "s1":
         return records["s1"].astype(jnp.float32) / 255.0
+    if "s2" in records:
+        order = np.array([sensors.S2_BANDS.index(band) for band in s2_bands])
+        return records["s2"][..., order].astype(jnp.float32) / 255.0
     stacked, names = [], []
     for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
         used = [band for band in group if band in s2_bands]

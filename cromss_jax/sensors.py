@@ -46,30 +46,51 @@ BAND_STATISTICS: Mapping[str, tuple[float, float]] = {
     for band, mean, std in zip(S1_BANDS + S2_BANDS, S1_MEAN + S2_MEAN, S1_STD + S2_STD, strict=True)
 }
 
-# Dynamic World, in label order 0..8.
-CLASS_NAMES = (
-    "water",
-    "trees",
-    "grass",
-    "flooded vegetation",
-    "crops",
-    "shrub & scrub",
-    "built area",
-    "bare ground",
-    "snow & ice",
-)
-# Dynamic World's own colours.
-CLASS_COLOURS = (
-    "#419bdf",
-    "#397d49",
-    "#88b053",
-    "#7a87c6",
-    "#e49635",
-    "#dfc35a",
-    "#c4281b",
-    "#a59b8f",
-    "#b39fe1",
-)
+# Classes in label order, with the colours that they are usually drawn in.
+Legend = Mapping[str, str]
+
+DYNAMIC_WORLD: Legend = {
+    "water": "#419bdf",
+    "trees": "#397d49",
+    "grass": "#88b053",
+    "flooded vegetation": "#7a87c6",
+    "crops": "#e49635",
+    "shrub & scrub": "#dfc35a",
+    "built area": "#c4281b",
+    "bare ground": "#a59b8f",
+    "snow & ice": "#b39fe1",
+}
+# Colours of the CORINE classes that they are nearest to.
+OSM: Legend = {
+    "urban": "#e6004d",
+    "arable land": "#ffffa8",
+    "forest": "#80ff00",
+    "industrial": "#cc4df2",
+    "artificial vegetation": "#ffa6ff",
+    "dump site": "#a64d00",
+    "pasture": "#e6e64d",
+    "permanent crops": "#f2a64d",
+    "water": "#00ccf2",
+    "open space": "#e6e6e6",
+    "shrub": "#a6ff80",
+    "wetland": "#a6a6ff",
+    "coastal": "#4d4dff",
+}
+# The data set's own names and colours (simplified IGBP), in the order of Dynamic World.
+DFC2020: Legend = {
+    "water": "#1c0dff",
+    "forest": "#009900",
+    "grassland": "#b6ff05",
+    "wetlands": "#27ff87",
+    "croplands": "#c24f44",
+    "shrubland": "#c6b044",
+    "urban/built-up": "#a5a5a5",
+    "barren": "#f9ffa4",
+}
+
+# What pretraining labels are.
+CLASS_NAMES = tuple(DYNAMIC_WORLD)
+CLASS_COLOURS = tuple(DYNAMIC_WORLD.values())
 NUM_CLASSES = len(CLASS_NAMES)
 IGNORE_LABEL = 255
 

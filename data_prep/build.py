@@ -72,7 +72,7 @@ def build() -> str:
     builder.build()
     set_aside = builder.bad_locations.count
     return (
-        f"{len(builder.info.metadata['season_counts'])} locations written, {set_aside} set aside"
+        f"{sum(map(len, builder.info.metadata['season_counts'].values()))} locations written, {set_aside} set aside"
         + (f" (see {builder.bad_locations.path})" if set_aside else "")
         + f", {sum(split.num_examples for split in builder.info.splits.values())} records, "
         f"{builder.info.dataset_size} in {final_dir}, {time.monotonic() - start:.0f} s."

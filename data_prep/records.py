@@ -171,8 +171,8 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
           splits: the locations of each split, with an attribute `location_id`; picklable.
           read: a picklable function from a location to its records; raises BadFileError.
           features: of a record.
-          metadata: saved with the dataset, to which `season_counts` (records of each location
-            written, in order) and `num_bad_locations` are added.
+          metadata: saved with the dataset, to which `season_counts` (by split, the records of
+            each location written, in order) and `num_bad_locations` are added.
           location_bytes: raw size of a location's records in memory.
           num_workers: processes that read.
           bad_locations: where to report locations that cannot be read.
@@ -180,7 +180,9 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._splits = splits
         self._read = read
         self._features = features
-        self._metadata = tfds.core.MetadataDict(metadata, season_counts=[], num_bad_locations=0)
+        self._metadata = tfds.core.MetadataDict(
+            metadata, season_counts={split: [] for split in splits}, num_bad_locations=0
+        )
         self._locations_per_shard = max(1, SHARD_BYTES // location_bytes)
         self._num_workers = num_workers
         self.bad_locations = bad_locations
@@ -222,7 +224,7 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del dl_manager
         shards = {}
         for split, locations in self._splits.items():
-            results = self._read_all(locations)
+            results = self._read_all(split, locations)
             self._open_readers.enter_context(contextlib.closing(results))
             shards[split] = [
                 functools.partial(self._take, results)
@@ -235,10 +237,12 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         for records in itertools.islice(results, self._locations_per_shard):
             yield from records
 
-    def _read_all(self, locations: Sequence[Any]) -> Iterator[list[tuple[int, Example]]]:
+    def _read_all(
+        self, split: str, locations: Sequence[Any]
+    ) -> Iterator[list[tuple[int, Example]]]:
         """Yields the records of each location, none for those set aside."""
         read = functools.partial(attempt, self._read)
-        season_counts = self._metadata["season_counts"]
+        season_counts = self._metadata["season_counts"][split]
         results = parallel.map_in_order(read, locations, self._num_workers)
         # No bar where nobody looks at it (disable=None).
         progress = tqdm.tqdm(locations, unit=" locations", disable=None, leave=False)

@@ -305,7 +305,7 @@ def features(tile_size: int, max_seasons: int, has_truth: bool) -> tfds.features
 class Ssl4eoS12Nol(records.LocationBuilder):
     """SSL4EO-S12 with noisy Dynamic World labels, a record for each season of each location."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def __init__(
         self,
@@ -352,6 +352,8 @@ class Ssl4eoS12Nol(records.LocationBuilder):
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
                 "s2_offset": s2_offset,
+                # Pairs: an object's order is not kept.
+                "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
             },
             location_bytes=max_seasons
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),

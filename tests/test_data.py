@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cromss_jax import data
+from cromss_jax import data, sensors
 
 COUNTS = np.array([4, 1, 3, 4, 2, 4, 4, 4, 1, 2])
 
@@ -24,7 +24,8 @@ def dataset():
             (location, season) for location, n in enumerate(COUNTS) for season in range(n)
         )
     ]
-    return data.TileDataset(records, 6, COUNTS, has_truth=False)
+    legend = sensors.DYNAMIC_WORLD
+    return data.TileDataset(records, tuple(records[0]), 6, COUNTS, has_truth=False, legend=legend)
 
 
 def test_an_epoch_visits_each_location_once_with_a_drawn_season(dataset):

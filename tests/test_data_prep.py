@@ -88,7 +88,7 @@ def build(source_dir, data_dir, **options):
 
 
 def final_dir(data_dir):
-    return pathlib.Path(data_dir) / "ssl4eo_s12_nol" / "1.0.0"
+    return pathlib.Path(data_dir) / "ssl4eo_s12_nol" / "1.1.0"
 
 
 def read_tif(path):
@@ -139,8 +139,10 @@ def test_records(template, tmp_path):
     builder = build(template, tmp_path)
     data = builder.as_data_source("train")
     assert dict(builder.info.metadata) == {
-        "tile_size": 24, "max_seasons": 4, "season_counts": [4, 4, 2], "has_truth": False,
+        "tile_size": 24, "max_seasons": 4, "has_truth": False,
+        "season_counts": {"train": [4, 4, 2]},
         "num_bad_locations": 0, "s2_offset": 0,
+        "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
     }  # fmt: skip
     assert builder.info.features["season"].np_dtype == np.int32
     assert reported(tmp_path) == []
@@ -323,7 +325,7 @@ def test_bad_location_is_set_aside(tree, tmp_path, name):
     file, damage, reason = DAMAGE[name]
     damage(tree / file)
     builder = build(tree, tmp_path / "data", max_bad_locations=1)
-    assert builder.info.metadata["season_counts"] == [4, 2]
+    assert builder.info.metadata["season_counts"] == {"train": [4, 2]}
     assert builder.info.metadata["num_bad_locations"] == 1
     ids = [record["location_id"].decode() for record in builder.as_data_source("train")]
     assert ids == ["0000200"] * 4 + ["0000202"] * 2
@@ -463,7 +465,7 @@ def test_real_places(shared, tmp_path):
     builder = build(tree, tmp_path, num_workers=2)
     data = builder.as_data_source("train")
     assert builder.info.metadata["tile_size"] == 216
-    assert builder.info.metadata["season_counts"] == [1, 1, 1, 1]
+    assert builder.info.metadata["season_counts"] == {"train": [1, 1, 1, 1]}
     assert len(data) == 4
     for record in data:
         assert_scaled_files(record, tree)
