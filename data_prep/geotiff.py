@@ -1,12 +1,16 @@
-"""Reads single-band GeoTIFFs, refusing those that are not whole."""
+"""Writes GeoTIFFs, and reads them, refusing those that are not whole."""
 
+import contextlib
 import dataclasses
 import logging
+import os
 import struct
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import rasterio
+import rasterio.enums
 import rasterio.errors
 import rasterio.io
 from affine import Affine
@@ -22,7 +26,7 @@ _FIELD_BYTES = {
 
 
 class GeotiffError(ValueError):
-    """A file that is no GeoTIFF, is cut short, or has not exactly one band."""
+    """A file that is no GeoTIFF, is cut short, or has another number of bands than needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,15 @@ class Band:
     transform: Affine
 
 
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """All bands of a file as stored: like `Band`, with pixels (K, H, W)."""
+
+    pixels: np.ndarray
+    crs: str
+    transform: Affine
+
+
 def read_band(data: bytes) -> Band:
     """Reads the one band of a GeoTIFF.
 
@@ -51,6 +64,68 @@ def read_band(data: bytes) -> Band:
     Raises:
       GeotiffError: if the file is no GeoTIFF, is cut short, or has more than one band.
     """
+    bands = read_bands(data)
+    if len(bands.pixels) != 1:
+        raise GeotiffError(f"has {len(bands.pixels)} bands, one is needed")
+    return Band(bands.pixels[0], bands.crs, bands.transform)
+
+
+def read_bands(data: bytes) -> Bands:
+    """Reads all bands of a GeoTIFF, stored pixel by pixel or band by band.
+
+    Args:
+      data: the whole file.
+
+    Raises:
+      GeotiffError: if the file is no GeoTIFF, or is cut short.
+    """
+    with _open(data) as dataset:
+        _check_blocks(dataset)
+        crs = dataset.crs.to_wkt() if dataset.crs else ""
+        bands = Bands(dataset.read(), crs, dataset.transform)
+        _check_tags(data)
+    return bands
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width of a GeoTIFF, from its header alone.
+
+    Args:
+      data: the whole file.
+
+    Raises:
+      GeotiffError: if the file is no GeoTIFF, or its header is cut short.
+    """
+    with _open(data) as dataset:
+        return dataset.height, dataset.width
+
+
+def write(
+    path: str | os.PathLike, pixels: np.ndarray, crs: str, transform: Affine, **options: str
+) -> None:
+    """Writes a GeoTIFF.
+
+    Args:
+      path: where; its folder exists.
+      pixels: (K, H, W), of any dtype that GeoTIFF knows.
+      crs: coordinate reference system, such as "EPSG:32632".
+      transform: see `Band`.
+      **options: how GDAL is to write, such as compress="deflate".
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
+    count, height, width = pixels.shape
+    with rasterio.open(
+        path, "w", driver="GTiff", height=height, width=width, count=count, dtype=pixels.dtype,
+        crs=rasterio.CRS.from_string(crs), transform=transform, **options,
+    ) as file:  # fmt: skip
+        file.write(pixels)
+
+
+@contextlib.contextmanager
+def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
+    """Opens a file in memory; whatever damage GDAL finds in it is a GeotiffError."""
     if not data:
         raise GeotiffError("empty file")
     try:
@@ -63,25 +138,24 @@ def read_band(data: bytes) -> Band:
             # Tiles without georeference are fine to train on.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff") as dataset:
-                if dataset.count != 1:
-                    raise GeotiffError(f"has {dataset.count} bands, one is needed")
-                _check_blocks(dataset)
-                pixels = dataset.read(1)
-                crs = dataset.crs.to_wkt() if dataset.crs else ""
-                transform = dataset.transform
-        _check_tags(data)
+                yield dataset
     except (rasterio.errors.RasterioError, struct.error) as error:
         raise GeotiffError("no GeoTIFF, or cut short") from error
-    return Band(pixels, crs, transform)
 
 
 def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
     """Refuses a file with blocks that were never written: GDAL would give zeros and say nothing."""
     height, width = dataset.block_shapes[0]
-    for row in range(-(-dataset.height // height)):
-        for column in range(-(-dataset.width // width)):
-            if dataset.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1) is None:
-                raise GeotiffError(f"cut short, or sparse: no pixels stored at row {row * height}")
+    # Where pixels are interleaved, the bands share their blocks.
+    shared = dataset.interleaving == rasterio.enums.Interleaving.pixel
+    for band in [1] if shared else dataset.indexes:
+        for row in range(-(-dataset.height // height)):
+            for column in range(-(-dataset.width // width)):
+                offset = f"BLOCK_OFFSET_{column}_{row}"
+                if dataset.get_tag_item(offset, "TIFF", bidx=band) is None:
+                    raise GeotiffError(
+                        f"cut short, or sparse: no pixels stored at row {row * height}"
+                    )
 
 
 def _check_tags(data: bytes) -> None:

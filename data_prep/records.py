@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python import array_record_module
@@ -24,6 +25,13 @@ ARRAY_RECORD_OPTIONS = "group_size:1,zstd:-1"
 SHARD_BYTES = 512 << 20
 
 Example = dict[str, Any]
+
+
+def array_feature(*shape: int, dtype: type = np.uint8) -> tfds.features.Tensor:
+    """An array of a record, stored as its bytes."""
+    # The default encoding takes a hundred times as long to read.
+    encoding = tfds.features.Encoding.BYTES
+    return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=encoding)
 
 
 class BuildError(ValueError):
@@ -192,7 +200,7 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Builds the dataset; a failed build leaves nothing of it behind.
 
         Raises:
-          BuildError: if too many locations, or all, are bad.
+          BuildError: if too many locations are bad, or a split is left without records.
         """
         parent = pathlib.Path(self.data_dir).parent
         try:
@@ -242,7 +250,6 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ) -> Iterator[list[tuple[int, Example]]]:
         """Yields the records of each location, none for those set aside."""
         read = functools.partial(attempt, self._read)
-        season_counts = self._metadata["season_counts"][split]
         results = parallel.map_in_order(read, locations, self._num_workers)
         # No bar where nobody looks at it (disable=None).
         progress = tqdm.tqdm(locations, unit=" locations", disable=None, leave=False)
@@ -251,7 +258,19 @@ class LocationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 if isinstance(result, BadFileError):
                     self.bad_locations.add(location.location_id, result)
                     self._metadata["num_bad_locations"] = self.bad_locations.count
-                    yield []
+                    result = []
                 else:
-                    season_counts.append(len(result))
-                    yield result
+                    self._count(split, location, len(result))
+                # The last: what reads the dataset could not open a split without records.
+                if location is locations[-1] and not any(self._metadata["season_counts"][split]):
+                    raise BuildError(
+                        f"split {split} is left without records: its {len(locations)} locations "
+                        "are bad or have no labels; nothing was written. Mend the files that "
+                        f"{self.bad_locations.path} lists"
+                    )
+                yield result
+
+    def _count(self, split: str, location: Any, num_records: int) -> None:
+        """Notes in the metadata how many records a location was given."""
+        del location
+        self._metadata["season_counts"][split].append(num_records)

@@ -30,6 +30,21 @@ class SourceError(FileNotFoundError):
     """The source directory does not hold what the dataset needs."""
 
 
+def not_found(missing: Sequence[str], source_dir: str | os.PathLike, layout: str) -> SourceError:
+    """The error of a tree that lacks something: what was looked for, where, and what is needed.
+
+    Args:
+      missing: the components, or folders of them, that were not found.
+      source_dir: where they were looked for.
+      layout: one sentence on the tree that is needed, and one on how to make a sample of it.
+    """
+    return SourceError(
+        f"{', '.join(missing)} not found in {source_dir}: looked for folders and for "
+        f"{', '.join(ARCHIVE_SUFFIXES)} archives there and up to {SEARCH_DEPTH} folders below. "
+        f"{layout}"
+    )
+
+
 class UnreadableError(OSError):
     """A file of the source that is missing or that its archive cannot give."""
 
@@ -158,6 +173,20 @@ class Source:
         if not isinstance(node, dict):
             return []
         return sorted(name for name, child in node.items() if isinstance(child, dict))
+
+    def files(self, path: str) -> list[str]:
+        """Names of the files directly in the folder `path`, sorted; none if there is no folder."""
+        component, _, rest = path.partition("/")
+        if component in self._folders:
+            folder = self._folders[component] / rest
+            if not folder.is_dir():
+                return []
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        node = self._node(path)
+        if not isinstance(node, dict):
+            return []
+        return sorted(name for name, child in node.items() if isinstance(child, tuple))
 
     def has_file(self, path: str) -> bool:
         """Whether there is a file of that path."""

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from data_prep import geotiff, records, sources
+from data_prep import bands, records, sources
 
 TABLE = "dw_complete_ids.csv"
 COMPONENTS = ("s1", "s2c", "dw_noisy_labels", TABLE)
@@ -55,13 +55,13 @@ def find_source(source_dir: str | os.PathLike) -> sources.Source:
         source = sources.Source(source_dir, COMPONENTS)
         missing = [component for component in COMPONENTS if component not in source.found]
     if missing:
-        raise sources.SourceError(
-            f"{', '.join(missing)} not found in {source_dir}: looked for folders and for "
-            f"{', '.join(sources.ARCHIVE_SUFFIXES)} archives there and up to "
-            f"{sources.SEARCH_DEPTH} folders below. An SSL4EO-S12 + NoL tree is needed: "
-            "s1/ID/GRANULE/{VV,VH}.tif, s2c/ID/GRANULE/{B1,...,B12}.tif, "
-            f"dw_noisy_labels/ID/GRANULE/label.tif and {TABLE}. Without data at hand, make a "
-            "sample: python -m data_prep.sample --output_dir=DIR"
+        raise sources.not_found(
+            missing,
+            source_dir,
+            "An SSL4EO-S12 + NoL tree is needed: s1/ID/GRANULE/{VV,VH}.tif, "
+            "s2c/ID/GRANULE/{B1,...,B12}.tif, dw_noisy_labels/ID/GRANULE/label.tif and "
+            f"{TABLE}. Without data at hand, make a sample: "
+            "python -m data_prep.sample --output_dir=DIR",
         )
     return source
 
@@ -163,12 +163,12 @@ def read_location(
     for season, (s1_granule, s2_granule) in enumerate(seasons):
         s1_folder = f"s1/{location.location_id}/{s1_granule}"
         s2_folder = f"s2c/{location.location_id}/{s2_granule}"
-        s1 = {band: _read(source, f"{s1_folder}/{band}.tif") for band in sensors.S1_BANDS}
-        s2 = {band: _read(source, f"{s2_folder}/{band}.tif") for band in sensors.S2_BANDS}
+        s1 = {band: bands.read_band(source, f"{s1_folder}/{band}.tif") for band in sensors.S1_BANDS}
+        s2 = {band: bands.read_band(source, f"{s2_folder}/{band}.tif") for band in sensors.S2_BANDS}
         example = {
             "s1": np.stack(
                 [
-                    _scale_s1(f"{s1_folder}/{name}.tif", name, band.pixels, tile_size)
+                    bands.scale_s1(f"{s1_folder}/{name}.tif", name, band.pixels, (tile_size,) * 2)
                     for name, band in s1.items()
                 ],
                 axis=-1,
@@ -186,10 +186,12 @@ def read_location(
             "s2_timestamp": timestamp(s2_granule),
         }
         for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items():
-            size = tile_size * 10 // metres
+            size = (tile_size * 10 // metres,) * 2
             example[f"s2_{metres}m"] = np.stack(
                 [
-                    _scale_s2(f"{s2_folder}/{name}.tif", name, s2[name].pixels, size, s2_offset)
+                    bands.scale_s2(
+                        f"{s2_folder}/{name}.tif", name, s2[name].pixels, size, s2_offset
+                    )
                     for name in names
                 ],
                 axis=-1,
@@ -222,23 +224,11 @@ def _pair_granules(location: Location, source: sources.Source) -> list[tuple[str
     return list(zip(*pairs, strict=True))
 
 
-def _read(source: sources.Source, path: str) -> geotiff.Band:
-    try:
-        return geotiff.read_band(source.read(path))
-    except (sources.UnreadableError, geotiff.GeotiffError) as error:
-        raise records.BadFileError(path, str(error)) from error
-
-
-def _check_size(path: str, pixels: np.ndarray, size: int) -> None:
-    if pixels.shape != (size, size):
-        height, width = pixels.shape
-        raise records.BadFileError(path, f"{height}x{width} pixels, {size}x{size} needed")
-
-
 def _read_labels(source: sources.Source, path: str, tile_size: int | None) -> np.ndarray:
     """Reads a label or truth map: (T,T) uint8, 0..8 and 255; T its own if `tile_size` is None."""
-    pixels = _read(source, path).pixels
-    _check_size(path, pixels, tile_size or pixels.shape[0])
+    pixels = bands.read_band(source, path).pixels
+    side = tile_size or pixels.shape[0]
+    bands.check_size(path, pixels, (side, side))
     if pixels.shape[0] % 6:
         raise records.BadFileError(
             path, f"{pixels.shape[0]} pixels a side; bands at 10, 20 and 60 m need a multiple of 6"
@@ -251,39 +241,9 @@ def _read_labels(source: sources.Source, path: str, tile_size: int | None) -> np
     return pixels.astype(np.uint8)
 
 
-def _scale_s1(path: str, band: str, pixels: np.ndarray, size: int) -> np.ndarray:
-    _check_size(path, pixels, size)
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype not in (np.float32, np.float64):
-        raise records.BadFileError(path, f"dtype {pixels.dtype}, needs float dB or scaled uint8")
-    try:
-        scaled = sensors.scale_to_uint8(pixels, band)
-    except ValueError as error:
-        raise records.BadFileError(path, str(error)) from error
-    # Backscatter in dB is negative nearly everywhere, power never.
-    if pixels.min() >= 0:
-        raise records.BadFileError(path, "no pixel below 0: looks like linear power, dB needed")
-    return scaled
-
-
-def _scale_s2(path: str, band: str, pixels: np.ndarray, size: int, offset: int) -> np.ndarray:
-    _check_size(path, pixels, size)
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype != np.uint16:
-        raise records.BadFileError(path, f"dtype {pixels.dtype}, needs uint16 or scaled uint8")
-    return sensors.scale_to_uint8(np.maximum(pixels.astype(np.int32) - offset, 0), band)
-
-
 def features(tile_size: int, max_seasons: int, has_truth: bool) -> tfds.features.FeaturesDict:
     """What a record holds; see `read_location`."""
-
-    def array(*shape: int, dtype: type = np.uint8) -> tfds.features.Tensor:
-        # The default encoding takes a hundred times as long to read.
-        encoding = tfds.features.Encoding.BYTES
-        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=encoding)
-
+    array = records.array_feature
     names = {
         "s1": array(tile_size, tile_size, len(sensors.S1_BANDS)),
         "labels": array(max_seasons, tile_size, tile_size),
@@ -291,9 +251,9 @@ def features(tile_size: int, max_seasons: int, has_truth: bool) -> tfds.features
         "transform": array(6, dtype=np.float64),
         "s1_transform": array(6, dtype=np.float64),
     }
-    for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
+    for metres, s2_bands in sensors.S2_BANDS_BY_RESOLUTION.items():
         size = tile_size * 10 // metres
-        names[f"s2_{metres}m"] = array(size, size, len(bands))
+        names[f"s2_{metres}m"] = array(size, size, len(s2_bands))
     if has_truth:
         names["truth"] = array(tile_size, tile_size)
     for name in ("location_id", "crs", "s1_crs", "s1_granule", "s2_granule", "s1_timestamp",

@@ -14,9 +14,10 @@ TRANSFORM = rasterio.Affine(10, 0, 5e5, 0, -10, 6e6)
 def geotiff_bytes(pixels=PIXELS, **options) -> bytes:
     file = io.BytesIO()
     profile = {"driver": "GTiff", "crs": "EPSG:32632", "transform": TRANSFORM}
-    profile |= {"width": 48, "height": 48, "count": 1, "dtype": pixels.dtype}
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    profile |= {"width": 48, "height": 48, "count": len(pixels), "dtype": pixels.dtype}
     with rasterio.open(file, "w", **(profile | options)) as dataset:
-        dataset.write(pixels[None] if pixels.ndim == 2 else pixels)
+        dataset.write(pixels)
     return file.getvalue()
 
 
@@ -45,6 +46,36 @@ def test_no_georeference():
     assert band.transform == rasterio.Affine.identity()
 
 
+STACK = np.stack([PIXELS, PIXELS // 2, PIXELS + 7])
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_all_bands_of_a_file(interleave):
+    data = geotiff_bytes(STACK, interleave=interleave)
+    bands = geotiff.read_bands(data)
+    np.testing.assert_array_equal(bands.pixels, STACK)
+    assert bands.pixels.dtype == np.uint16
+    assert rasterio.CRS.from_wkt(bands.crs) == rasterio.CRS.from_epsg(32632)
+    assert tuple(bands.transform[:6]) == (10, 0, 5e5, 0, -10, 6e6)
+    np.testing.assert_array_equal(geotiff.read_bands(geotiff_bytes()).pixels, PIXELS[None])
+
+
+def test_size_without_pixels():
+    data = geotiff_bytes(STACK[:, :36], height=36)
+    assert geotiff.read_size(data) == (36, 48)
+    assert geotiff.read_size(data[:-100]) == (36, 48)
+    with pytest.raises(geotiff.GeotiffError, match="empty file"):
+        geotiff.read_size(b"")
+
+
+def test_written_file_is_read_back(tmp_path):
+    geotiff.write(tmp_path / "a.tif", STACK, "EPSG:32632", TRANSFORM, compress="deflate")
+    bands = geotiff.read_bands((tmp_path / "a.tif").read_bytes())
+    np.testing.assert_array_equal(bands.pixels, STACK)
+    assert rasterio.CRS.from_wkt(bands.crs) == rasterio.CRS.from_epsg(32632)
+    assert bands.transform == TRANSFORM
+
+
 @pytest.mark.parametrize("tags_at_end", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -53,27 +84,30 @@ def test_no_georeference():
         {"blockysize": 1},
         {"compress": "deflate", "BIGTIFF": "YES"},
         {"tiled": True, "blockxsize": 16, "blockysize": 16, "ENDIANNESS": "BIG"},
+        {"pixels": STACK, "interleave": "pixel"},
+        {"pixels": STACK, "interleave": "band", "blockysize": 4},
+        {"pixels": STACK, "interleave": "band", "compress": "deflate", "blockysize": 4},
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, bool) else "-".join(value) or "plain",
 )
 def test_cut_file_is_never_read_wrongly(tmp_path, options, tags_at_end):
     if tags_at_end:
         data = georeferenced_at_end(tmp_path / "a.tif", **options)
     else:
         data = geotiff_bytes(**options)
-    whole = geotiff.read_band(data)
+    whole = geotiff.read_bands(data)
     # Denser where the tables lie, at either end.
     end = len(data)
     lengths = {*range(0, 700, 7), *range(0, end, 89), *range(end - 300, end, 7), end - 1}
     refused = 0
     for length in lengths:
         try:
-            band = geotiff.read_band(data[:length])
+            bands = geotiff.read_bands(data[:length])
         except geotiff.GeotiffError:
             refused += 1
         else:
-            np.testing.assert_array_equal(band.pixels, whole.pixels)
-            assert (band.crs, band.transform) == (whole.crs, whole.transform)
+            np.testing.assert_array_equal(bands.pixels, whole.pixels)
+            assert (bands.crs, bands.transform) == (whole.crs, whole.transform)
     assert refused > 0.9 * len(lengths)
 
 
@@ -84,8 +118,15 @@ def test_sparse_file_is_refused():
         geotiff.read_band(data)
 
 
+def test_file_with_one_sparse_band_is_refused():
+    stack = np.stack([PIXELS, np.zeros_like(PIXELS), PIXELS])
+    data = geotiff_bytes(stack, SPARSE_OK=True, interleave="band")
+    with pytest.raises(geotiff.GeotiffError, match="no pixels stored at row 0"):
+        geotiff.read_bands(data)
+
+
 def test_more_bands_than_one_are_refused():
-    data = geotiff_bytes(np.stack([PIXELS, PIXELS]), count=2)
+    data = geotiff_bytes(np.stack([PIXELS, PIXELS]))
     with pytest.raises(geotiff.GeotiffError, match="has 2 bands, one is needed"):
         geotiff.read_band(data)
 

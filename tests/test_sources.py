@@ -45,6 +45,9 @@ def assert_holds_all(source):
     assert source.folders("images") == ["0001", "0002"]
     assert source.folders("images/0001") == []
     assert source.folders("images/0003") == []
+    assert source.files("images/0001") == ["a.bin", "b.bin"]
+    for path in ("images", "images/0003", "images/0001/a.bin", "table.csv"):
+        assert source.files(path) == []
     for path, data in FILES.items():
         assert source.has_file(path)
         assert source.read(path) == data
