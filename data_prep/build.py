@@ -1,6 +1,7 @@
 """Builds a dataset of ArrayRecord files from its GeoTIFFs.
 
 python -m data_prep.build --dataset=ssl4eo_s12_nol --source_dir=DIR --data_dir=DIR
+python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR
 """
 
 import concurrent.futures.process
@@ -9,13 +10,22 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import records, sources, ssl4eo_s12_nol
+from data_prep import downstream, records, sources, ssl4eo_s12_nol
 
-BUILDERS = {"ssl4eo_s12_nol": ssl4eo_s12_nol.Ssl4eoS12Nol}
+BUILDERS = {
+    builder_class.name: builder_class
+    for builder_class in (
+        ssl4eo_s12_nol.Ssl4eoS12Nol,
+        downstream.Ssl4eoS12Dw,
+        downstream.Ssl4eoS12Osm,
+        downstream.Dfc2020,
+    )
+}
 
 _DATASET = flags.DEFINE_enum("dataset", None, sorted(BUILDERS), "Which dataset.", required=True)
 _SOURCE_DIR = flags.DEFINE_string(
@@ -42,20 +52,37 @@ _S2_OFFSET = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=10000,
 )
+_PATCH_SIZE = flags.DEFINE_integer(
+    "patch_size",
+    0,
+    "Side of the patches to cut downstream tiles into, without overlap; those without any labels "
+    "are left out. 0 leaves tiles whole.",
+    lower_bound=0,
+)
 
 
 def build() -> str:
     """Builds what the flags say, and returns a summary."""
     builder_class = BUILDERS[_DATASET.value]
+    is_tiles = issubclass(builder_class, downstream.TileBuilder)
+    if _PATCH_SIZE.value and not is_tiles:
+        raise records.BuildError(
+            f"--patch_size={_PATCH_SIZE.value} is for downstream data sets, not for "
+            f"{builder_class.name}: leave it out, crops are drawn during training"
+        )
+    options = {"s2_offset": _S2_OFFSET.value}
+    if is_tiles:
+        options["patch_size"] = _PATCH_SIZE.value
     data_dir = pathlib.Path(_DATA_DIR.value).expanduser().absolute()
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
         info = tfds.builder_from_directory(final_dir).info
-        if info.metadata["s2_offset"] != _S2_OFFSET.value:
-            raise records.BuildError(
-                f"{final_dir} was built with --s2_offset={info.metadata['s2_offset']}: delete it, "
-                "or choose another --data_dir"
-            )
+        for name, value in options.items():
+            if info.metadata[name] != value:
+                raise records.BuildError(
+                    f"{final_dir} was built with --{name}={info.metadata[name]}: delete it, "
+                    "or choose another --data_dir"
+                )
         return (
             f"{final_dir} is there already, nothing was done: "
             f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
@@ -67,16 +94,29 @@ def build() -> str:
         data_dir=data_dir,
         num_workers=_NUM_WORKERS.value,
         max_bad_locations=_MAX_BAD_LOCATIONS.value,
-        s2_offset=_S2_OFFSET.value,
+        **options,
     )
     builder.build()
+    metadata = builder.info.metadata
+    num_records = {name: split.num_examples for name, split in builder.info.splits.items()}
     set_aside = builder.bad_locations.count
-    return (
-        f"{sum(map(len, builder.info.metadata['season_counts'].values()))} locations written, {set_aside} set aside"
-        + (f" (see {builder.bad_locations.path})" if set_aside else "")
-        + f", {sum(split.num_examples for split in builder.info.splits.values())} records, "
-        f"{builder.info.dataset_size} in {final_dir}, {time.monotonic() - start:.0f} s."
-    )
+    summary = [
+        f"{sum(map(len, metadata['season_counts'].values()))} "
+        f"{'tiles' if is_tiles else 'locations'} written",
+        f"{set_aside} set aside" + (f" (see {builder.bad_locations.path})" if set_aside else ""),
+        f"{sum(num_records.values())} records" + (f" ({_listed(num_records)})" if is_tiles else ""),
+    ]
+    if _PATCH_SIZE.value:
+        summary.append(
+            f"patches without labels left out ({_listed(metadata['num_empty_patches'])})"
+        )
+    summary.append(f"{builder.info.dataset_size} in {final_dir}")
+    return f"{', '.join(summary)}, {time.monotonic() - start:.0f} s."
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """A number for each split."""
+    return ", ".join(f"{split} {count}" for split, count in counts.items())
 
 
 def main(argv: list[str]) -> None:

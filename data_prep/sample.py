@@ -1,6 +1,11 @@
-"""Writes a procedural SSL4EO-S12 + NoL: GeoTIFFs in the tree of the real data set, with the truth.
+"""Writes places of a procedural world as GeoTIFFs in the tree of a real data set.
 
 python -m data_prep.sample --output_dir=DIR --locations=64 --seasons=4 --tile_size=264 --seed=0
+
+SSL4EO-S12 + NoL for pretraining, noisy labels with the truth beside them; or, with
+`--format=dw|osm|dfc2020`, a downstream data set with clean labels: one date a place, the first
+half of the places the training split. Places follow from the seed: give a downstream sample
+another one than the sample pretrained on, or its tiles show the very same places.
 """
 
 import datetime
@@ -11,23 +16,36 @@ import sys
 import time
 
 import numpy as np
-import rasterio
 from absl import app, flags
+from affine import Affine
 
 from cromss_jax.sensors import S1_BANDS, S2_BANDS_BY_RESOLUTION
-from data_prep import parallel, world
+from data_prep import geotiff, parallel, sample_downstream, world
 
 TABLE = "dw_complete_ids.csv"
+NOL = "nol"
+NOL_SEASONS = 4
+NOL_TILE_SIZE = 264
 
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Where the tree goes: a new or an empty directory.", required=True
 )
+_FORMAT = flags.DEFINE_enum(
+    "format", NOL, [NOL, *sample_downstream.FORMATS], "Which data set's tree."
+)
 _LOCATIONS = flags.DEFINE_integer("locations", 64, "How many locations.", lower_bound=1)
 _SEASONS = flags.DEFINE_integer(
-    "seasons", 4, "Seasons of each location.", lower_bound=1, upper_bound=world.MAX_SEASONS
+    "seasons",
+    None,
+    f"Seasons of each location; nol only, {NOL_SEASONS} if not given.",
+    lower_bound=1,
+    upper_bound=world.MAX_SEASONS,
 )
 _TILE_SIZE = flags.DEFINE_integer(
-    "tile_size", 264, "Pixels of 10 m along a side, a multiple of 6.", lower_bound=6
+    "tile_size",
+    None,
+    "Pixels of 10 m along a side, for nol a multiple of 6; as in the real data set if not given.",
+    lower_bound=6,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the whole world.", lower_bound=0)
 _NUM_WORKERS = flags.DEFINE_integer(
@@ -56,22 +74,10 @@ def granule_names(location: world.Location, season: int) -> tuple[str, str]:
 
 def _write(path: pathlib.Path, pixels: np.ndarray, location: world.Location, **options) -> None:
     """Writes one band over the whole of the location."""
-    height, width = pixels.shape
-    metres = 10 * location.truth.shape[-1] / width
+    metres = 10 * location.truth.shape[-1] / pixels.shape[-1]
     easting, northing = location.origin
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        height=height,
-        width=width,
-        count=1,
-        dtype=pixels.dtype,
-        crs=rasterio.CRS.from_epsg(location.epsg),
-        transform=rasterio.Affine(metres, 0, easting, 0, -metres, northing),
-        **options,
-    ) as file:
-        file.write(pixels, 1)
+    transform = Affine(metres, 0, easting, 0, -metres, northing)
+    geotiff.write(path, pixels[None], f"EPSG:{location.epsg}", transform, **options)
 
 
 def write_nol(location: world.Location, location_id: str, output_dir: pathlib.Path) -> list[str]:
@@ -121,8 +127,8 @@ def _make_and_write(
 def write_sample(
     output_dir: str | os.PathLike,
     locations: int,
-    seasons: int = 4,
-    tile_size: int = 264,
+    seasons: int = NOL_SEASONS,
+    tile_size: int = NOL_TILE_SIZE,
     seed: int = 0,
     num_workers: int = 1,
 ) -> float:
@@ -143,13 +149,8 @@ def write_sample(
       FileExistsError: if `output_dir` holds anything.
       ValueError: if `make_location` cannot make such locations.
     """
-    output_dir = pathlib.Path(output_dir).expanduser().absolute()
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise FileExistsError(
-            f"{output_dir} is not empty: delete it, or choose another --output_dir"
-        )
     world.check_shape(seasons, tile_size)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = _new_directory(output_dir)
     make = functools.partial(
         _make_and_write, seed=seed, seasons=seasons, tile_size=tile_size, output_dir=output_dir
     )
@@ -159,29 +160,110 @@ def write_sample(
     return sum(wrong for _, wrong in made) / (locations * seasons * tile_size**2)
 
 
+def write_downstream_sample(
+    output_dir: str | os.PathLike,
+    format_name: str,
+    locations: int,
+    tile_size: int | None = None,
+    seed: int = 0,
+    num_workers: int = 1,
+) -> None:
+    """Writes a sample of a downstream data set, with clean labels.
+
+    Args:
+      output_dir: a new or an empty directory.
+      format_name: a name of `sample_downstream.FORMATS`.
+      locations: how many, 2 or more, a tile each; the first half is the training split.
+      tile_size: pixels of 10 m along a side; None takes the real data set's.
+      seed: of the whole world; places differ from those of other seeds.
+      num_workers: processes; the files are the same whatever their number.
+
+    Raises:
+      FileExistsError: if `output_dir` holds anything.
+      ValueError: if there are too few locations for two splits.
+    """
+    if locations < 2:
+        raise ValueError(
+            f"--locations={locations} leaves no tile for the test split, needs 2 or more: "
+            "give more locations"
+        )
+    make = functools.partial(
+        sample_downstream.make_and_write,
+        format_name=format_name,
+        locations=locations,
+        seed=seed,
+        tile_size=tile_size or sample_downstream.FORMATS[format_name].tile_size,
+        output_dir=_new_directory(output_dir),
+    )
+    for _ in parallel.map_in_order(make, range(locations), num_workers):
+        pass
+
+
+def _new_directory(output_dir: str | os.PathLike) -> pathlib.Path:
+    """Makes the directory, or raises FileExistsError if it holds anything."""
+    output_dir = pathlib.Path(output_dir).expanduser().absolute()
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(
+            f"{output_dir} is not empty: delete it, or choose another --output_dir"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def _run_nol() -> str:
+    """Writes what the flags say as SSL4EO-S12 + NoL, and returns a summary."""
+    seasons = _SEASONS.value or NOL_SEASONS
+    tile_size = _TILE_SIZE.value or NOL_TILE_SIZE
+    wrong = write_sample(
+        _OUTPUT_DIR.value,
+        _LOCATIONS.value,
+        seasons,
+        tile_size,
+        _SEED.value,
+        _NUM_WORKERS.value,
+    )
+    return (
+        f"{_LOCATIONS.value} locations x {seasons} seasons of {tile_size} x {tile_size} pixels in "
+        f"{_OUTPUT_DIR.value}, {wrong:.1%} of the labels wrong"
+    )
+
+
+def _run_downstream() -> str:
+    """Writes what the flags say as a downstream data set, and returns a summary."""
+    if _SEASONS.value is not None:
+        raise ValueError(
+            f"--seasons={_SEASONS.value} is for --format={NOL}, tiles of --format={_FORMAT.value} "
+            "have one date: leave it out"
+        )
+    tile_size = _TILE_SIZE.value or sample_downstream.FORMATS[_FORMAT.value].tile_size
+    write_downstream_sample(
+        _OUTPUT_DIR.value,
+        _FORMAT.value,
+        _LOCATIONS.value,
+        tile_size,
+        _SEED.value,
+        _NUM_WORKERS.value,
+    )
+    num_training = sample_downstream.num_training(_LOCATIONS.value)
+    return (
+        f"{_LOCATIONS.value} tiles ({num_training} to train on, "
+        f"{_LOCATIONS.value - num_training} to test on) of {tile_size} x {tile_size} pixels in "
+        f"{_OUTPUT_DIR.value}, labels clean"
+    )
+
+
 def main(argv: list[str]) -> None:
     """Runs the command; what the user can mend is told in one sentence."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     start = time.monotonic()
     try:
-        wrong = write_sample(
-            _OUTPUT_DIR.value,
-            _LOCATIONS.value,
-            _SEASONS.value,
-            _TILE_SIZE.value,
-            _SEED.value,
-            _NUM_WORKERS.value,
-        )
+        summary = _run_nol() if _FORMAT.value == NOL else _run_downstream()
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"Interrupted: {_OUTPUT_DIR.value} is incomplete, delete it.")
-    print(
-        f"{_LOCATIONS.value} locations x {_SEASONS.value} seasons of {_TILE_SIZE.value} x "
-        f"{_TILE_SIZE.value} pixels in {_OUTPUT_DIR.value}, {wrong:.1%} of the labels wrong, "
-        f"{time.monotonic() - start:.0f} s."
-    )
+    print(f"{summary}, {time.monotonic() - start:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Location:
       epsg: the EPSG code of the place's UTM zone.
       origin: easting and northing in metres of the upper left corner of all grids.
       mgrs_tile: the Sentinel-2 tile that covers the place, such as "T32UPU".
+      longitude: of the place, in degrees east.
+      latitude: of the place, in degrees north.
     """
 
     archetype: str
@@ -64,6 +66,8 @@ class Location:
     epsg: int
     origin: tuple[int, int]
     mgrs_tile: str
+    longitude: float
+    latitude: float
 
     def s2(self, resolution: int) -> np.ndarray:
         """The bands of one resolution, 10, 20 or 60 m: [S,H,W,bands] uint16."""
@@ -140,4 +144,6 @@ def make_location(seed: int, index: int, seasons: int = 4, tile_size: int = 264)
         epsg=epsg,
         origin=origin,
         mgrs_tile=mgrs_tile,
+        longitude=place.longitude,
+        latitude=place.latitude,
     )
