@@ -44,6 +44,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     chosen = _parse(argument)
     config = ml_collections.ConfigDict()
 
+    config.mode = "pretrain"
     config.seed = 42
     config.num_epochs = 200
     # Of all devices together; the learning rate is not scaled with it.
@@ -73,6 +74,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.network = ml_collections.ConfigDict()
     config.network.fusion = "none" if "modality" in chosen else chosen.get("fusion", "mid")
     config.network.depth = 50  # ResNet
+    config.network.decoder = "unet"  # or pspnet, deeplabv3plus, fpn
     config.network.dtype = "float32"  # or bfloat16: of activations; parameters stay float32
 
     config.loss = ml_collections.ConfigDict()

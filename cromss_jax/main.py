@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import checkpoint, data, train, weights
+from cromss_jax import checkpoint, data, finetune, run, train, weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -29,12 +29,14 @@ def main(arguments: list[str]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
         jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
     try:
-        train.train(_CONFIG.value, _WORKDIR.value)
+        modes = {"pretrain": train.train, "finetune": finetune.finetune}
+        modes["evaluate"] = finetune.evaluate
+        modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
     except (
         checkpoint.CheckpointError,
         data.DataError,
-        train.ConfigError,
-        train.NonFiniteLossError,
+        run.ConfigError,
+        run.NonFiniteLossError,
         weights.WeightsError,
     ) as error:
         sys.exit(f"error: {error}")

@@ -25,6 +25,33 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     return jnp.sum(per_image.astype(jnp.int32), axis=0)
 
 
+def no_counts(num_classes: int) -> np.ndarray:
+    """What `add_counts` begins with: [2, C, C] int32."""
+    return np.zeros((2, num_classes, num_classes), np.int32)
+
+
+def add_counts(counts: jax.Array, confusion: jax.Array) -> jax.Array:
+    """Adds a batch's confusion matrix to the counts of a whole data set, on the device.
+
+    A test set has more pixels than an int32 can count, and there is no int64 on the device.
+
+    Args:
+      counts: [2, C, C] int32, multiples of 2^20 and the rest.
+      confusion: [C, C] int32, below 2^30.
+
+    Returns:
+      [2, C, C] int32, exact up to 2^51.
+    """
+    rest = counts[1] + confusion
+    return jnp.stack([counts[0] + (rest >> 20), rest & (2**20 - 1)])
+
+
+def counted(counts: np.ndarray) -> np.ndarray:
+    """The confusion matrix [C, C] int64 that the counts [2, C, C] hold."""
+    high, rest = np.asarray(counts, np.int64)
+    return (high << 20) + rest
+
+
 def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
     """Scores of a confusion matrix.
 

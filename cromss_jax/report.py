@@ -3,13 +3,15 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.patches
 import numpy as np
 import tensorboardX
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from cromss_jax import sensors
@@ -20,20 +22,22 @@ TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "La
 TITLES |= {"selection_weights": "Selection weights"}
 
 
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """The whole lines of a `metrics.jsonl`, none if it isn't there: a kill may cut the last."""
+    path = epath.Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class MetricLog:
     """Writes scalars and pictures to `metrics.jsonl` and TensorBoard, on one process."""
 
     def __init__(self, workdir: str, step: int):
         """Opens the logs, dropping what an interrupted run wrote past `step`."""
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            # A kill may have cut the last line short.
-            kept = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in kept if json.loads(line)["step"] <= step]
+        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(temporary, self._path)
         self._board = tensorboardX.SummaryWriter(
             os.path.join(workdir, "tensorboard"), purge_step=step + 1
@@ -121,27 +125,82 @@ def save_picture(path: str, pixels: np.ndarray) -> None:
     matplotlib.image.imsave(path, pixels)
 
 
-def _percent(value: float) -> str:
-    return "–" if np.isnan(value) else f"{100 * value:.1f}"
+def _percent(values: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation where there are several."""
+    if np.isnan(values).all():
+        return "–"
+    mean = f"{100 * np.nanmean(values):.1f}"
+    # Of a sample: the seeds are a few of many.
+    return mean if len(values) == 1 else f"{mean} ± {100 * np.nanstd(values, ddof=1):.1f}"
 
 
-def results_table(scores: Mapping[str, Mapping], aurocs: Mapping[str, float]) -> str:
-    """Results in Markdown.
+def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[str]) -> str:
+    """Scores in Markdown, percent: OA, AA, mIoU, mF1 and each class's IoU.
 
     Args:
-      scores: `metrics.scores` by "<what is scored> against <reference>".
-      aurocs: area under the ROC curve of label confidence, by modality; empty without truth.
+      scores: by row, `metrics.scores` of one or several runs; of several, mean ± standard
+        deviation is shown.
+      class_names: C names.
     """
-    lines = ["| scored | OA | AA | mIoU | mF1 | " + " | ".join(sensors.CLASS_NAMES) + " |"]
-    lines.append("|---" * (5 + sensors.NUM_CLASSES) + "|")
-    for name, row in scores.items():
-        means = [_percent(row[key]) for key in ("oa", "aa", "miou", "mf1")]
-        per_class = [_percent(value) for value in row["iou"]]
-        lines.append(f"| {name} | " + " | ".join(means + per_class) + " |")
-    lines.append("\nIn percent; the classes' columns are IoU. Held-back locations, all seasons.")
-    for modality, value in aurocs.items():
-        lines.append(
-            f"Label confidence tells wrong labels from right ones ({modality.upper()}): "
-            f"AUROC {value:.3f}."
-        )
+    lines = ["| scored | OA | AA | mIoU | mF1 | " + " | ".join(class_names) + " |"]
+    lines.append("|---" * (5 + len(class_names)) + "|")
+    for name, runs in scores.items():
+        columns = [[run[key] for run in runs] for key in ("oa", "aa", "miou", "mf1")]
+        columns += np.stack([run["iou"] for run in runs], axis=-1).tolist()
+        lines.append(f"| {name} | " + " | ".join(map(_percent, columns)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def transfer_table(cells: Mapping[tuple[str, str, str], Mapping[str, Sequence[float]]]) -> str:
+    """mIoU in Markdown, laid out like the paper's tables: frozen / fine-tuned.
+
+    Args:
+      cells: by (data set, input, weights), then by encoder ("frozen" or "trained"), the mIoU of
+        each run.
+    """
+    rows = list(dict.fromkeys(dataset for dataset, _, _ in cells))
+    columns = list(dict.fromkeys(key[1:] for key in cells))
+    lines = ["| | " + " | ".join(f"{input_.upper()} {name}" for input_, name in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for dataset in rows:
+        shown = []
+        for column in columns:
+            by_encoder = cells.get((dataset, *column), {})
+            pair = (by_encoder.get(encoder) for encoder in ("frozen", "trained"))
+            shown.append(" / ".join(_percent(values) if values else "–" for values in pair))
+        lines.append(f"| {dataset} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_confusion(confusion: np.ndarray, legend: sensors.Legend) -> np.ndarray:
+    """Draws a confusion matrix, each label's row in percent, the classes in their colours.
+
+    Args:
+      confusion: [C, C] integers, rows labels, columns predictions.
+      legend: names and colours.
+
+    Returns:
+      [H, W, 3] uint8.
+    """
+    count = len(legend)
+    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure = matplotlib.figure.Figure(figsize=(0.62 * count + 2.6, 0.5 * count + 2.2), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.imshow(shares, vmin=0, vmax=100, cmap="Greys", aspect="auto")
+    for row, column in np.ndindex(count, count):
+        share = shares[row, column]
+        colour = "white" if share > 55 else "black"
+        axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    for i, colour in enumerate(legend.values()):
+        patch = {"color": colour, "clip_on": False, "lw": 0}
+        axis.add_patch(matplotlib.patches.Rectangle((-0.78, i - 0.5), 0.28, 1, **patch))
+        axis.add_patch(matplotlib.patches.Rectangle((i - 0.5, count - 0.5), 1, 0.28, **patch))
+    axis.set_xticks(range(count), legend, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(count), legend, fontsize=8)
+    axis.tick_params(length=0, pad=12)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("labelled (rows in percent)")
+    figure.tight_layout()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

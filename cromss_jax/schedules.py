@@ -45,6 +45,20 @@ def learning_rate(
     raise ValueError(f"learning-rate schedule {kind!r} is none of {LEARNING_RATES}")
 
 
+def cosine(epoch: jax.Array, base: float, final: float, epochs: int) -> jax.Array:
+    """Learning rate of an epoch, falling from `base` by half a cosine to `final`, where it stays.
+
+    torch's CosineAnnealingLR up to its T_max, after which that one rises again.
+
+    Args:
+      epoch: scalar, counted from 0.
+      base: positive.
+      final: the rate from epoch `epochs` on.
+      epochs: how long it falls.
+    """
+    return optax.cosine_decay_schedule(base, epochs, alpha=final / base)(epoch)
+
+
 def plateau(factor: float, patience: int) -> optax.GradientTransformationExtraArgs:
     """Cuts the rate when the validation loss stops improving, counting as torch does.
 

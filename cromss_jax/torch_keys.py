@@ -75,13 +75,16 @@ def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.
         if array.shape != torch_shape:
             problems.append(f"{key} has shape {array.shape}, needs {torch_shape}")
             continue
-        is_integer = np.issubdtype(wanted[key].dtype, np.integer)
-        if is_integer != np.issubdtype(array.dtype, np.integer):
+        kind = np.integer if np.issubdtype(wanted[key].dtype, np.integer) else np.floating
+        if not np.issubdtype(array.dtype, kind):
             problems.append(f"{key} holds {array.dtype}, needs {wanted[key].dtype}")
             continue
         if is_kernel:
             array = array.transpose(_TO_HWIO)
-        values[key] = np.array(array, wanted[key].dtype, order="C")
+        with np.errstate(over="ignore"):  # to infinity, which who reads a file checks for
+            values[key] = np.array(array, wanted[key].dtype, order="C")
+        if kind is np.integer and not np.array_equal(values[key], array):
+            problems.append(f"{key} holds {array}, too large for {wanted[key].dtype}")
     if problems:
         raise ValueError(
             f"the checkpoint does not fit the network in {len(problems)} tensors; check fusion, "

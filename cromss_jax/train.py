@@ -3,20 +3,14 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
-import importlib.metadata
-import json
 import logging
 import pathlib
-import platform
-import signal
 import time
 from collections.abc import Callable, Iterable
 
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 
 from cromss_jax import (
     checkpoint,
@@ -25,22 +19,18 @@ from cromss_jax import (
     metrics,
     models,
     report,
+    run,
     schedules,
     selection,
     sensors,
     sharding,
     smoothing,
     step,
-    torch_keys,
-    weight_files,
     weights,
 )
 
 _log = logging.getLogger(__name__)
 
-# What may change between the start of a run and its continuation.
-_FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures")
-_FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 _COUNTS = ("num_epochs", "batch_size", "log_every_steps", "eval_every_epochs", "num_pictures")
 _COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads")
 
@@ -61,134 +51,20 @@ _CHOICES = {
 }
 
 
-class NonFiniteLossError(ValueError):
-    """The loss or its gradient became infinite or NaN."""
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be run."""
-
-
-def check_config(config: ml_collections.ConfigDict, tile_size: int, num_devices: int) -> None:
-    """Raises ConfigError for what would fail late or silently do something else."""
-
-    def field(name: str):
-        return functools.reduce(lambda node, key: node[key], name.split("."), config)
-
-    for name in _COUNTS:
-        if field(name) < 1:
-            raise ConfigError(f"config.{name} is {field(name)}; it must be at least 1")
-    for name, choices in _CHOICES.items():
-        value = field(name)
-        values = value if isinstance(value, tuple) else (value,)
-        if not values or not set(values) <= set(choices):
-            raise ConfigError(
-                f"config.{name} is {value!r}; choose from {', '.join(map(str, choices))}"
-            )
+def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
+    """Raises run.ConfigError for what would fail late or silently do something else."""
+    run.check_fields(config, _COUNTS, _CHOICES)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
-        raise ConfigError(
+        raise run.ConfigError(
             f"config.network.fusion is {config.network.fusion!r} with the modalities "
             f"{', '.join(config.modalities)}; use 'none' for one modality, 'mid' or 'late' for two"
         )
-    crop = config.data.crop_size
-    if crop > tile_size:
-        raise ConfigError(
-            f"config.data.crop_size is {crop} but the data set's tiles have {tile_size} pixels; "
-            "make it at most that"
-        )
-    if crop % models.STRIDE:
-        raise ConfigError(
-            f"config.data.crop_size is {crop}; the networks need a multiple of {models.STRIDE}, "
-            f"such as {max(crop // models.STRIDE, 1) * models.STRIDE}"
-        )
-    if config.batch_size % num_devices:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}, which {num_devices} devices cannot share "
-            f"equally; use a multiple of {num_devices} or set config.num_devices"
-        )
+    run.check_sizes(config.data.crop_size, tile_size, models.STRIDE)
     if config.schedule.name == "plateau" and config.data.validation_fraction == 0:
-        raise ConfigError(
+        raise run.ConfigError(
             "the plateau schedule needs a validation loss but config.data.validation_fraction is "
             "0; hold back some locations or set config.schedule.name to 'constant'"
         )
-
-
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the resolved configuration and the versions, and refuses to mix two runs.
-
-    Raises:
-      ConfigError: if the folder holds a run of another configuration.
-    """
-    path = workdir / "config.json"
-    resolved = json.loads(config.to_json())
-    # Before its first checkpoint a run has nothing that a change could spoil.
-    if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
-        before, now = _flat(json.loads(path.read_text())), _flat(resolved)
-        changed = [
-            f"{name} from {before.get(name)} to {now.get(name)}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-            and name not in _FREE_TO_CHANGE
-            and not name.startswith(_FREE_PREFIXES)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
-                "use the same configuration to continue it, or another --workdir"
-            )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(resolved, indent=2) + "\n")
-    temporary.replace(path)  # whole or not at all, whenever the run is killed
-    packages = (
-        "cromss_jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "numpy",
-    )
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
-    devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
-    versions |= {"devices": devices, "processes": jax.process_count()}
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-
-
-class Preemption:
-    """Notices SIGTERM, so that the loop can save and leave. Use as a context."""
-
-    def __enter__(self) -> "Preemption":
-        """Starts noticing."""
-        self._told = False
-        # With several processes JAX's own service notices, and all of them agree on a step.
-        self._previous = None
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(self, *unused) -> None:
-        """Gives the signal back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _notice(self, *unused) -> None:
-        self._told = True
-
-    def reached(self, step_number: int) -> bool:
-        """Whether to save at this step and leave."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step_number)
-        return self._told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,39 +132,16 @@ def write_results(evaluation: Evaluation, workdir: pathlib.Path) -> str:
     for name, confusion in evaluation.confusions.items():
         reference, _, subject = name.rpartition("/")
         subject = "noisy labels" if subject == "labels" else subject.upper()
-        scores[f"{subject} against {reference or 'noisy labels'}"] = metrics.scores(confusion)
-    table = report.results_table(scores, evaluation.aurocs)
+        scores[f"{subject} against {reference or 'noisy labels'}"] = [metrics.scores(confusion)]
+    table = report.scores_table(scores, sensors.CLASS_NAMES)
+    table += "\nIn percent; the classes' columns are IoU. Held-back locations, all seasons.\n"
+    for modality, value in evaluation.aurocs.items():
+        table += (
+            f"Label confidence tells wrong labels from right ones ({modality.upper()}): "
+            f"AUROC {value:.3f}.\n"
+        )
     (workdir / "results.md").write_text(table)
     return table
-
-
-def start_from(
-    config: ml_collections.FrozenConfigDict,
-    state: step.TrainState,
-    placement: jax.sharding.NamedSharding,
-) -> step.TrainState:
-    """Takes over the weights that `config.init_from` names, and says which.
-
-    Raises:
-      weights.WeightsError: if they cannot be read or don't fit.
-    """
-    parts = (state.params, state.batch_stats)
-    initial = {k: v for part in parts for k, v in torch_keys.to_torch_state(part).items()}
-    target = weights.Weights(weights.Network.of_config(config), initial)
-    source = weight_files.load(config.init_from)
-    started, report = weights.transfer(source, target)
-    _log.info("starting from %s, a %s", config.init_from, source.network)
-    for sentence in (*source.notes, *report):
-        _log.info("  %s", sentence)
-    params, batch_stats = (
-        torch_keys.from_torch_state({k: started.arrays[k] for k in torch_keys.keys(part)}, part)
-        for part in parts
-    )
-    return dataclasses.replace(
-        state,
-        params=jax.device_put(params, placement),
-        batch_stats=jax.device_put(batch_stats, placement),
-    )
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
@@ -298,8 +151,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
       The final state.
 
     Raises:
-      data.DataError, ConfigError, checkpoint.CheckpointError, weights.WeightsError,
-        NonFiniteLossError: each with a sentence for the user.
+      data.DataError, run.ConfigError, checkpoint.CheckpointError, weights.WeightsError,
+        run.NonFiniteLossError: each with a sentence for the user.
     """
     config = ml_collections.FrozenConfigDict(config)
     folder = pathlib.Path(workdir).absolute()
@@ -307,19 +160,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
 
     # ---------------------------------------------------------------- data
     dataset = data.open_dataset(config.data.dir, config.data.name)
-    if not 0 <= config.num_devices <= len(jax.devices()):
-        raise ConfigError(
-            f"config.num_devices is {config.num_devices} but {len(jax.devices())} devices were "
-            "found; set it to 0 to use all that there are"
-        )
-    mesh = sharding.make_mesh(config.num_devices)
-    check_config(config, dataset.tile_size, mesh.size)
+    mesh = run.make_mesh(config.num_devices, config.batch_size)
+    check_config(config, dataset.tile_size)
     train_locations, held_back = data.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
-        record_config(config, folder)
+        run.record_config(config, folder)
     records = data.training_records(dataset, train_locations, config.batch_size, config.seed)
     batches = data.training_batches(
         dataset,
@@ -368,7 +216,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     if checkpoints.latest_step is None:
         state, done = init(key), 0
         if config.init_from:
-            state = start_from(config, state, replicated)
+            network = weights.Network.of_config(config)
+            state = run.start_from(config.init_from, network, state, replicated)
     else:
         shapes = jax.eval_shape(init, key)
         abstract = jax.tree.map(
@@ -376,7 +225,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         )
         state, host_state = checkpoints.restore(abstract)
         if host_state["data"] != identity:
-            raise ConfigError(
+            raise run.ConfigError(
                 f"the run in {folder} was on other data, or on another number of devices with "
                 "config.selection.scope per_device: use those again, or another --workdir"
             )
@@ -414,7 +263,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         if first_bad < 0:
             return
         ids = [str(dataset.source[int(i)]["location_id"].decode()) for i in records[first_bad]]
-        raise NonFiniteLossError(
+        raise run.NonFiniteLossError(
             f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
             f"locations {', '.join(ids)}; checkpoints (newest: step {checkpoints.latest_step}) are "
             "from before that: look at those locations, or lower config.optimizer.learning_rate"
@@ -429,7 +278,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log) if log else contextlib.nullcontext(),
-        Preemption() as preemption,
+        run.Preemption() as preemption,
         jax.transfer_guard_host_to_device("disallow"),
     ):
         for number in range(done + 1, num_steps + 1):

@@ -5,9 +5,12 @@ The only module that imports torch, and only for `.pt` and `.ckpt`: `.safetensor
 
 import argparse
 import dataclasses
+import io
 import json
-import pathlib
 import pickle
+import re
+import struct
+import uuid
 import zipfile
 from collections.abc import Mapping
 
@@ -18,12 +21,19 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from cromss_jax import checkpoint, torch_keys, weights
+from cromss_jax import cards, checkpoint, torch_keys, weights
 from cromss_jax.weights import WeightsError
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
 # What a folder of converted weights has instead of a run's configuration.
 _NETWORK = "network.json"
+# Where a file keeps its card: an entry of safetensors' metadata and of Lightning's settings.
+_CARD = "cromss_jax"
+# Under which files keep a network's tensors: Lightning, MoCo; DINO; DeCUR.
+_STATE_DICTS = ("state_dict", "teacher", "model")
+# Before it, a file that asks for tensors alone could still run code (CVE-2025-32434) or write
+# outside of its memory (CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
 
 
 def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> weights.Weights:
@@ -31,19 +41,23 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> weigh
 
     Args:
       path: the folder of a run, of one of its checkpoints or of converted weights; or a file.
-      bands: of a file, by modality, where it doesn't tell them itself.
+      bands: of a file, by modality, where neither its card nor their number tells them.
 
     Raises:
       WeightsError: if there are none, if they are damaged, or no network of ours.
     """
-    if epath.Path(path).is_dir():
-        return load_run(find_checkpoint(path))
-    arrays, card = read(pathlib.Path(path))
     try:
-        bands = bands or {m: tuple(names) for m, names in card.get("bands", {}).items()} or None
-        return weights.from_layout(arrays, bands)[1]
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        if epath.Path(path).is_dir():
+            if bands:
+                raise WeightsError("a folder knows its bands, they can't be said anew")
+            return load_run(find_checkpoint(path))
+        arrays, card = read(epath.Path(path))
+        known = bands or (card and weights.check_bands(card.get("bands")))
+        found = weights.from_layout(arrays, known or None)
+        return dataclasses.replace(found, card=card)
+    except (WeightsError, OSError) as error:
+        sentence = str(error)
+        raise WeightsError(sentence if path in sentence else f"{path}: {sentence}") from error
 
 
 def find_checkpoint(path: str) -> epath.Path:
@@ -52,7 +66,7 @@ def find_checkpoint(path: str) -> epath.Path:
     Raises:
       WeightsError: if there is none.
     """
-    folder = epath.Path(path)
+    folder = epath.Path(path).absolute()  # as orbax wants it
     if (folder / "state").is_dir():
         return folder
     steps = [step for step in (folder / "checkpoints").glob("*") if step.name.isdigit()]
@@ -72,14 +86,20 @@ def load_run(step: epath.Path) -> weights.Weights:
       WeightsError: if the checkpoint or its description is missing or damaged.
     """
     own, run = step / _NETWORK, step.parent.parent / "config.json"
-    if own.exists():
-        content = json.loads(own.read_text())
-        bands = {modality: tuple(names) for modality, names in content["bands"].items()}
-        network = weights.Network(**{**content, "bands": bands})
-    elif run.exists():
-        network = weights.Network.of_config(json.loads(run.read_text()))
-    else:
+    description = own if own.exists() else run
+    if not description.exists():
         raise WeightsError(f"{step}: what network it is stands in {run}, which is missing")
+    try:
+        content = json.loads(description.read_text())
+        if own.exists():
+            bands = weights.check_bands(content["network"]["bands"])
+            network = weights.Network(**{**content["network"], "bands": bands})
+            card = dict(content["card"])
+        else:
+            network = weights.Network.of_config(content)
+            card = cards.of_run(step, network)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{description}: damaged, or another program's: {error!r}") from error
     try:
         tree = checkpoint.read_arrays(step, ("params", "batch_stats"))
     except (ValueError, KeyError, OSError) as error:
@@ -87,34 +107,41 @@ def load_run(step: epath.Path) -> weights.Weights:
     arrays = {}
     for part in tree.values():
         arrays |= torch_keys.from_tree(part)
-    return weights.Weights(network, arrays)
+    return weights.Weights(network, arrays, card=card)
 
 
-def _check_suffix(path: pathlib.Path) -> None:
+def _check_suffix(path: epath.Path) -> None:
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: a file of weights ends in {', '.join(SUFFIXES)}")
 
 
-def _torch(path: pathlib.Path):
+def _torch(path: epath.Path):
     try:
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path.suffix} files need PyTorch: `pip install cromss_jax[torch]`, or use "
+            f"{path.suffix} files need PyTorch: install it (`pip install torch`), or use "
             ".safetensors, which needs none"
         ) from error
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if version < _SAFE_TORCH:
+        raise WeightsError(
+            f"PyTorch {torch.__version__} can't be trusted to read {path.suffix} files safely: "
+            f"install {'.'.join(map(str, _SAFE_TORCH))} or later, or use .safetensors"
+        )
     return torch
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
     """Reads a file of weights.
 
     Args:
-      path: ends in `.safetensors`, `.pt` or `.ckpt`; a Lightning file's `state_dict` is taken.
+      path: ends in `.safetensors`, `.pt` or `.ckpt`; of a Lightning file or another method's
+        checkpoint, the tensors of its network are taken.
 
     Returns:
-      The arrays under the file's keys, float16 and bfloat16 as float32; and our card, as far as
-      there is one inside the file or beside it (`.json`), else an empty dict.
+      The arrays under the file's keys, float16 and bfloat16 as float32; and our card, from inside
+      the file or from beside it (`FILE.json`), an empty dict if there is none.
 
     Raises:
       WeightsError: if there is no such file, if it is damaged, or if it is a pickle that asks for
@@ -123,54 +150,75 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     _check_suffix(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
-    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    card = path.with_suffix(".json")
-    if not card.is_file():
-        return arrays, {}
-    try:
-        return arrays, json.loads(card.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{card}: the card beside {path.name} is damaged: {error}") from error
+    reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    arrays, card = reader(path, path.read_bytes())
+    beside = path.with_name(f"{path.name}.json")
+    if not card and beside.is_file():
+        try:
+            card = json.loads(beside.read_text())
+        except ValueError as error:
+            raise WeightsError(
+                f"{beside}: the card beside {path.name} is damaged: {error}"
+            ) from error
+    is_ours = isinstance(card, Mapping) and card.get("format") == cards.FORMAT
+    return arrays, dict(card) if is_ours else {}
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     try:
-        arrays = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        arrays = safetensors.numpy.load(content)
+        # The header: its length in 8 bytes, then JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        card = json.loads(header.get("__metadata__", {}).get(_CARD, "{}"))
+    except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path}: damaged or no safetensors file: {error}") from error
-    return {key: _widened(array) for key, array in arrays.items()}
+    return {key: _widened(array) for key, array in arrays.items()}, card
 
 
-def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     torch = _torch(path)
     try:
         # weights_only: tensors and plain values, nothing else is built. Lightning keeps its
         # settings in a Namespace, a bag of attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        told = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise WeightsError(
-            f"{path}: damaged, or holds more than weights, none of which was run: "
-            + (told or _first_line(error))
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        # What torch advises here would run the file.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"asks for {asked[1]}, more than weights: nothing of it was run" if asked else ""
+        raise WeightsError(f"{path}: {why or 'damaged, or no file of PyTorch'}") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            struct.error, zipfile.BadZipFile, OSError) as error:  # fmt: skip
         raise WeightsError(f"{path}: damaged: {_first_line(error)}") from error
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    other = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    tensors, card = found, {}
+    if isinstance(found, Mapping):
+        name = next((n for n in _STATE_DICTS if isinstance(found.get(n), Mapping)), None)
+        tensors = found if name is None else found[name]
+        settings = found.get("hyper_parameters")
+        card = settings.get(_CARD, {}) if isinstance(settings, Mapping) else {}
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise WeightsError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    plain = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    plain |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    other = [
+        key
+        for key, value in tensors.items()
+        if not isinstance(value, torch.Tensor)
+        or value.dtype not in plain
+        or value.layout != torch.strided
+        or value.is_meta
+    ]
     if other:
         raise WeightsError(
-            f"{path}: expected tensors; no tensor is " + ", ".join(map(str, other[:5]))
+            f"{path}: expected plain tensors; none are " + ", ".join(map(str, other[:5]))
         )
-    return {
+    arrays = {
         str(key): _widened(
             (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         )
-        for key, value in content.items()
+        for key, value in tensors.items()
     }
+    return arrays, card
 
 
 def _first_line(error: Exception) -> str:
@@ -183,34 +231,48 @@ def _widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if is_short else array
 
 
-def write(
-    path: pathlib.Path, arrays: Mapping[str, np.ndarray], lightning: Mapping | None = None
-) -> None:
-    """Writes a file of weights, whole or not at all.
+def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> None:
+    """Writes a file of weights and its cards, `FILE.json` and `FILE.md`, each whole or not at all.
+
+    A Lightning file has its arrays in a `state_dict`. It and `.safetensors` hold the card, too.
 
     Args:
       path: ends in `.safetensors`, `.pt` or `.ckpt`.
       arrays: by key.
-      lightning: `hyper_parameters` of a Lightning file, which then has the arrays in its
-        `state_dict`; None for the bare dict. A `.safetensors` file holds arrays alone.
+      card: of `cards.make`.
 
     Raises:
       WeightsError: for another suffix.
+      OSError: if it can't be written.
     """
     _check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     if path.suffix == ".safetensors":
-        # Not save_file, whose files only their owner may read.
-        temporary.write_bytes(safetensors.numpy.save(dict(arrays), metadata={"format": "pt"}))
+        metadata = {"format": "pt", _CARD: json.dumps(card)}
+        content = safetensors.numpy.save(dict(arrays), metadata=metadata)
     else:
         torch = _torch(path)
-        tensors = {key: _tensor(torch, array) for key, array in arrays.items()}
-        content = tensors
-        if lightning is not None:
-            content = {"state_dict": tensors, "hyper_parameters": dict(lightning)}
-        torch.save(content, temporary)
-    temporary.replace(path)
+        found = {key: _tensor(torch, array) for key, array in arrays.items()}
+        if card["layout"] == "lightning":
+            found = {"state_dict": found, "hyper_parameters": {_CARD: dict(card)}}
+        buffer = io.BytesIO()
+        torch.save(found, buffer)
+        content = buffer.getvalue()
+    beside = path.with_name(f"{path.name}.json")
+    # An older card must not speak for the new weights, should this be cut off.
+    beside.unlink(missing_ok=True)
+    _write_whole(path, content)
+    _write_whole(beside, (json.dumps(card, indent=2) + "\n").encode())
+    _write_whole(path.with_name(f"{path.name}.md"), cards.text(card, path.name).encode())
+
+
+def _write_whole(path: epath.Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tensor(torch, array: np.ndarray):
@@ -221,12 +283,11 @@ def _tensor(torch, array: np.ndarray):
 
 def write_folder(folder: epath.Path, found: weights.Weights) -> None:
     """Writes weights like a checkpoint's folder, which `load` reads; whole or not at all."""
-    state = found.state()
-    params, batch_stats = nnx.split_state(state, nnx.Param, nnx.BatchStat)
-    temporary = folder.parent / f"{folder.name}.tmp"
-    if temporary.exists():
-        temporary.rmtree()
+    params, batch_stats = nnx.split_state(found.state(), nnx.Param, nnx.BatchStat)
+    folder = folder.absolute()
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
-    checkpoint.write_arrays(temporary.absolute(), {"params": params, "batch_stats": batch_stats})
-    (temporary / _NETWORK).write_text(json.dumps(dataclasses.asdict(found.network), indent=2))
+    checkpoint.write_arrays(temporary, {"params": params, "batch_stats": batch_stats})
+    content = {"network": dataclasses.asdict(found.network), "card": dict(found.card)}
+    (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
     temporary.rename(folder)

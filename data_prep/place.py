@@ -112,8 +112,10 @@ def acquisition_times(
     # Days between the sensors' passes, so few that a season's images stay together.
     most_days_off = max(1, min(5, int(gap / 8)))
     s1_times, s2_times = [], []
+    # A single season lies anywhere in the year; several stay apart.
+    spread = 0.5 if seasons == 1 else 0.15
     for season in range(seasons):
-        day = start + datetime.timedelta(days=int(gap * (season + rng.uniform(-0.15, 0.15))))
+        day = start + datetime.timedelta(days=int(gap * (season + rng.uniform(-spread, spread))))
         midnight = day.replace(hour=0, minute=0, second=0, microsecond=0)
         # Sentinel-2 passes at half past ten local solar time, Sentinel-1 at six.
         s2_hour = 10.5 - longitude / 15 + rng.uniform(-0.2, 0.2)

@@ -1,0 +1,133 @@
+"""Finetuning on clean labels: the paper's three tasks.
+
+    python -m cromss_jax.main --config=configs/finetune.py:task=dfc2020,input=s2,encoder=frozen \
+        --config.init_from=runs/pretrain --workdir=runs/dfc2020_s2_frozen
+
+Variants come after a colon, separated by commas, single fields as flags of their own:
+
+    task=dfc2020|dw|osm             data set, decoder and crop (dfc2020 if not said)
+    input=s1|s2                     which imagery (s2)
+    encoder=frozen|trained|late     late: frozen up to config.unfreeze_epoch (frozen)
+    bands=13|12|9|3                 of Sentinel-2 (13)
+    mode=evaluate                   scores what config.init_from holds, trains nothing
+    sample                          minutes on a laptop, on `data_prep.sample --format=...`
+    --config.seeds="(0, 1, 2)"      several runs, mean and standard deviation reported
+"""
+
+import ml_collections
+
+from cromss_jax import sensors
+
+# Data set, decoder and crop by task (paper, Section IV).
+_TASKS = {
+    "dfc2020": ("dfc2020", "pspnet", 256),
+    "dw": ("ssl4eo_s12_dw", "deeplabv3plus", 496),
+    "osm": ("ssl4eo_s12_osm", "fpn", 480),
+}
+_VARIANTS = {
+    "task": tuple(_TASKS),
+    "input": sensors.MODALITIES,
+    "encoder": ("frozen", "trained", "late"),
+    "bands": tuple(str(count) for count in sensors.S2_BAND_SUBSETS),
+    "mode": ("finetune", "evaluate"),
+}
+
+
+def _parse(argument: str) -> dict[str, str]:
+    chosen = {}
+    for item in filter(None, argument.split(",")):
+        name, _, value = item.partition("=")
+        if item != "sample" and value not in _VARIANTS.get(name, ()):
+            known = [f"{n}={'|'.join(v)}" for n, v in _VARIANTS.items()]
+            raise ValueError(
+                f"configs/finetune.py knows no variant {item!r}; it knows sample, "
+                + ", ".join(known)
+            )
+        chosen[name] = value
+    return chosen
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """The configuration, changed by the variants in `argument`."""
+    chosen = _parse(argument)
+    name, decoder, crop_size = _TASKS[chosen.get("task", "dfc2020")]
+    config = ml_collections.ConfigDict()
+
+    config.mode = chosen.get("mode", "finetune")
+    # One run each: of the first weights of the decoder, the order of tiles, their augmentation,
+    # and which tiles are used if not all are.
+    config.seeds = (42,)
+    config.num_epochs = 50
+    config.batch_size = 32
+    # 0: all local devices.
+    config.num_devices = 0
+
+    # Encoder to start from: a run's folder, a released checkpoint, or a ResNet of PyTorch's, also
+    # as MoCo, DINO or DeCUR save it. Empty: drawn anew. With mode=evaluate, what is scored.
+    config.init_from = ""
+    # What the tables call these weights; empty: config.init_from.
+    config.weights_name = ""
+    config.encoder = chosen.get("encoder", "frozen")
+    config.unfreeze_epoch = 10  # of encoder=late
+
+    config.data = ml_collections.ConfigDict()
+    config.data.dir = "data"
+    config.data.name = name
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.crop_size = crop_size
+    config.data.num_train_tiles = 0  # 0: all; else so many, drawn by the seed
+    config.data.num_threads = 2
+
+    config.augmentation = ml_collections.ConfigDict()
+    config.augmentation.flip_probability = 0.5
+    config.augmentation.rotation_probability = 0.0
+    config.augmentation.max_angle = 90.0  # degrees
+
+    config.modalities = (chosen.get("input", "s2"),)
+    config.s2_bands = sensors.S2_BAND_SUBSETS[int(chosen.get("bands", 13))]
+
+    config.network = ml_collections.ConfigDict()
+    config.network.fusion = "none"
+    config.network.depth = 50  # ResNet
+    config.network.decoder = decoder  # pspnet, deeplabv3plus, fpn or unet
+    config.network.dtype = "float32"  # or bfloat16: of activations; parameters stay float32
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.segmentation = ("cross_entropy", "dice")
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adam"  # or sgd
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.l2 = 0.0  # added to the gradient
+    config.optimizer.momentum = 0.9  # of sgd
+    # By which the rate falls from each stage of the encoder to the one before it.
+    config.optimizer.layer_decay = 1.0
+
+    # Half a cosine from the learning rate to the final one, which then stays.
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.final_learning_rate = 1e-5
+    config.schedule.epochs = 40
+
+    config.log_every_steps = 50
+    config.checkpoint_every_epochs = 10
+    config.checkpoints_to_keep = 2
+    # Whether the test tiles' maps are written as GeoTIFFs.
+    config.save_predictions = False
+
+    if "sample" in chosen:
+        _shrink(config)
+    return config
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    """The recipe for the sample's small tiles, on two cores."""
+    config.data.dir = "data/sample"
+    config.data.crop_size = 96
+    config.batch_size = 8
+    config.num_epochs = 40
+    config.network.depth = 18
+    config.schedule.epochs = 30
+    config.optimizer.learning_rate = 2e-3
+    config.log_every_steps = 20
+    config.checkpoint_every_epochs = 20

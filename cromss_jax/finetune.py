@@ -1,0 +1,363 @@
+"""Finetuning on clean labels and scoring, read from top to bottom: data, network, loop, results."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import ml_collections
+import numpy as np
+
+from cromss_jax import (
+    checkpoint,
+    data,
+    finetune_step,
+    losses,
+    maps,
+    metrics,
+    models,
+    report,
+    run,
+    sensors,
+    sharding,
+    step,
+    weight_files,
+    weights,
+)
+
+_log = logging.getLogger(__name__)
+
+_COUNTS = ("num_epochs", "batch_size", "log_every_steps", "checkpoint_every_epochs")
+_COUNTS += ("checkpoints_to_keep", "data.num_threads", "schedule.epochs")
+_CHOICES = {
+    "modalities": sensors.MODALITIES,
+    "s2_bands": sensors.S2_BANDS,
+    "encoder": finetune_step.ENCODERS,
+    "network.depth": tuple(models.RESNETS),
+    "network.decoder": models.DECODERS,
+    "network.dtype": ("float32", "bfloat16"),
+    "loss.segmentation": losses.SEGMENTATION_LOSSES,
+    "optimizer.name": ("adam", "sgd"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What all seeds of a run share.
+
+    Attributes:
+      config: with the number of classes and their legend, which the data set tells.
+      folder: of the run.
+      test: the records that are scored.
+      mesh: the devices.
+      definition: of the network.
+      eval_step: compiled.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    folder: pathlib.Path
+    test: data.TileDataset
+    mesh: jax.sharding.Mesh
+    definition: object
+    eval_step: Callable
+
+    @property
+    def network(self) -> weights.Network:
+        """What is trained."""
+        return weights.Network.of_config(self.config)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
+    """Checks a configuration and opens what it names.
+
+    Raises:
+      data.DataError, run.ConfigError: with a sentence for the user.
+    """
+    run.check_fields(config, _COUNTS, _CHOICES)
+    if len(config.modalities) != 1:
+        raise run.ConfigError(
+            f"config.modalities is {config.modalities}; finetuning takes one, as in input=s2"
+        )
+    test = data.open_dataset(config.data.dir, config.data.name, config.data.test_split)
+    config = ml_collections.ConfigDict(config)
+    with config.unlocked():
+        config.network.num_classes = len(test.legend)
+        config.legend = tuple(test.legend.items())
+    config = ml_collections.FrozenConfigDict(config)
+    mesh = run.make_mesh(config.num_devices, config.batch_size)
+    folder = pathlib.Path(workdir).absolute()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    definition = finetune_step.network_definition(config)
+    replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    eval_step = jax.jit(
+        finetune_step.make_eval_step(config, definition),
+        in_shardings=(replicated, replicated, cut),
+        out_shardings=(replicated, cut),
+        donate_argnums=(1,),
+    )
+    return Task(config, folder, test, mesh, definition, eval_step)
+
+
+def init_state(task: Task, seed: int) -> step.TrainState:
+    """A fresh state, on all devices."""
+    init = jax.jit(
+        lambda key: finetune_step.init_state(task.config, key),
+        out_shardings=sharding.replicated(task.mesh),
+    )
+    return init(jax.random.key(seed))
+
+
+def score(task: Task, state: step.TrainState, maps_folder: pathlib.Path | None) -> np.ndarray:
+    """The confusion matrix [C, C] int64 of the whole test set; predictions into a folder."""
+    config = task.config
+    replicated = sharding.replicated(task.mesh)
+    counts = jax.device_put(metrics.no_counts(config.network.num_classes), replicated)
+    tiles = dataclasses.replace(task.test, season_counts=np.ones(len(task.test.source), int))
+    batches = data.validation_records(tiles, np.arange(tiles.num_locations), config.batch_size)
+    for batch in batches:
+        rows = np.split(batch, jax.process_count())[jax.process_index()]
+        records = data.read_batch(tiles, config.modalities, rows)
+        counts, predictions = task.eval_step(
+            state, counts, sharding.to_devices(records, task.mesh)
+        )
+        if maps_folder:
+            _write_maps(task, maps_folder, rows, predictions)
+    return metrics.counted(jax.device_get(counts))
+
+
+def _write_maps(task: Task, folder: pathlib.Path, rows: np.ndarray, predictions: jax.Array) -> None:
+    """Writes this process's rows of a batch's predictions, padding left out."""
+    shards = sorted(predictions.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    classes = np.concatenate([np.asarray(shard.data) for shard in shards])
+    for index, tile in zip(rows.tolist(), classes, strict=True):
+        if index < 0:
+            continue
+        record = task.test.source[index]
+        maps.write_map(
+            folder / f"{record['location_id'].decode()}.tif",
+            tile[: int(record["height"]), : int(record["width"])],
+            record["crs"].decode(),
+            record["transform"],
+            task.test.legend,
+        )
+
+
+def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains once for each seed, scores, and writes the results; continues where it stopped.
+
+    Raises:
+      data.DataError, run.ConfigError, run.NonFiniteLossError, checkpoint.CheckpointError,
+        weights.WeightsError: each with a sentence for the user.
+    """
+    task = prepare(config, workdir)
+    config = task.config
+    if not config.seeds:
+        raise run.ConfigError("config.seeds is empty; name at least one, as in (0, 1, 2)")
+    dataset = data.open_dataset(config.data.dir, config.data.name, config.data.train_split)
+    run.check_sizes(
+        config.data.crop_size, dataset.tile_size, models.STRIDES[config.network.decoder]
+    )
+    num_tiles = config.data.num_train_tiles or len(dataset.source)
+    if not config.batch_size <= num_tiles <= len(dataset.source):
+        raise run.ConfigError(
+            f"config.data.num_train_tiles is {config.data.num_train_tiles} and config.batch_size "
+            f"{config.batch_size}, but there are {len(dataset.source)} training tiles; use at "
+            "most those, and a batch at most the tiles in use"
+        )
+    train_steps = {
+        train_encoder: sharding.jit_step(
+            finetune_step.make_train_step(config, task.definition, num_tiles, train_encoder),
+            task.mesh,
+            donate_state=True,
+        )
+        for train_encoder in (False, True)
+    }
+    confusions = []
+    for seed in config.seeds:
+        state = _train(task, dataset, num_tiles, train_steps, seed)
+        if state is None:
+            return
+        folder = task.folder / f"seed_{seed}" / "predictions" if config.save_predictions else None
+        if folder:
+            folder.mkdir(exist_ok=True)
+        confusions.append(score(task, state, folder))
+        _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
+    _write_results(task, num_tiles, config.seeds, confusions)
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Scores the network that `config.init_from` holds, and writes the results.
+
+    Raises:
+      data.DataError, run.ConfigError, weights.WeightsError: each with a sentence for the user.
+    """
+    task = prepare(config, workdir)
+    if not config.init_from:
+        raise run.ConfigError("mode=evaluate scores a checkpoint: name it by --config.init_from")
+    source = weight_files.load(config.init_from)
+    (modality,) = config.modalities
+    network, arrays = weights.to_layout(source, "unet", modality)
+    if network != task.network:
+        raise weights.WeightsError(
+            f"{config.init_from} is a {network}; the configuration describes a {task.network}"
+        )
+    state = run.put_weights(
+        weights.Weights(network, arrays), init_state(task, 0), sharding.replicated(task.mesh)
+    )
+    folder = task.folder / "predictions" if config.save_predictions else None
+    if folder:
+        folder.mkdir(exist_ok=True)
+    _write_results(task, 0, (), [score(task, state, folder)])
+
+
+def _train(
+    task: Task, dataset: data.TileDataset, num_tiles: int, train_steps: dict, seed: int
+) -> step.TrainState | None:
+    """One seed's training, from its newest checkpoint if there is one; None if told to stop."""
+    config = task.config
+    folder = task.folder / f"seed_{seed}"
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        folder.mkdir(exist_ok=True)
+        run.record_config(config, folder)
+
+    # ---------------------------------------------------------------- data and state
+    # Every record is visited once an epoch; of fewer, the seed draws which.
+    tiles = dataclasses.replace(dataset, season_counts=np.ones(len(dataset.source), int))
+    order = np.random.default_rng(seed).permutation(tiles.num_locations)
+    chosen = np.sort(order[:num_tiles])
+    records = data.training_records(tiles, chosen, config.batch_size, seed)
+    batches = data.training_batches(
+        tiles,
+        config.modalities,
+        records,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    checkpoints = checkpoint.Checkpoints(str(folder / "checkpoints"), config.checkpoints_to_keep)
+    replicated = sharding.replicated(task.mesh)
+    identity = {**tiles.identity, "num_tiles": num_tiles}
+    state, done = init_state(task, seed), 0
+    if checkpoints.latest_step is not None:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state
+        )
+        state, host_state = checkpoints.restore(abstract)
+        if host_state["data"] != identity:
+            raise run.ConfigError(
+                f"the run in {folder} was on other data: use that again, or another --workdir"
+            )
+        batches.set_state(host_state["iterator"])
+        done = checkpoints.latest_step
+        _log.info("continuing from %s at step %d", folder / "checkpoints", done)
+    elif config.init_from:
+        state = run.start_from(config.init_from, task.network, state, replicated, ("encoder",))
+
+    # ---------------------------------------------------------------- loop
+    def last_step(epoch: int) -> int:
+        return -(-epoch * num_tiles // config.batch_size)
+
+    unfreeze_epoch = {"trained": 0, "frozen": config.num_epochs, "late": config.unfreeze_epoch}
+    first_trained = last_step(unfreeze_epoch[config.encoder])
+    num_steps = last_step(config.num_epochs)
+    every = config.checkpoint_every_epochs
+    checkpoint_steps = {last_step(epoch) for epoch in range(every, config.num_epochs, every)}
+    checkpoint_steps.add(num_steps)
+    log = report.MetricLog(str(folder), done) if is_writer else None
+    pending, started, start_step = [], time.perf_counter(), done
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(log) if log else contextlib.nullcontext(),
+        run.Preemption() as preemption,
+        jax.transfer_guard_host_to_device("disallow"),
+    ):
+        for number in range(done + 1, num_steps + 1):
+            train_step = train_steps[number > first_trained]
+            state, step_metrics = train_step(state, sharding.to_devices(next(batches), task.mesh))
+            pending.append(step_metrics)
+            if len(pending) > 2:  # waiting batches must not fill the device's memory
+                jax.block_until_ready(pending[-3]["loss"])
+            if number % config.log_every_steps == 0 or number in checkpoint_steps:
+                means = {
+                    name: float(np.mean([float(m[name]) for m in jax.device_get(pending)]))
+                    for name in pending[0]
+                }
+                pending = []
+                _stop_if_bad(state, tiles, records, checkpoints.latest_step)
+                seconds = (time.perf_counter() - started) / (number - start_step)
+                if log:
+                    log.scalars(number, "train", means)
+                _log.info(
+                    "seed %d, step %d/%d, loss %.4f, %s left",
+                    seed,
+                    number,
+                    num_steps,
+                    means["loss"],
+                    datetime.timedelta(seconds=round((num_steps - number) * seconds)),
+                )
+            leave = preemption.reached(number)
+            if number in checkpoint_steps or leave:
+                _stop_if_bad(state, tiles, records, checkpoints.latest_step)
+                checkpoints.save(
+                    number, state, {"iterator": batches.get_state(), "data": identity}
+                )
+            if leave:
+                _log.info("told to stop: saved step %d; the same command continues", number)
+                return None
+    return state
+
+
+def _stop_if_bad(
+    state: step.TrainState, tiles: data.TileDataset, records, newest: int | None
+) -> None:
+    first_bad = int(jax.device_get(state.first_bad_step))
+    if first_bad < 0:
+        return
+    ids = [tiles.source[int(i)]["location_id"].decode() for i in records[first_bad]]
+    raise run.NonFiniteLossError(
+        f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
+        f"tiles {', '.join(ids)}; checkpoints (newest: step {newest}) are from before that: look "
+        "at those tiles, or lower config.optimizer.learning_rate"
+    )
+
+
+def _write_results(
+    task: Task, num_tiles: int, seeds: tuple[int, ...], confusions: list[np.ndarray]
+) -> None:
+    """Writes `results.json`, `results.md` and `confusion.png`, and logs the table."""
+    if jax.process_index() > 0:
+        return
+    config = task.config
+    results = {
+        "dataset": config.data.name,
+        "input": config.modalities[0],
+        "weights": config.weights_name or config.init_from or "random",
+        "encoder": config.encoder if seeds else "as given",
+        "decoder": config.network.decoder,
+        "num_train_tiles": num_tiles,
+        "seeds": list(seeds),
+        "classes": list(task.test.legend),
+        "confusions": [confusion.tolist() for confusion in confusions],
+    }
+    (task.folder / "results.json").write_text(json.dumps(results) + "\n")
+    scores = [metrics.scores(confusion) for confusion in confusions]
+    rows = {f"seed {seed}": [row] for seed, row in zip(seeds, scores, strict=False)}
+    if len(scores) > 1:
+        rows["mean ± standard deviation"] = scores
+    name = f"{results['weights']}, encoder {results['encoder']}"
+    table = report.scores_table(rows or {name: scores}, results["classes"])
+    caption = (
+        f"{results['dataset']}, {results['input'].upper()}, {config.network.decoder}, weights "
+        f"{name}. In percent; the classes' columns are IoU. {len(task.test.source)} test tiles."
+    )
+    (task.folder / "results.md").write_text(f"{table}\n{caption}\n")
+    picture = report.draw_confusion(sum(confusions), task.test.legend)
+    report.save_picture(str(task.folder / "confusion.png"), picture)
+    _log.info("results\n\n%s\n%s\n", table, caption)

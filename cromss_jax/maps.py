@@ -1,0 +1,50 @@
+"""Predicted maps as GeoTIFFs: classes where they lie on the Earth, in their usual colours."""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib.colors
+import numpy as np
+import rasterio
+
+from cromss_jax import sensors
+
+
+def write_map(
+    path: pathlib.Path,
+    classes: np.ndarray,
+    crs: str,
+    transform: Sequence[float],
+    legend: sensors.Legend,
+) -> None:
+    """Writes a class map, whole or not at all.
+
+    Args:
+      path: ends in `.tif`.
+      classes: [H, W] uint8, indices into `legend`; 255 is written as no data.
+      crs: coordinate reference system as WKT; empty if it is not known.
+      transform: the six numbers of rasterio's Affine, pixels to coordinates.
+      legend: names and colours, kept in the file's colour table and tags.
+    """
+    height, width = classes.shape
+    temporary = path.with_suffix(".tmp")
+    with rasterio.open(
+        temporary,
+        "w",
+        driver="GTiff",
+        height=height,
+        width=width,
+        count=1,
+        dtype="uint8",
+        nodata=sensors.IGNORE_LABEL,
+        crs=rasterio.CRS.from_wkt(crs) if crs else None,
+        transform=rasterio.Affine(*transform),
+        compress="deflate",
+    ) as file:
+        file.write(classes, 1)
+        colours = (matplotlib.colors.to_rgba(colour) for colour in legend.values())
+        file.write_colormap(
+            1, {i: tuple(round(255 * x) for x in rgba) for i, rgba in enumerate(colours)}
+        )
+        file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend)})
+    temporary.replace(path)

@@ -1,0 +1,207 @@
+"""Around the loops: what configurations may say, a run's folder, its first weights, its end."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import pathlib
+import platform
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import ml_collections
+from jax.experimental import multihost_utils
+
+from cromss_jax import sharding, step, torch_keys, weight_files, weights
+
+_log = logging.getLogger(__name__)
+
+# What may change between the start of a run and its continuation.
+_FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
+_FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
+_PACKAGES = ("cromss_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient became infinite or NaN."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run."""
+
+
+def check_fields(
+    config: ml_collections.ConfigDict, counts: Iterable[str], choices: Mapping[str, Iterable]
+) -> None:
+    """Checks single fields of a configuration.
+
+    Args:
+      config: the configuration.
+      counts: fields that must be at least 1, as in "data.num_threads".
+      choices: by field, what it may be; of a tuple, each of its values.
+
+    Raises:
+      ConfigError: naming the first field that is wrong.
+    """
+
+    def field(name: str):
+        return functools.reduce(lambda node, key: node[key], name.split("."), config)
+
+    for name in counts:
+        if field(name) < 1:
+            raise ConfigError(f"config.{name} is {field(name)}; it must be at least 1")
+    for name, known in choices.items():
+        value = field(name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not set(values) <= set(known):
+            raise ConfigError(
+                f"config.{name} is {value!r}; choose from {', '.join(map(str, known))}"
+            )
+
+
+def check_sizes(crop_size: int, tile_size: int, stride: int) -> None:
+    """Raises ConfigError for a crop that the tiles don't have or the network can't take."""
+    if crop_size > tile_size:
+        raise ConfigError(
+            f"config.data.crop_size is {crop_size} but the data set's tiles have {tile_size} "
+            "pixels; make it at most that"
+        )
+    if crop_size % stride or crop_size < stride:
+        raise ConfigError(
+            f"config.data.crop_size is {crop_size}; the networks need a multiple of {stride}, "
+            f"such as {max(crop_size // stride, 1) * stride}"
+        )
+
+
+def make_mesh(num_devices: int, batch_size: int) -> jax.sharding.Mesh:
+    """The mesh of `config.num_devices`, which must be there and share the batch equally.
+
+    Raises:
+      ConfigError: if not.
+    """
+    if not 0 <= num_devices <= len(jax.devices()):
+        raise ConfigError(
+            f"config.num_devices is {num_devices} but {len(jax.devices())} devices were "
+            "found; set it to 0 to use all that there are"
+        )
+    mesh = sharding.make_mesh(num_devices)
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"config.batch_size is {batch_size}, which {mesh.size} devices cannot share "
+            f"equally; use a multiple of {mesh.size} or set config.num_devices"
+        )
+    return mesh
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the resolved configuration and the versions, and refuses to mix two runs.
+
+    Raises:
+      ConfigError: if the folder holds a run of another configuration.
+    """
+    path = workdir / "config.json"
+    resolved = json.loads(config.to_json())
+    # Before its first checkpoint a run has nothing that a change could spoil.
+    if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
+        before, now = _flat(json.loads(path.read_text())), _flat(resolved)
+        changed = [
+            f"{name} from {before.get(name)} to {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+            and name not in _FREE_TO_CHANGE
+            and not name.startswith(_FREE_PREFIXES)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
+                "use the same configuration to continue it, or another --workdir"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(resolved, indent=2) + "\n")
+    temporary.replace(path)  # whole or not at all, whenever the run is killed
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
+    versions |= {"devices": devices, "processes": jax.process_count()}
+    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+class Preemption:
+    """Notices SIGTERM, so that the loop can save and leave. Use as a context."""
+
+    def __enter__(self) -> "Preemption":
+        """Starts noticing."""
+        self._told = False
+        # With several processes JAX's own service notices, and all of them agree on a step.
+        self._previous = None
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *unused) -> None:
+        """Gives the signal back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, *unused) -> None:
+        self._told = True
+
+    def reached(self, step_number: int) -> bool:
+        """Whether to save at this step and leave."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step_number)
+        return self._told
+
+
+def start_from(
+    path: str,
+    network: weights.Network,
+    state: step.TrainState,
+    placement: jax.sharding.NamedSharding,
+    parts: Sequence[str] = weights.PARTS,
+) -> step.TrainState:
+    """Takes over weights for a network's parts, and says which.
+
+    Args:
+      path: a run's folder, one of its checkpoints, or a file.
+      network: what `state` is of.
+      state: freshly drawn.
+      placement: where the weights go.
+      parts: which of `weights.PARTS` may be taken.
+
+    Raises:
+      weights.WeightsError: if they cannot be read or don't fit.
+    """
+    groups = (state.params, state.batch_stats)
+    initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
+    source = weight_files.load(path)
+    started, report = weights.transfer(source, weights.Weights(network, initial), parts)
+    _log.info("starting from %s, a %s", path, source.network)
+    for sentence in (*source.notes, *report):
+        _log.info("  %s", sentence)
+    return put_weights(started, state, placement)
+
+
+def put_weights(
+    found: weights.Weights, state: step.TrainState, placement: jax.sharding.NamedSharding
+) -> step.TrainState:
+    """The state with other weights, of the same network."""
+    params, batch_stats = (
+        torch_keys.from_torch_state({k: found.arrays[k] for k in torch_keys.keys(group)}, group)
+        for group in (state.params, state.batch_stats)
+    )
+    return dataclasses.replace(
+        state,
+        params=jax.device_put(params, placement),
+        batch_stats=jax.device_put(batch_stats, placement),
+    )
