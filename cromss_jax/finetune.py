@@ -16,12 +16,13 @@ import numpy as np
 from cromss_jax import (
     checkpoint,
     data,
+    decoders,
     finetune_step,
     losses,
     maps,
     metrics,
-    models,
     report,
+    resnet,
     run,
     sensors,
     sharding,
@@ -38,8 +39,8 @@ _CHOICES = {
     "modalities": sensors.MODALITIES,
     "s2_bands": sensors.S2_BANDS,
     "encoder": finetune_step.ENCODERS,
-    "network.depth": tuple(models.RESNETS),
-    "network.decoder": models.DECODERS,
+    "network.depth": tuple(resnet.RESNETS),
+    "network.decoder": decoders.DECODERS,
     "network.dtype": ("float32", "bfloat16"),
     "loss.segmentation": losses.SEGMENTATION_LOSSES,
     "optimizer.name": ("adam", "sgd"),
@@ -161,7 +162,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         raise run.ConfigError("config.seeds is empty; name at least one, as in (0, 1, 2)")
     dataset = data.open_dataset(config.data.dir, config.data.name, config.data.train_split)
     run.check_sizes(
-        config.data.crop_size, dataset.tile_size, models.STRIDES[config.network.decoder]
+        config.data.crop_size, dataset.tile_size, decoders.STRIDES[config.network.decoder]
     )
     num_tiles = config.data.num_train_tiles or len(dataset.source)
     if not config.batch_size <= num_tiles <= len(dataset.source):

@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from flax import nnx
 
-from cromss_jax import losses, metrics, models, preprocess, schedules, sensors, step
+from cromss_jax import decoders, losses, metrics, models, preprocess, schedules, sensors, step
 from cromss_jax.step import Maps, Metrics, TrainState
 
 ENCODERS = ("frozen", "trained", "late")
@@ -191,7 +191,7 @@ def make_eval_step(
     count nowhere. A tile that the network can't take as it is gets its border reflected.
     """
     (modality,) = config.modalities
-    stride = models.STRIDES[config.network.decoder]
+    stride = decoders.STRIDES[config.network.decoder]
 
     def eval_step(
         state: TrainState, counts: jax.Array, records: Maps

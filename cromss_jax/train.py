@@ -15,10 +15,12 @@ import numpy as np
 from cromss_jax import (
     checkpoint,
     data,
+    decoders,
     losses,
     metrics,
     models,
     report,
+    resnet,
     run,
     schedules,
     selection,
@@ -38,7 +40,8 @@ _CHOICES = {
     "modalities": sensors.MODALITIES,
     "s2_bands": sensors.S2_BANDS,
     "network.fusion": models.FUSIONS,
-    "network.depth": tuple(models.RESNETS),
+    "network.decoder": decoders.DECODERS,
+    "network.depth": tuple(resnet.RESNETS),
     "network.dtype": ("float32", "bfloat16"),
     "loss.segmentation": losses.SEGMENTATION_LOSSES,
     "loss.consistency": losses.CONSISTENCY_LOSSES,
@@ -59,7 +62,7 @@ def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
             f"config.network.fusion is {config.network.fusion!r} with the modalities "
             f"{', '.join(config.modalities)}; use 'none' for one modality, 'mid' or 'late' for two"
         )
-    run.check_sizes(config.data.crop_size, tile_size, models.STRIDE)
+    run.check_sizes(config.data.crop_size, tile_size, decoders.STRIDES[config.network.decoder])
     if config.schedule.name == "plateau" and config.data.validation_fraction == 0:
         raise run.ConfigError(
             "the plateau schedule needs a validation loss but config.data.validation_fraction is "
