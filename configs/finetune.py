@@ -63,7 +63,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.num_devices = 0
 
     # Encoder to start from: a run's folder, a released checkpoint, or a ResNet of PyTorch's, also
-    # as MoCo, DINO or DeCUR save it. Empty: drawn anew. With mode=evaluate, what is scored.
+    # as MoCo, DINO or DeCUR save it; {seed} in it becomes each seed. Empty: drawn anew. With
+    # mode=evaluate, what is scored.
     config.init_from = ""
     # What the tables call these weights; empty: config.init_from.
     config.weights_name = ""

@@ -259,7 +259,8 @@ def _train(
         done = checkpoints.latest_step
         _log.info("continuing from %s at step %d", folder / "checkpoints", done)
     elif config.init_from:
-        state = run.start_from(config.init_from, task.network, state, replicated, ("encoder",))
+        path = config.init_from.replace("{seed}", str(seed))
+        state = run.start_from(path, task.network, state, replicated, ("encoder",))
 
     # ---------------------------------------------------------------- loop
     def last_step(epoch: int) -> int:

@@ -1,0 +1,171 @@
+"""The paper's claims in miniature: `python -m tests.bench.claims --workdir=DIR`.
+
+Pretrains ResNet-18 U-Nets on the sample world's noisy labels in each of the ways that the paper
+compares, and transfers their encoders to few clean tiles of other places of the same world. Every
+run is a run of `cromss_jax.main`'s loops, in a folder of its own; the same command continues where
+it stopped. Hours on two cores.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from configs import finetune as finetune_config
+from configs import pretrain as pretrain_config
+from cromss_jax import finetune, metrics, report, train
+from tests import runs
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs go", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each kind, each pretrained and transferred")
+_LOCATIONS = flags.DEFINE_integer("locations", 64, "Places to pretrain on")
+_TILES = flags.DEFINE_integer("tiles", 96, "Clean tiles, half to train on")
+_TRAIN_TILES = flags.DEFINE_integer("train_tiles", 16, "Clean tiles in use, drawn by the seed")
+_ONLY = flags.DEFINE_list("only", None, "Names of the ways to run; all by default")
+
+TILE_SIZE, CROP_SIZE = 132, 64
+DOWNSTREAM_TILE_SIZE = 96
+# Variant of configs/pretrain.py, and fields beside it.
+WAYS: dict[str, tuple[str, dict]] = {
+    "random": ("", {}),
+    "noisy labels": ("sample,selection=off", {"loss.consistency": "none"}),
+    "noisy labels + consistency": ("sample,selection=off", {}),
+    "CromSS mid": ("sample", {}),
+    "CromSS late": ("sample,fusion=late", {}),
+    "CromSS S1 alone": ("sample,modality=s1", {}),
+    "CromSS S2 alone": ("sample,modality=s2", {}),
+    "clean labels": ("sample,selection=off", {"data.dir": "clean"}),
+}
+PRETRAINING = {
+    "data.crop_size": CROP_SIZE,
+    "num_epochs": 24,
+    "selection.ramp_epochs": 16,
+    "schedule.decay": 0.88,
+    "log_every_steps": 7,  # an epoch
+    "eval_every_epochs": 24,
+    "checkpoint_every_epochs": 12,
+}
+
+
+def make_data(folder: pathlib.Path) -> None:
+    """Noisy labels, the same places with clean ones, and clean tiles of other places."""
+    if (folder / "made").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    noisy, clean, tiles = (folder / f"{name}_tifs" for name in ("noisy", "clean", "tiles"))
+    samples = (
+        {"output_dir": noisy, "locations": _LOCATIONS.value, "tile_size": TILE_SIZE, "seed": 0},
+        {"output_dir": tiles, "locations": _TILES.value, "tile_size": DOWNSTREAM_TILE_SIZE,
+         "seed": 1, "format": "dfc2020"},
+    )  # fmt: skip
+    for sample in samples:
+        subprocess.run(runs.command("data_prep.sample", **sample), check=True, cwd=runs.ROOT)
+    shutil.copytree(noisy, clean)
+    for truth in clean.glob("dw_noisy_labels/*/*/truth.tif"):
+        shutil.copy(truth, truth.with_name("label.tif"))
+    for dataset, source, name in (
+        ("ssl4eo_s12_nol", noisy, "noisy"),
+        ("ssl4eo_s12_nol", clean, "clean"),
+        ("dfc2020", tiles, "tiles"),
+    ):
+        flags_ = {"dataset": dataset, "source_dir": source, "data_dir": folder / name}
+        subprocess.run(runs.command("data_prep.build", **flags_), check=True, cwd=runs.ROOT)
+    (folder / "made").touch()
+
+
+def pretrain(way: str, seed: int, folder: pathlib.Path) -> None:
+    """One pretraining run."""
+    workdir = folder / way / str(seed)
+    if (workdir / "results.md").exists():
+        return
+    variant, changes = WAYS[way]
+    changes = {**PRETRAINING, "data.dir": "noisy", "seed": seed, **changes}
+    changes["data.dir"] = str(folder / "data" / changes["data.dir"])
+    config = pretrain_config.get_config(variant)
+    config.update_from_flattened_dict(changes)
+    train.train(config, str(workdir))
+    jax.clear_caches()
+
+
+def transfer(way: str, modality: str, encoder: str, folder: pathlib.Path) -> list[np.ndarray]:
+    """One finetuning run, all seeds: confusion matrices on the test tiles."""
+    workdir = folder / way / f"{modality}_{encoder}"
+    if not (workdir / "results.json").exists():
+        variant = f"task=dfc2020,sample,input={modality},encoder={encoder}"
+        config = finetune_config.get_config(variant)
+        changes = {
+            "data.dir": str(folder / "data" / "tiles"),
+            "data.crop_size": DOWNSTREAM_TILE_SIZE,
+            "data.num_train_tiles": _TRAIN_TILES.value,
+            "init_from": "" if way == "random" else str(folder / way / "{seed}"),
+            "weights_name": way,
+        }
+        config.update_from_flattened_dict(changes)
+        config.seeds = tuple(range(_SEEDS.value))
+        finetune.finetune(config, str(workdir))
+        jax.clear_caches()
+    results = json.loads((workdir / "results.json").read_text())
+    return [np.array(confusion) for confusion in results["confusions"]]
+
+
+def wrong_share(way: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """By modality, the share of wrong labels among what is selected: [seeds, epochs]."""
+    found: dict[str, list] = {}
+    for seed in range(_SEEDS.value):
+        lines = report.read_metrics(folder / way / str(seed) / "metrics.jsonl")
+        lines = [line for line in lines if line["split"] == "train"]
+        for modality in ("s1", "s2"):
+            name = f"wrong_labels_selected/{modality}"
+            values = [line[name] for line in lines if name in line]
+            if values:
+                found.setdefault(modality, []).append(values)
+    return {modality: np.array(values) for modality, values in found.items()}
+
+
+def main(_) -> None:
+    """Runs what is missing, then prints the tables; the last line is JSON."""
+    logging.set_verbosity(logging.WARNING)
+    folder = pathlib.Path(_WORKDIR.value).absolute()
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    make_data(folder / "data")
+    ways = _ONLY.value or list(WAYS)
+    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for way in ways:
+        for seed in range(_SEEDS.value) if way != "random" else ():
+            pretrain(way, seed, folder)
+        variant, _ = WAYS[way]
+        for modality in ("s1", "s2"):
+            if "modality=" in variant and f"modality={modality}" not in variant:
+                continue
+            for encoder in ("frozen", "trained"):
+                confusions = transfer(way, modality, encoder, folder)
+                mious = [metrics.scores(confusion)["miou"] for confusion in confusions]
+                cells.setdefault(("sample world", modality, way), {})[encoder] = mious
+                print(f"{way}, {modality}, {encoder}: {np.round(100 * np.array(mious), 1)}")
+    figures = {}
+    for modality in ("s1", "s2"):
+        chosen = {key: cell for key, cell in cells.items() if key[1] == modality}
+        print(report.transfer_table(chosen))
+        for (_, _, way), cell in chosen.items():
+            for encoder, mious in cell.items():
+                figures[f"{way}/{modality}/{encoder}"] = [round(100 * x, 2) for x in mious]
+    for way in ways:
+        if way == "random":
+            continue
+        for modality, shares in wrong_share(way, folder).items():
+            mean = 100 * shares.mean(0)
+            print(
+                f"{way}, {modality}, wrong labels among the selected, % by epoch: "
+                + " ".join(f"{x:.1f}" for x in mean)
+            )
+            figures[f"{way}/{modality}/wrong_selected_last"] = round(float(mean[-1]), 2)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    app.run(main)
