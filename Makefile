@@ -7,13 +7,26 @@ UV_VERSION := 0.13.9
 SAMPLE := data/sample_geotiffs
 DATASET := data/sample/ssl4eo_s12_nol/.built
 WORKDIR ?= runs/sample
+TILES := data/sample_tiles
+TILE_DATASET := data/sample/dfc2020/.built
+FINETUNE := configs/finetune.py:task=dfc2020,input=s2,encoder=frozen,sample
 
-.PHONY: pretrain test lint lock clean
+.PHONY: pretrain finetune test lint lock clean
 
 # Sample data, records, pretraining, report: minutes on two cores.
 pretrain: $(DATASET)
 	$(BIN)/python -m cromss_jax.main --config=configs/pretrain.py:sample --workdir=$(WORKDIR)
 	@echo "Table: $(WORKDIR)/results.md   Picture: $(WORKDIR)/samples.png"
+
+$(WORKDIR)/results.md:
+	$(MAKE) pretrain
+
+# Clean tiles of other places, an encoder drawn anew and the pretrained one, both frozen; a table.
+finetune: $(WORKDIR)/results.md $(TILE_DATASET)
+	$(BIN)/python -m cromss_jax.main --config=$(FINETUNE) --workdir=$(WORKDIR)_dfc2020/random
+	$(BIN)/python -m cromss_jax.main --config=$(FINETUNE) --workdir=$(WORKDIR)_dfc2020/pretrained \
+		--config.init_from=$(WORKDIR)
+	$(BIN)/python -m cromss_jax.compare $(WORKDIR)_dfc2020/random $(WORKDIR)_dfc2020/pretrained
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -43,6 +56,16 @@ $(DATASET): $(SAMPLE)/dw_complete_ids.csv
 	rm -rf data/sample
 	$(BIN)/python -m data_prep.build --dataset=ssl4eo_s12_nol \
 		--source_dir=$(SAMPLE) --data_dir=data/sample
+	touch $@
+
+$(TILES)/dfc_test: | .venv/.run
+	rm -rf $(TILES)
+	$(BIN)/python -m data_prep.sample --format=dfc2020 --output_dir=$(TILES) \
+		--locations=64 --tile_size=96 --seed=1
+
+$(TILE_DATASET): $(TILES)/dfc_test $(DATASET)
+	rm -rf data/sample/dfc2020
+	$(BIN)/python -m data_prep.build --dataset=dfc2020 --source_dir=$(TILES) --data_dir=data/sample
 	touch $@
 
 # Writes the lock files anew from pyproject.toml, the second with the first's versions.

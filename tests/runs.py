@@ -21,12 +21,12 @@ def command(module: str, **flags) -> list[str]:
     return [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def make_data(folder: pathlib.Path, **sample_flags) -> str:
+def make_data(folder: pathlib.Path, dataset: str = "ssl4eo_s12_nol", **sample_flags) -> str:
     """Writes the procedural sample as GeoTIFFs and builds it; returns the data folder."""
     source, target = folder / "geotiffs", folder / "data"
     for line in (
         command("data_prep.sample", output_dir=source, **sample_flags),
-        command("data_prep.build", dataset="ssl4eo_s12_nol", source_dir=source, data_dir=target),
+        command("data_prep.build", dataset=dataset, source_dir=source, data_dir=target),
     ):
         subprocess.run(line, check=True, cwd=ROOT, capture_output=True)
     return str(target)

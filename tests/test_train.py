@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cromss_jax import checkpoint, data, train
+from cromss_jax import checkpoint, data, run, train
 from tests import runs
 
 
@@ -19,7 +19,7 @@ def data_dir(tmp_path_factory):
     )
 
 
-def run(config, workdir):
+def train_here(config, workdir):
     return train.train(config, str(workdir))
 
 
@@ -111,8 +111,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
         "sample,modality=s1",
         **{"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "log_every_steps": 100},
     )
-    with pytest.raises(train.NonFiniteLossError) as error:
-        run(config, tmp_path)
+    with pytest.raises(run.NonFiniteLossError) as error:
+        train_here(config, tmp_path)
     first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
     dataset = data.open_dataset(data_dir, config.data.name)
     locations, _ = data.split_locations(16, config.data.validation_fraction, config.seed)
@@ -146,18 +146,18 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
 ):
     workdir = tmp_path / "run"
     with pytest.raises(ValueError, match=sentence):
-        run(runs.tiny_config(data_dir, **change), workdir)
+        train_here(runs.tiny_config(data_dir, **change), workdir)
     assert not workdir.exists()
 
 
 def test_another_configuration_does_not_continue_a_run(finished, data_dir):
-    with pytest.raises(train.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
-        run(runs.tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
+    with pytest.raises(run.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
+        train_here(runs.tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
 
 
 def test_a_stray_folder_is_named(finished, data_dir):
     stray = finished / "checkpoints" / "9"
     stray.mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="none"):
-        run(runs.tiny_config(data_dir), finished)
+        train_here(runs.tiny_config(data_dir), finished)
     stray.rmdir()
