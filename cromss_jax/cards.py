@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from cromss_jax import report, sensors, weights
+from cromss_jax import decoders, report, sensors, weights
 
 FORMAT = "cromss_jax weights"
 
@@ -29,7 +29,6 @@ def of_run(step: epath.Path, network: weights.Network) -> dict:
     bands = [band for names in network.bands.values() for band in names]
     return {
         "input": {
-            "axes": "[batch, bands, height, width], height and width multiples of 32",
             "formula": "floor(clip((x - low) / (high - low) * 255, 0, 255)) / 255",
             "resolution": "every band at 10 m, coarser ones upsampled bicubically (a = -0.5)",
             "by_band": {band: _scaling(band) for band in bands},
@@ -84,6 +83,8 @@ def make(found: weights.Weights, network: weights.Network, layout: str) -> dict:
             "num_classes": network.num_classes,
             "description": str(network),
         },
+        "axes": "[batch, bands, height, width], height and width multiples of "
+        + str(decoders.STRIDES[network.decoder]),
         "modality": list(network.bands),
         "bands": {modality: list(names) for modality, names in network.bands.items()},
         "converted": {
@@ -99,8 +100,9 @@ def text(card: Mapping, name: str) -> str:
     lines += [f"{card['method']}.", ""] if card["method"] else [""]
     scaling = card["input"] and card["input"]["by_band"]
     lines += ["## Input", ""]
+    lines += [f"{card['axes']}."]
     if scaling:
-        lines += [f"{card['input']['axes']}; {card['input']['resolution']}."]
+        lines += [f"{card['input']['resolution'].capitalize()}."]
         lines += [f"Each band: `{card['input']['formula']}`.", ""]
     else:
         lines += ["How raw values become input is not known here: ask whom the weights are from."]
@@ -108,9 +110,10 @@ def text(card: Mapping, name: str) -> str:
     lines += ["| channel | band | low | high | unit of x |", "|---|---|---|---|---|"]
     for names in card["bands"].values():
         for channel, band in enumerate(names):
-            known = scaling[band] if scaling else {"low": "?", "high": "?", "unit": "?"}
-            low, high = (x if isinstance(x, str) else f"{x:.8g}" for x in (known["low"], known["high"]))
-            lines += [f"| {channel} | {band} | {low} | {high} | {known['unit']} |"]
+            row = "? | ? | ?"
+            if scaling:
+                row = "{low:.8g} | {high:.8g} | {unit}".format(**scaling[band])
+            lines += [f"| {channel} | {band} | {row} |"]
     lines += [""]
     if card["classes"]:
         classes = [f"{index} {name}" for index, name in enumerate(card["classes"])]

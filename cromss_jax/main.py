@@ -8,12 +8,18 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import checkpoint, data, finetune, run, train, weights
+from cromss_jax import checkpoint, data, distributed, finetune, run, train, weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
+)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0", lower_bound=0)
 
 
 def main(arguments: list[str]) -> None:
@@ -29,12 +35,16 @@ def main(arguments: list[str]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
         jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
     try:
+        distributed.initialize(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+        )
         modes = {"pretrain": train.train, "finetune": finetune.finetune}
         modes["evaluate"] = finetune.evaluate
         modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
     except (
         checkpoint.CheckpointError,
         data.DataError,
+        distributed.DistributedError,
         run.ConfigError,
         run.NonFiniteLossError,
         weights.WeightsError,

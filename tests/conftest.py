@@ -17,6 +17,25 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The slowest files, which workers must take up first: one begun last is waited for.
+SLOW = ("test_train", "test_models", "test_sharding", "test_oracle", "test_finetune", "test_convert")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """A worker would hold some gigabytes of it at the end."""
+    yield
+    jax.clear_caches()
+
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
 

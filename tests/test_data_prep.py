@@ -447,7 +447,13 @@ def test_interrupted_command_leaves_no_unfinished_dataset(tree, tmp_path, number
     command = [sys.executable, "-m", "data_prep.build", "--dataset=ssl4eo_s12_nol"]
     command += [f"--source_dir={tree}", f"--data_dir={data_dir}", "--num_workers=2"]
     root = pathlib.Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts() -> None:  # which what runs in the background is told to ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 60
         while not list(data_dir.glob("*/incomplete*/*array_record*")):
             assert process.poll() is None
