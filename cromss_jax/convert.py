@@ -4,8 +4,9 @@
         --layout=encoder --modality=s2
     python -m cromss_jax.convert from_torch --input=released.ckpt --output=DIR
 
-Layouts: `lightning`, the published code's file; `unet`, an `smp.Unet` of one modality; `encoder`,
-smp's encoder; `torchvision`, a plain ResNet without `fc` (the same keys as smp's encoder).
+Layouts: `lightning`, the published code's file; `unet`, the smp model of one modality (`smp.Unet`,
+or `smp.PSPNet`, `smp.DeepLabV3Plus`, `smp.FPN` by the network's decoder); `encoder`, smp's encoder;
+`torchvision`, a plain ResNet without `fc` (the same keys as smp's encoder).
 """
 
 import datetime
@@ -19,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import sensors, weight_files, weights
+from cromss_jax import decoders, sensors, weight_files, weights
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "to_torch: folder of a run (its newest checkpoint), or of one checkpoint"
@@ -85,13 +86,15 @@ def make_card(network: weights.Network, layout: str, step: epath.Path) -> dict:
         "network": {
             "fusion": network.fusion,
             "resnet": network.depth,
+            "decoder": network.decoder if network.num_classes else None,
             "num_classes": network.num_classes,
             "description": str(network),
         },
         "modality": list(network.bands),
         "bands": {modality: list(names) for modality, names in network.bands.items()},
         "input": {
-            "axes": "[batch, bands, height, width], height and width multiples of 32",
+            "axes": "[batch, bands, height, width], height and width multiples of "
+            + str(decoders.STRIDES[network.decoder]),
             "formula": "floor(clip((x - low) / (high - low) * 255, 0, 255)) / 255",
             "resolution": "every band at 10 m, coarser ones upsampled bicubically (a = -0.5)",
             "by_band": scaling(network.bands),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cromss_jax import models, sensors, torch_keys
+from cromss_jax import models, resnet, sensors, torch_keys
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -26,6 +26,14 @@ _PREFIXES = {
     "none": dict.fromkeys(sensors.MODALITIES, tuple(f"{part}." for part in PARTS)),
     "encoder": dict.fromkeys(sensors.MODALITIES, ("encoder.",)),
 }  # fmt: skip
+
+# How a decoder is called, and how the keys of its own begin.
+_DECODERS = {
+    "unet": ("U-Net", "blocks.0."),
+    "pspnet": ("PSPNet", "psp."),
+    "deeplabv3plus": ("DeepLabV3+", "aspp.0."),
+    "fpn": ("FPN", "p5."),
+}
 
 LAYOUTS = ("lightning", "unet", "encoder", "torchvision")
 # What wrappers put before every key: data parallelism, Lightning, torch.compile.
@@ -45,12 +53,14 @@ class Network:
       depth: of the ResNet.
       bands: names of the bands by modality, in the order of the first convolution's channels.
       num_classes: C, None for an encoder.
+      decoder: "unet", "pspnet", "deeplabv3plus" or "fpn"; says nothing of an encoder.
     """
 
     fusion: str
     depth: int
     bands: Mapping[str, tuple[str, ...]]
     num_classes: int | None
+    decoder: str = "unet"
 
     @classmethod
     def of_config(cls, config: Mapping) -> "Network":
@@ -61,6 +71,7 @@ class Network:
             depth=config["network"]["depth"],
             bands={modality: bands[modality] for modality in config["modalities"]},
             num_classes=sensors.NUM_CLASSES,
+            decoder=config["network"].get("decoder", "unet"),
         )
 
     @property
@@ -75,25 +86,35 @@ class Network:
     def abstract_state(self) -> nnx.State:
         """Shapes and dtypes of all parameters and statistics."""
         num_channels = tuple((modality, len(bands)) for modality, bands in self.bands.items())
-        return _abstract_state(self.fusion, self.depth, num_channels, self.num_classes)
+        return _abstract_state(
+            self.fusion, self.depth, num_channels, self.num_classes, self.decoder
+        )
 
     def __str__(self) -> str:
-        kinds = {"mid": "mid fusion", "late": "late fusion", "none": "U-Net", "encoder": "encoder"}
+        name, _ = _DECODERS[self.decoder]
+        fusion = (
+            f"{self.fusion} fusion" if self.decoder == "unet" else f"{name} {self.fusion} fusion"
+        )
+        kind = {"none": name, "encoder": "encoder"}.get(self.fusion, fusion)
         bands = " + ".join(f"{m.upper()} {' '.join(names)}" for m, names in self.bands.items())
         classes = f", {self.num_classes} classes" if self.num_classes else ""
-        return f"ResNet-{self.depth} {kinds[self.fusion]} of {bands}{classes}"
+        return f"ResNet-{self.depth} {kind} of {bands}{classes}"
 
 
 @functools.cache  # tracing a network takes a second
 def _abstract_state(
-    fusion: str, depth: int, num_channels: tuple[tuple[str, int], ...], num_classes: int | None
+    fusion: str,
+    depth: int,
+    num_channels: tuple[tuple[str, int], ...],
+    num_classes: int | None,
+    decoder: str,
 ) -> nnx.State:
     def make():
         if fusion == "encoder":
             ((_, channels),) = num_channels
-            return nnx.Dict(encoder=models.ResNetEncoder(depth, channels))
+            return nnx.Dict(encoder=resnet.ResNetEncoder(depth, channels))
         return models.make_network(
-            fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0)
+            fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0), decoder
         )
 
     return nnx.state(nnx.eval_shape(make), (nnx.Param, nnx.BatchStat))
@@ -151,8 +172,9 @@ def to_layout(
 
     Args:
       weights: of a run.
-      layout: "lightning", the published code's keys under `net.`; "unet", those of `smp.Unet`;
-        "encoder" and "torchvision", those of smp's encoder, which are torchvision's without `fc`.
+      layout: "lightning", the published code's keys under `net.`; "unet", those of the smp
+        model of one modality (`smp.Unet`, or `smp.PSPNet` and so on by the decoder); "encoder" and
+        "torchvision", those of smp's encoder, which are torchvision's without `fc`.
       modality: which to take; needed where there are two and the layout holds one.
 
     Returns:
@@ -231,6 +253,9 @@ def from_layout(
         num_classes=None
         if fusion == "encoder"
         else _shape(arrays, _PREFIXES[fusion]["s2"][2] + "0.weight")[0],
+        decoder="unet"
+        if fusion == "encoder"
+        else _decoder(part_of(arrays, _PREFIXES[fusion]["s2"][1])),
     )
     counts = [
         k for k in torch_keys.keys(network.abstract_state()) if k.endswith("num_batches_tracked")
@@ -270,13 +295,26 @@ def _depth(encoder: Arrays) -> int:
         len({key.split(".")[1] for key in encoder if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    block = models.Bottleneck if "layer1.0.conv3.weight" in encoder else models.BasicBlock
-    for depth, resnet in models.RESNETS.items():
-        if resnet == (block, blocks):
+    block = resnet.Bottleneck if "layer1.0.conv3.weight" in encoder else resnet.BasicBlock
+    for depth, known in resnet.RESNETS.items():
+        if known == (block, blocks):
             return depth
     raise WeightsError(
         f"an encoder of {', '.join(map(str, blocks))} {block.__name__}s; known are ResNet-"
-        + ", ".join(map(str, models.RESNETS))
+        + ", ".join(map(str, resnet.RESNETS))
+    )
+
+
+def _decoder(decoder: Arrays) -> str:
+    """The name of a decoder, by its keys."""
+    for name, (_, mark) in _DECODERS.items():
+        if any(key.startswith(mark) for key in decoder):
+            return name
+    raise WeightsError(
+        "no decoder of ours: expected keys that begin with "
+        + " or ".join(f"{mark} ({name})" for name, mark in _DECODERS.values())
+        + "; found "
+        + (", ".join(sorted(decoder)[:5]) or "nothing")
     )
 
 
@@ -307,7 +345,8 @@ def transfer(source: Weights, target: Weights) -> tuple[Weights, list[str]]:
 
     Encoders go to the encoder of their modality, decoders and heads to those of their modality or
     to the shared one; the first convolution goes band by band. What the source doesn't have, or
-    has twice for one place, or for another number of classes, stays as it is in the target.
+    has twice for one place, or of another decoder or number of classes, stays as it is in the
+    target.
 
     Args:
       source: where from.
@@ -338,6 +377,9 @@ def transfer(source: Weights, target: Weights) -> tuple[Weights, list[str]]:
             continue
         part = part_of(source.arrays, origins[0])
         modality, kind = users[0]
+        if kind != "encoder" and ours.decoder != theirs.decoder:
+            report.append(f"{name}: as initialised, the weights are of a {theirs}")
+            continue
         if kind == "segmentation_head" and ours.num_classes != theirs.num_classes:
             report.append(
                 f"{name}: as initialised, the weights are for {theirs.num_classes} classes"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -119,7 +120,7 @@ def test_layouts_load_strictly_in_smp(parity, torch, fusion, modality, channels)
     import segmentation_models_pytorch as smp
 
     source = random_weights(fusion, 18, {"s1": S1, "s2": S2})
-    unet = parity.torch_unet(18, channels, 9)
+    unet = parity.torch_model(18, channels, 9)
     encoder = smp.encoders.get_encoder("resnet18", in_channels=channels, weights=None)
     for layout, module in (("unet", unet), ("encoder", encoder)):
         network, arrays = weights.to_layout(source, layout, modality)
@@ -174,6 +175,46 @@ def test_features_of_other_libraries_resnet50(parity, torch, library):
     assert len(ours) == len(expected) == 5
     for found, theirs in zip(ours, expected, strict=True):
         assert parity.scaled_error(found, parity.from_torch_image(theirs)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("decoder", "depth", "modality", "name"),
+    [
+        ("pspnet", 18, "s1", "ResNet-18 PSPNet of S1 VV VH, 11 classes"),
+        ("deeplabv3plus", 34, "s2", "ResNet-34 DeepLabV3+ of S2 B1 "),
+        ("fpn", 18, "s2", "ResNet-18 FPN of S2 B1 "),
+    ],
+)
+def test_files_of_other_decoders_and_back(parity, torch, tmp_path, decoder, depth, modality, name):
+    channels = {"s1": 2, "s2": 13}[modality]
+    theirs = parity.torch_network("none", depth, {modality: channels}, 11, seed=0, decoder=decoder)
+    parity.randomise_norms(theirs, seed=1)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    assert name in convert.from_torch(str(tmp_path / "theirs.pt"), str(tmp_path / "ours"))
+    found = weight_files.load(str(tmp_path / "ours"))
+    assert found.network.decoder == decoder
+    convert.to_torch(str(tmp_path / "ours"), str(tmp_path / "back.pt"), "unet", None)
+    card = json.loads((tmp_path / "back.json").read_text())
+    stride = {"pspnet": 8, "deeplabv3plus": 16, "fpn": 32}[decoder]
+    assert card["input"]["axes"].endswith(f"multiples of {stride}")
+    other = parity.torch_network("none", depth, {modality: channels}, 11, seed=2, decoder=decoder)
+    other.load_state_dict(torch.load(tmp_path / "back.pt"), strict=True)
+    assert_same(parity.torch_arrays(other), parity.torch_arrays(theirs))
+
+
+def test_a_decoder_that_is_unknown(mid):
+    arrays = {k.replace("decoder.blocks", "decoder.steps"): v for k, v in mid.arrays.items()}
+    with pytest.raises(weights.WeightsError, match=r"psp\. \(PSPNet\) .*found steps.0.conv1.0.w"):
+        weights.from_layout(arrays)
+
+
+def test_folders_from_before_there_were_decoders(mid, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "network.json").read_text())
+    assert content.pop("decoder") == "unet"
+    (copy / "network.json").write_text(json.dumps(content))
+    assert weight_files.load(str(copy)).network == mid.network
 
 
 def test_classifier_is_left_out_and_named():
@@ -403,6 +444,22 @@ def test_transfer_between_fusions(mid):
     assert_same(weights.part_of(to_mid.arrays, "decoder."),
                 weights.part_of(mid.arrays, "decoder."))  # fmt: skip
     assert "decoder of S1 and S2: as initialised, the weights have 2" in report
+
+
+def test_transfer_to_another_decoder_takes_the_encoder(mid):
+    network = weights.Network("none", 18, {"s2": S2}, 9, "pspnet")
+    target = weights.Weights(
+        network,
+        torch_keys.to_torch_state(
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.abstract_state())
+        ),
+    )
+    started, report = weights.transfer(mid, target)
+    assert_same(weights.part_of(started.arrays, "encoder."),
+                weights.part_of(mid.arrays, "encoder."))  # fmt: skip
+    for part in ("decoder.", "segmentation_head."):
+        assert_same(weights.part_of(started.arrays, part), weights.part_of(target.arrays, part))
+    assert "decoder of S2: as initialised, the weights are of a ResNet-18 mid fusion" in report[1]
 
 
 def test_transfer_refuses_what_does_not_fit(mid):

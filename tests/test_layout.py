@@ -12,6 +12,7 @@ LAYERS = (
     ("weight_files",),
     ("weights",),
     ("step", "models", "data", "sharding", "checkpoint", "report", "preprocess", "torch_keys"),
+    ("decoders", "resnet"),
     ("layers",),
     ("losses", "selection", "smoothing", "metrics", "schedules"),
     ("sensors",),
