@@ -4,8 +4,9 @@
         --layout=encoder --modality=s2
     python -m cromss_jax.convert from_torch --input=released.ckpt --output=DIR
 
-Layouts: `lightning`, the published code's file; `unet`, an `smp.Unet` of one modality; `encoder`,
-smp's encoder; `torchvision`, a plain ResNet without `fc` (the same keys as smp's encoder).
+Layouts: `lightning`, the published code's file; `unet`, the smp model of one modality (`smp.Unet`,
+or `smp.PSPNet`, `smp.DeepLabV3Plus`, `smp.FPN` by the network's decoder); `encoder`, smp's encoder;
+`torchvision`, a plain ResNet without `fc` (the same keys as smp's encoder).
 """
 
 import dataclasses

@@ -79,6 +79,8 @@ class _Records(Sequence):
         return len(self._serialized)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | bytes]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         stored = tf_example_pb2.Example.FromString(self._serialized[index]).features.feature
         record = {}
         # Arrays are stored as their bytes (data_prep), numbers and texts as themselves.

@@ -124,9 +124,7 @@ def score(task: Task, state: step.TrainState, maps_folder: pathlib.Path | None) 
     for batch in batches:
         rows = np.split(batch, jax.process_count())[jax.process_index()]
         records = data.read_batch(tiles, config.modalities, rows)
-        counts, predictions = task.eval_step(
-            state, counts, sharding.to_devices(records, task.mesh)
-        )
+        counts, predictions = task.eval_step(state, counts, sharding.to_devices(records, task.mesh))
         if maps_folder:
             _write_maps(task, maps_folder, rows, predictions)
     return metrics.counted(jax.device_get(counts))
@@ -155,6 +153,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       data.DataError, run.ConfigError, run.NonFiniteLossError, checkpoint.CheckpointError,
         weights.WeightsError: each with a sentence for the user.
+      run.Preempted: after SIGTERM, everything saved.
     """
     task = prepare(config, workdir)
     config = task.config
@@ -182,8 +181,6 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     confusions = []
     for seed in config.seeds:
         state = _train(task, dataset, num_tiles, train_steps, seed)
-        if state is None:
-            return
         folder = task.folder / f"seed_{seed}" / "predictions" if config.save_predictions else None
         if folder:
             folder.mkdir(exist_ok=True)
@@ -219,8 +216,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _train(
     task: Task, dataset: data.TileDataset, num_tiles: int, train_steps: dict, seed: int
-) -> step.TrainState | None:
-    """One seed's training, from its newest checkpoint if there is one; None if told to stop."""
+) -> step.TrainState:
+    """One seed's training, from its newest checkpoint if there is one."""
     config = task.config
     folder = task.folder / f"seed_{seed}"
     is_writer = jax.process_index() == 0
@@ -307,12 +304,11 @@ def _train(
             leave = preemption.reached(number)
             if number in checkpoint_steps or leave:
                 _stop_if_bad(state, tiles, records, checkpoints.latest_step)
-                checkpoints.save(
-                    number, state, {"iterator": batches.get_state(), "data": identity}
+                checkpoints.save(number, state, {"iterator": batches.get_state(), "data": identity})
+            if leave and number < num_steps:
+                raise run.Preempted(
+                    f"told to stop: saved step {number}; the same command continues"
                 )
-            if leave:
-                _log.info("told to stop: saved step %d; the same command continues", number)
-                return None
     return state
 
 

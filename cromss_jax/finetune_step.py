@@ -145,9 +145,7 @@ def make_train_step(
         )
         opt_state = dict(state.opt_state)
         for part in trained_parts:
-            updates, opt_state[part] = optimizer.update(
-                grads[part], opt_state[part], parts[part]
-            )
+            updates, opt_state[part] = optimizer.update(grads[part], opt_state[part], parts[part])
             parts[part] = jax.tree.map(
                 lambda p, u, f: p - rate * f * u,
                 parts[part],

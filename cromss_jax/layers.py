@@ -1,4 +1,4 @@
-"""Layers with PyTorch's semantics and attribute names, for the networks of `models`.
+"""Layers with PyTorch's semantics and attribute names, for `resnet`, `decoders` and `models`.
 
 Arrays are NHWC, convolution kernels HWIO. Parameters and statistics are float32; a layer computes
 in its input's dtype.
@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -22,11 +24,13 @@ class KernelInit:
       distribution: "normal" or "uniform".
       scale: positive.
       fan: "in" or "out", the kernel's area times its input or output channels, or "average".
+      with_bias: whether a bias is drawn too, of the same variance; else it is zero.
     """
 
     distribution: str
     scale: float
     fan: str
+    with_bias: bool = False
 
     def std(self, shape: tuple[int, int, int, int]) -> float:
         """Standard deviation for a kernel of HWIO shape."""
@@ -39,8 +43,13 @@ class KernelInit:
         return math.sqrt(self.scale / (height * width * channels[self.fan]))
 
 
+# What torch leaves in any convolution: kaiming_uniform_(a=sqrt(5)), of gain sqrt(2 / (1 + 5)),
+# and biases of the same bound.
+TORCH_INIT = KernelInit("uniform", 1 / 3, "in", with_bias=True)
+
+
 class Conv(nnx.Module):
-    """Square convolution with torch's symmetric padding of `kernel_size // 2`.
+    """Square convolution with torch's symmetric padding of `kernel_size // 2 * dilation`.
 
     The kernel is zero until `draw_kernels`. Computes in its input's dtype. A 1x1 kernel is applied
     as a matrix product, which XLA's CPU backend runs faster, forward and backward, than its
@@ -54,6 +63,7 @@ class Conv(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        dilation: int = 1,
         use_bias: bool = False,
         init: KernelInit,
     ):
@@ -62,23 +72,49 @@ class Conv(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(shape))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if use_bias else None
         self.stride = stride
+        self.dilation = dilation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, out_channels]."""
         kernel = self.weight[...].astype(x.dtype)
-        padding = kernel.shape[0] // 2
-        if padding == 0:
+        if kernel.shape[0] == 1:
             y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         else:
+            padding = kernel.shape[0] // 2 * self.dilation
             y = jax.lax.conv_general_dilated(
                 x,
                 kernel,
                 window_strides=(self.stride, self.stride),
                 padding=[(padding, padding)] * 2,
+                rhs_dilation=(self.dilation, self.dilation),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
+        return y
+
+
+class DepthwiseConv(Conv):
+    """Square convolution of each channel by itself, as torch's with as many groups as channels.
+
+    It adds up shifted copies, which XLA's CPU backend runs 30 times faster forward and 10 times
+    backward than its grouped convolution.
+    """
+
+    def __init__(self, num_channels: int, kernel_size: int, *, dilation: int = 1, init: KernelInit):
+        super().__init__(1, num_channels, kernel_size, dilation=dilation, init=init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H, W, C]."""
+        kernel = self.weight[...].astype(x.dtype)
+        size, (_, height, width, _) = kernel.shape[0], x.shape
+        padding = size // 2 * self.dilation
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        y = 0
+        for row, column in itertools.product(range(size), repeat=2):
+            top, left = row * self.dilation, column * self.dilation
+            shifted = x[:, top : top + height, left : left + width]
+            y += shifted * kernel[row, column].reshape(1, 1, 1, -1)
         return y
 
 
@@ -130,6 +166,37 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
 
 
+class GroupNorm(nnx.Module):
+    """Normalisation of each sample's groups of channels, with torch's semantics.
+
+    Normalises by the biased variance; statistics are float32 whatever the input's dtype.
+    """
+
+    EPSILON = 1e-5
+
+    def __init__(self, num_groups: int, num_channels: int):
+        self.num_groups = num_groups
+        self.weight = nnx.Param(jnp.ones(num_channels))
+        self.bias = nnx.Param(jnp.zeros(num_channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+        grouped = (batch, height, width, self.num_groups, channels // self.num_groups)
+        x32 = x.astype(jnp.float32).reshape(grouped)
+        mean = x32.mean((1, 2, 4), keepdims=True)
+        var = jnp.square(x32 - jax.lax.stop_gradient(mean)).mean((1, 2, 4), keepdims=True)
+        y = ((x32 - mean) * jax.lax.rsqrt(var + self.EPSILON)).reshape(x.shape)
+        y = y * self.weight[...].reshape(1, 1, 1, -1) + self.bias[...].reshape(1, 1, 1, -1)
+        return y.astype(x.dtype)
+
+
+def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
+    """Applies a convolution and its BatchNorm."""
+    conv, norm = layers
+    return norm(conv(x), train)
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even."""
     return jax.lax.reduce_window(
@@ -149,8 +216,68 @@ def upsample(x: jax.Array) -> jax.Array:
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
+def pooling_matrix(size: int, num_cells: int) -> np.ndarray:
+    """Adaptive average pooling along an axis: cells overlap where their number does not divide it.
+
+    Returns:
+      [num_cells, size] float32; rows sum to 1.
+    """
+    cells, positions = np.arange(num_cells)[:, None], np.arange(size)[None]
+    start, end = cells * size // num_cells, -(-(cells + 1) * size // num_cells)
+    inside = (positions >= start) & (positions < end)
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def linear_matrix(size: int, new_size: int) -> np.ndarray:
+    """Linear interpolation along an axis, first and last positions kept (`align_corners`).
+
+    Returns:
+      [new_size, size] float32; rows sum to 1.
+    """
+    positions = np.linspace(0, size - 1, new_size)
+    distance = np.abs(positions[:, None] - np.arange(size)[None])
+    return np.maximum(0, 1 - distance).astype(np.float32)
+
+
+def _apply_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+    """[H', H] and [W', W] on [B, H, W, C], in float32."""
+    y = x.astype(jnp.float32)
+    y = jnp.einsum("hi,biwc->bhwc", rows, y, precision="highest")
+    y = jnp.einsum("wj,bhjc->bhwc", columns, y, precision="highest")
+    return y.astype(x.dtype)
+
+
+def average_pool(x: jax.Array, grid_size: int) -> jax.Array:
+    """Adaptive average pooling as torch's: [B, H, W, C] to [B, grid_size, grid_size, C]."""
+    _, height, width, _ = x.shape
+    return _apply_matrices(x, pooling_matrix(height, grid_size), pooling_matrix(width, grid_size))
+
+
+def resize(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Bilinear interpolation as torch's with `align_corners`, to [B, height, width, C]."""
+    rows, columns = linear_matrix(x.shape[1], height), linear_matrix(x.shape[2], width)
+    return _apply_matrices(x, rows, columns)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, *, whole_channels: bool) -> jax.Array:
+    """Zeroes a random part of [B, H, W, C] and scales the rest so that the mean stays.
+
+    Args:
+      x: the values.
+      rate: probability of being zeroed, in [0, 1).
+      key: decides which; None leaves everything as it is.
+      whole_channels: a sample's channel is zeroed whole (torch's Dropout2d), or single values.
+    """
+    if key is None:
+        return x
+    batch, _, _, channels = x.shape
+    shape = (batch, 1, 1, channels) if whole_channels else x.shape
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 def draw_kernels(network: nnx.Module, rngs: nnx.Rngs) -> None:
-    """Draws every convolution kernel of `network` from its `KernelInit`, in place.
+    """Draws every convolution of `network` from its `KernelInit`, in place.
 
     All kernels of a distribution come from one long draw: compiling one for each of some hundred
     shapes takes XLA's CPU backend a minute.
@@ -162,9 +289,16 @@ def draw_kernels(network: nnx.Module, rngs: nnx.Rngs) -> None:
         "uniform": functools.partial(jax.random.uniform, minval=-limit, maxval=limit),
     }
     for distribution, draw in draws.items():
-        chosen = [conv for conv in convs if conv.init.distribution == distribution]
-        ends = list(itertools.accumulate(conv.weight.size for conv in chosen))
+        # Variables and their standard deviations.
+        chosen = []
+        for conv in convs:
+            if conv.init.distribution != distribution:
+                continue
+            std = conv.init.std(conv.weight.shape)
+            chosen.append((conv.weight, std))
+            if conv.bias is not None and conv.init.with_bias:
+                chosen.append((conv.bias, std))
+        ends = list(itertools.accumulate(variable.size for variable, _ in chosen))
         values = draw(rngs.params(), (ends[-1],))
-        for conv, part in zip(chosen, jnp.split(values, ends[:-1]), strict=True):
-            shape = conv.weight.shape
-            conv.weight.set_value(part.reshape(shape) * conv.init.std(shape))
+        for (variable, std), part in zip(chosen, jnp.split(values, ends[:-1]), strict=True):
+            variable.set_value(part.reshape(variable.shape) * std)

@@ -14,6 +14,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
+_PREEMPTION_STATUS = flags.DEFINE_integer(
+    "preemption_status",
+    0,
+    "Exit status after SIGTERM; schedulers that start again what failed want another than 0",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
 )
@@ -41,6 +46,9 @@ def main(arguments: list[str]) -> None:
         modes = {"pretrain": train.train, "finetune": finetune.finetune}
         modes["evaluate"] = finetune.evaluate
         modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
+    except run.Preempted as told:
+        logging.getLogger("cromss_jax").info("%s", told)
+        sys.exit(_PREEMPTION_STATUS.value)
     except (
         checkpoint.CheckpointError,
         data.DataError,
@@ -56,7 +64,7 @@ def parse(arguments: list[str]) -> list[str]:
     """Parses the flags; a sentence instead of a traceback for what was mistyped."""
     try:
         return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, OSError) as error:  # unknown fields, missing files
+    except (flags.Error, AttributeError, KeyError, OSError) as error:  # unknown fields, no file
         sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
         sys.exit(f"error: {sentence} (--helpshort lists the flags)")
 

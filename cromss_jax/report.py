@@ -152,7 +152,7 @@ def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[
 
 
 def transfer_table(cells: Mapping[tuple[str, str, str], Mapping[str, Sequence[float]]]) -> str:
-    """mIoU in Markdown, laid out like the paper's tables: frozen / fine-tuned.
+    """The mIoU of many runs in Markdown, laid out like the paper's tables: frozen / fine-tuned.
 
     Args:
       cells: by (data set, input, weights), then by encoder ("frozen" or "trained"), the mIoU of

@@ -28,6 +28,10 @@ class NonFiniteLossError(ValueError):
     """The loss or its gradient became infinite or NaN."""
 
 
+class Preempted(Exception):
+    """Told to stop (SIGTERM); everything is saved, and the same command continues."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be run."""
 

@@ -68,6 +68,7 @@ def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Modul
         NUM_CLASSES,
         jnp.dtype(config.network.dtype),
         rngs,
+        decoder=config.network.get("decoder", "unet"),
     )
 
 

@@ -156,6 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     Raises:
       data.DataError, run.ConfigError, checkpoint.CheckpointError, weights.WeightsError,
         run.NonFiniteLossError: each with a sentence for the user.
+      run.Preempted: after SIGTERM, everything saved.
     """
     config = ml_collections.FrozenConfigDict(config)
     folder = pathlib.Path(workdir).absolute()
@@ -336,8 +337,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 host_state = {"iterator": batches.get_state(), "data": identity}
                 checkpoints.save(number, state, host_state)
             if leave and number < num_steps:
-                _log.info("told to stop: saved step %d; the same command continues", number)
-                return state
+                raise run.Preempted(
+                    f"told to stop: saved step {number}; the same command continues"
+                )
         if evaluation is None and len(held_back):  # the run was already complete
             evaluation = evaluate(eval_step, state, map(read, validation), mesh)
         if evaluation is not None and is_writer:

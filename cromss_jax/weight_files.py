@@ -166,7 +166,7 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     try:
-        arrays = safetensors.numpy.load(content)
+        arrays = safetensors.numpy.load_file(path)  # unlike load, it knows bfloat16
         # The header: its length in 8 bytes, then JSON.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         card = json.loads(header.get("__metadata__", {}).get(_CARD, "{}"))

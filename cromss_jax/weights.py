@@ -39,8 +39,8 @@ _DECODERS = {
 }
 
 LAYOUTS = ("lightning", "unet", "encoder", "torchvision")
-# What wrappers put before every key: data parallelism, Lightning, torch.compile; and self-supervised
-# methods before those of the encoder to keep: MoCo v2 and v3, DINO.
+# What wrappers put before every key: data parallelism, Lightning, torch.compile; and what
+# self-supervised methods put before those of the encoder to keep: MoCo v2 and v3, DINO.
 _WRAPPERS = ("module.", "net.", "_orig_mod.", "encoder_q.", "base_encoder.", "backbone.")
 # DeCUR keeps an encoder for each modality.
 _BACKBONES = ("backbone_1.", "backbone_2.")

@@ -18,7 +18,14 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The slowest files, which workers must take up first: one begun last is waited for.
-SLOW = ("test_train", "test_models", "test_sharding", "test_oracle", "test_finetune", "test_convert")
+SLOW = (
+    "test_train",
+    "test_models",
+    "test_sharding",
+    "test_oracle",
+    "test_finetune",
+    "test_convert",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 """Finetuning on tiny tiles: whole runs, what a frozen encoder is, scoring, tables."""
 
 import json
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +43,9 @@ def data_dir(tmp_path_factory):
     )
 
 
-def tiny_flags(data_dir: str) -> dict[str, object]:
-    return {
+def tiny_config(data_dir: str, variant: str = VARIANT, **more) -> ml_collections.ConfigDict:
+    config = finetune_config.get_config(variant)
+    changes = {
         "data.dir": data_dir,
         "data.crop_size": 32,
         "batch_size": 4,
@@ -55,28 +55,17 @@ def tiny_flags(data_dir: str) -> dict[str, object]:
         "log_every_steps": 2,
         "optimizer.learning_rate": 0.01,
     }
-
-
-def tiny_config(data_dir: str, variant: str = VARIANT, **more) -> ml_collections.ConfigDict:
-    config = finetune_config.get_config(variant)
-    config.update_from_flattened_dict({**tiny_flags(data_dir), **more})
+    config.update_from_flattened_dict({**changes, **more})
     return config
 
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """Two seeds of the command line, as a user gives it, from start to end."""
+    """Two seeds from start to end."""
     workdir = tmp_path_factory.mktemp("finished")
-    flags = {f"config.{k}": v for k, v in tiny_flags(data_dir).items()}
-    line = runs.command(
-        "cromss_jax.main",
-        config=f"configs/finetune.py:{VARIANT}",
-        workdir=workdir,
-        **flags,
-        **{"config.seeds": "(0, 1)", "config.save_predictions": True},
-    )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    config = tiny_config(data_dir, save_predictions=True)
+    config.seeds = (0, 1)
+    finetune.finetune(config, str(workdir))
     return workdir
 
 

@@ -1,0 +1,133 @@
+"""torchvision's ResNets as encoders, parameter for parameter.
+
+Every attribute path is the key of the corresponding tensor in the `state_dict` of
+segmentation_models_pytorch's encoders, which are torchvision's ResNets without `fc`.
+
+Source: He et al., "Deep residual learning" (2016).
+"""
+
+import jax
+from flax import nnx
+
+from cromss_jax.layers import TORCH_INIT, BatchNorm, Conv, KernelInit, conv_bn, max_pool
+
+# What torchvision leaves: kaiming_normal_(mode="fan_out", nonlinearity="relu").
+ENCODER_INIT = KernelInit("normal", 2.0, "out")
+
+
+class BasicBlock(nnx.Module):
+    """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
+        self.conv1 = _encoder_conv(in_channels, channels, 3, stride, dilation)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = _encoder_conv(channels, channels, 3, 1, dilation)
+        self.bn2 = BatchNorm(channels)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, channels]."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
+        return jax.nn.relu(y + shortcut)
+
+
+class Bottleneck(nnx.Module):
+    """The residual block of ResNet-50: 1x1, 3x3 (which carries the stride), 1x1."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
+        out_channels = channels * self.expansion
+        self.conv1 = _encoder_conv(in_channels, channels, 1, 1)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = _encoder_conv(channels, channels, 3, stride, dilation)
+        self.bn2 = BatchNorm(channels)
+        self.conv3 = _encoder_conv(channels, out_channels, 1, 1)
+        self.bn3 = BatchNorm(out_channels)
+        self.downsample = _downsample(in_channels, out_channels, stride)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, 4 channels]."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn3(self.conv3(y), train)
+        shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
+        return jax.nn.relu(y + shortcut)
+
+
+def _encoder_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, dilation: int = 1
+) -> Conv:
+    return Conv(
+        in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, init=ENCODER_INIT
+    )
+
+
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | None:
+    """The shortcut's projection, where its shape changes."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = _encoder_conv(in_channels, out_channels, 1, stride)
+    return nnx.List([conv, BatchNorm(out_channels)])
+
+
+# Block and number of blocks per stage, by depth.
+RESNETS = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNetEncoder(nnx.Module):
+    """torchvision's ResNet without its classifier.
+
+    [B, H, W, K] -> features at strides 2, 4, 8, 16, 32:
+    [B, H/2, W/2, 64], [B, H/4, W/4, 64 e], [B, H/8, W/8, 128 e], [B, H/16, W/16, 256 e],
+    [B, H/32, W/32, 512 e], with e = 1 for ResNet-18 and 34 and e = 4 for ResNet-50.
+
+    Args:
+      depth: 18, 34 or 50.
+      in_channels: number of bands K.
+      num_features: how many of the five feature maps are computed. The later stages' parameters
+        are held all the same, as smp does.
+      output_stride: stages that would go beyond this stride are dilated instead: with 16, the
+        last features have stride 16, from convolutions of dilation 2.
+    """
+
+    def __init__(
+        self, depth: int, in_channels: int, num_features: int = 5, output_stride: int = 32
+    ):
+        block, num_blocks = RESNETS[depth]
+        # smp replaces a first convolution of other than 3 bands, and leaves torch's default there.
+        init = ENCODER_INIT if in_channels == 3 else TORCH_INIT
+        self.conv1 = Conv(in_channels, 64, 7, stride=2, init=init)
+        self.bn1 = BatchNorm(64)
+        channels = 64
+        for stage in range(4):
+            width = 64 * 2**stage
+            dilation = max(1, 4 * 2**stage // output_stride)
+            blocks = nnx.List()
+            for index in range(num_blocks[stage]):
+                stride = 2 if stage > 0 and index == 0 and dilation == 1 else 1
+                blocks.append(block(channels, width, stride, dilation))
+                channels = width * block.expansion
+            setattr(self, f"layer{stage + 1}", blocks)
+        out_channels = (64, *(64 * 2**stage * block.expansion for stage in range(4)))
+        self.out_channels = out_channels[:num_features]
+
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
+        """Returns the feature maps, finest first."""
+        x = jax.nn.relu(self.bn1(self.conv1(x), train))
+        features = [x]
+        x = max_pool(x)
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for stage in stages[: len(self.out_channels) - 1]:
+            for block in stage:
+                x = block(x, train)
+            features.append(x)
+        return features
