@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Who may import whom inside cromss_jax: only what stands further down.
 LAYERS = (
-    ("main", "convert", "compare"),
+    ("launch_tpu", "main", "convert", "compare"),
     ("train", "finetune"),
     ("run",),
     ("weight_files",),
