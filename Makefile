@@ -42,9 +42,10 @@ lint: .venv/.test
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@
 
-# pip, which takes PyTorch from the disk where one is configured (--find-links).
+# PyTorch from the disk where pip is told to look there.
 .venv/.test: requirements-test.lock .venv/.run
-	$(BIN)/pip install -q -r requirements-test.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
+		-r requirements-test.lock
 	touch $@
 
 $(SAMPLE)/dw_complete_ids.csv: | .venv/.run

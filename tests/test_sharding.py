@@ -26,8 +26,12 @@ def make_records(seed: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The compiled step of both networks on 1 and on 8 devices, with its state and mesh."""
-    config = runs.tiny_config("unused")
+    """The compiled step on 1 and on 8 devices, with its state and mesh.
+
+    Of one network: two take twice as long to compile, and communicate no other way.
+    `tests.bench.processes` compares runs of both.
+    """
+    config = runs.tiny_config("unused", "sample,modality=s2")
     return {n: compile_step(config, n) for n in (1, 8)}
 
 
