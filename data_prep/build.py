@@ -2,15 +2,16 @@
 
 python -m data_prep.build --dataset=ssl4eo_s12_nol --source_dir=DIR --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR
+python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --beam -- BEAM OPTIONS
 """
 
 import concurrent.futures.process
+import functools
 import os
-import pathlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
@@ -59,10 +60,16 @@ _PATCH_SIZE = flags.DEFINE_integer(
     "are left out. 0 leaves tiles whole.",
     lower_bound=0,
 )
+_BEAM = flags.DEFINE_boolean(
+    "beam",
+    False,
+    "Build in an Apache Beam pipeline, whose options follow after --, for instance "
+    "-- --runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=8.",
+)
 
 
-def build() -> str:
-    """Builds what the flags say, and returns a summary."""
+def build(beam_args: Sequence[str] = ()) -> str:
+    """Builds what the flags say, in a pipeline with these options, and returns a summary."""
     builder_class = BUILDERS[_DATASET.value]
     is_tiles = issubclass(builder_class, downstream.TileBuilder)
     if _PATCH_SIZE.value and not is_tiles:
@@ -73,7 +80,8 @@ def build() -> str:
     options = {"s2_offset": _S2_OFFSET.value}
     if is_tiles:
         options["patch_size"] = _PATCH_SIZE.value
-    data_dir = pathlib.Path(_DATA_DIR.value).expanduser().absolute()
+    write = _beam_writer(beam_args) if _BEAM.value else None
+    data_dir = sources.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
         info = tfds.builder_from_directory(final_dir).info
@@ -96,7 +104,7 @@ def build() -> str:
         max_bad_locations=_MAX_BAD_LOCATIONS.value,
         **options,
     )
-    builder.build()
+    builder.build(write)
     metadata = builder.info.metadata
     num_records = {name: split.num_examples for name, split in builder.info.splits.items()}
     set_aside = builder.bad_locations.count
@@ -114,6 +122,23 @@ def build() -> str:
     return f"{', '.join(summary)}, {time.monotonic() - start:.0f} s."
 
 
+def _beam_writer(beam_args: Sequence[str]) -> Callable[[records.Plan], Iterator]:
+    """What builds in a pipeline."""
+    if _NUM_WORKERS.present:
+        raise records.BuildError(
+            "--num_workers is for builds without --beam: tell the runner how many to start, for "
+            "instance -- --direct_num_workers=8"
+        )
+    try:
+        from data_prep import pipeline
+    except ModuleNotFoundError as error:
+        raise records.BuildError(
+            "--beam needs Apache Beam, which is not installed: pip install -e .[beam], in an "
+            "environment of its own"
+        ) from error
+    return functools.partial(pipeline.write, options=pipeline.parse_options(beam_args))
+
+
 def _listed(counts: Mapping[str, int]) -> str:
     """A number for each split."""
     return ", ".join(f"{split} {count}" for split, count in counts.items())
@@ -121,13 +146,13 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def main(argv: list[str]) -> None:
     """Runs the command; what the user can mend is told in one sentence."""
-    if len(argv) > 1:
+    if len(argv) > 1 and not _BEAM.value:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     # Ends like Ctrl-C does, so that the unfinished dataset is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        print(build())
+        print(build(argv[1:]))
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit("Error: a worker process died (out of memory?); nothing was written.")
     except (records.BuildError, sources.SourceError, OSError) as error:

@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -66,7 +65,7 @@ def find_source(
     splits = [split for split in layout.splits if split not in layout.optional_splits]
     folders = [folder for split in splits for folder in layout.folders(split).values()]
     missing = folders
-    if pathlib.Path(source_dir).exists():
+    if sources.absolute(source_dir).exists():
         source = sources.Source(source_dir, layout.components)
         for split in sorted(layout.optional_splits):
             optional = layout.folders(split).values()
@@ -188,16 +187,6 @@ def num_patches(size: tuple[int, int], patch_size: int) -> int:
     return -(-height // patch_size) * -(-width // patch_size)
 
 
-def _with_keys(tiles: Iterable[tile_files.Tile], patch_size: int) -> list[tile_files.Tile]:
-    """Numbers the records of a split."""
-    keyed = []
-    key = 0
-    for tile in tiles:
-        keyed.append(dataclasses.replace(tile, key=key))
-        key += num_patches(tile.size, patch_size)
-    return keyed
-
-
 def read_records(
     tile: tile_files.Tile,
     *,
@@ -206,7 +195,7 @@ def read_records(
     s2_offset: int,
     tile_size: int,
     patch_size: int,
-) -> list[tuple[int, records.Example]]:
+) -> list[records.Example]:
     """Reads one tile as a record of its own, or as one of each of its patches.
 
     Args:
@@ -218,7 +207,7 @@ def read_records(
       patch_size: side of the patches, likewise filled up; 0 leaves tiles whole.
 
     Returns:
-      (key, record) as in `read_tile` and `features`. A patch has its row and column in the tile
+      Records as in `read_tile` and `features`. A patch has its row and column in the tile
       appended to its `location_id`; those without any labels are left out.
 
     Raises:
@@ -227,14 +216,14 @@ def read_records(
     example = read_tile(tile, source=source, label_map=label_map, s2_offset=s2_offset)
     if not patch_size:
         side = tile_size or max(example["height"], example["width"])
-        return [(tile.key, _window(example, 0, 0, side))]
+        return [_window(example, 0, 0, side)]
     patches = []
     for row in range(0, example["height"], patch_size):
         for column in range(0, example["width"], patch_size):
             patch = _window(example, row, column, patch_size)
             if (patch["labels"] != sensors.IGNORE_LABEL).any():
                 patch["location_id"] += f"_{row}_{column}"
-                patches.append((tile.key + len(patches), patch))
+                patches.append(patch)
     return patches
 
 
@@ -295,12 +284,12 @@ class TileBuilder(records.LocationBuilder, skip_registration=True):
           sources.SourceError: if there is no such tree.
           records.BuildError: if too many tiles are bad, or patches are larger than any tile.
         """
-        data_dir = pathlib.Path(data_dir)
+        data_dir = sources.absolute(data_dir)
         source, names = find_source(source_dir, self.LAYOUT, self.SAMPLE_FORMAT)
         splits = {}
         for split in names:
             tiles = tile_files.find_tiles(source, self.LAYOUT, split)
-            splits[split] = _with_keys((_measure(tile, source) for tile in tiles), patch_size)
+            splits[split] = [_measure(tile, source) for tile in tiles]
         read = functools.partial(
             read_records, source=source, label_map=self.LABEL_MAP, s2_offset=s2_offset
         )

@@ -2,7 +2,7 @@
 
 A dataset is a few *components*: the folders and files its layout begins with, such as `s1`,
 `s2c` or `dw_complete_ids.csv`. A file is addressed by its path from the component on, whatever
-folders lie above it on disk or in the archive.
+folders lie above it on disk or in the archive. Folders may lie in a bucket (`gs://`), archives not.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any
 
 import indexed_gzip
 import tqdm
+from etils import epath
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 # How many folders may lie between the source directory and a component or an archive.
@@ -43,6 +44,27 @@ def not_found(missing: Sequence[str], source_dir: str | os.PathLike, layout: str
         f"{', '.join(ARCHIVE_SUFFIXES)} archives there and up to {SEARCH_DEPTH} folders below. "
         f"{layout}"
     )
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is that of a bucket."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """The full path of a file or folder on disk or in a bucket."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.expanduser().absolute()
+
+
+def _entries(folder: epath.Path) -> list[tuple[str, bool]]:
+    """Names in a folder, sorted, and whether they are folders; none if there is no folder."""
+    if is_remote(folder):
+        return sorted((path.name, path.is_dir()) for path in folder.iterdir())
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries)
 
 
 class UnreadableError(OSError):
@@ -138,10 +160,10 @@ class Source:
             an archive is damaged.
         """
         self._components = tuple(components)
-        self._folders: dict[str, pathlib.Path] = {}
+        self._folders: dict[str, epath.Path] = {}
         self._archives: list[_Zip | _Tar | _TarGz] = []
         self._tree: dict[str, Any] = {}
-        source_dir = pathlib.Path(source_dir).expanduser().absolute()
+        source_dir = absolute(source_dir)
         if source_dir.is_file() and source_dir.name.endswith(ARCHIVE_SUFFIXES):
             archives = [source_dir]
         elif source_dir.is_dir():
@@ -164,11 +186,8 @@ class Source:
         """Names of the folders directly below `path`, sorted; none if `path` does not exist."""
         component, _, rest = path.partition("/")
         if component in self._folders:
-            folder = self._folders[component] / rest
-            if not folder.is_dir():
-                return []
-            with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+            entries = _entries(self._folders[component] / rest)
+            return [name for name, is_folder in entries if is_folder]
         node = self._node(path)
         if not isinstance(node, dict):
             return []
@@ -178,11 +197,8 @@ class Source:
         """Names of the files directly in the folder `path`, sorted; none if there is no folder."""
         component, _, rest = path.partition("/")
         if component in self._folders:
-            folder = self._folders[component] / rest
-            if not folder.is_dir():
-                return []
-            with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
+            entries = _entries(self._folders[component] / rest)
+            return [name for name, is_folder in entries if not is_folder]
         node = self._node(path)
         if not isinstance(node, dict):
             return []
@@ -227,28 +243,31 @@ class Source:
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
-    def _search(self, folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
+    def _search(self, folder: epath.Path, depth: int) -> list[epath.Path]:
         """Notes the components below a folder and returns the archives there."""
         archives = []
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        for entry in entries:
-            path = folder / entry.name
-            if entry.name in self._components:
-                if entry.name in self._folders:
+        for name, is_folder in _entries(folder):
+            path = folder / name
+            if name in self._components:
+                if name in self._folders:
                     raise SourceError(
-                        f"{entry.name} lies in two places, {self._folders[entry.name]} and "
+                        f"{name} lies in two places, {self._folders[name]} and "
                         f"{path}: give the folder above one of them"
                     )
-                self._folders[entry.name] = path
-            elif entry.is_file() and entry.name.endswith(ARCHIVE_SUFFIXES):
+                self._folders[name] = path
+            elif not is_folder and name.endswith(ARCHIVE_SUFFIXES):
                 archives.append(path)
-            elif entry.is_dir() and depth > 0:
+            elif is_folder and depth > 0:
                 archives += self._search(path, depth - 1)
         return archives
 
-    def _index(self, path: pathlib.Path) -> None:
+    def _index(self, path: epath.Path) -> None:
         """Adds the members of an archive to the tree of what can be read."""
+        if is_remote(path):
+            raise SourceError(
+                f"{path} is an archive in a bucket, folders are needed there: unpack it, or give "
+                "the path under which the bucket is mounted"
+            )
         archive = _open_archive(path)
         number = len(self._archives)
         self._archives.append(archive)

@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import functools
 import os
-import pathlib
 import re
 
 import numpy as np
@@ -36,12 +35,10 @@ class Location:
     Attributes:
       location_id: folder name, 7 digits.
       granules: its S2 granules, as listed.
-      key: key of its first record.
     """
 
     location_id: str
     granules: tuple[str, ...]
-    key: int
 
 
 def find_source(source_dir: str | os.PathLike) -> sources.Source:
@@ -51,7 +48,7 @@ def find_source(source_dir: str | os.PathLike) -> sources.Source:
       sources.SourceError: if a component is missing.
     """
     missing = list(COMPONENTS)
-    if pathlib.Path(source_dir).exists():
+    if sources.absolute(source_dir).exists():
         source = sources.Source(source_dir, COMPONENTS)
         missing = [component for component in COMPONENTS if component not in source.found]
     if missing:
@@ -90,8 +87,7 @@ def read_table(data: bytes) -> list[Location]:
         location_id = cells[0].zfill(LOCATION_ID_DIGITS)
         if location_id in locations:
             raise records.BuildError(f"{TABLE} lists location {location_id} twice")
-        key = len(locations) * (len(rows[0]) - 1)
-        locations[location_id] = Location(location_id, tuple(cells[1:]), key)
+        locations[location_id] = Location(location_id, tuple(cells[1:]))
     if not locations:
         raise records.BuildError(f"{TABLE} lists no locations")
     return list(locations.values())
@@ -117,7 +113,7 @@ def read_location(
     s2_offset: int,
     tile_size: int | None = None,
     has_truth: bool | None = None,
-) -> list[tuple[int, records.Example]]:
+) -> list[records.Example]:
     """Reads, checks and scales all seasons of one location.
 
     Args:
@@ -131,7 +127,7 @@ def read_location(
         asks the first season.
 
     Returns:
-      (key, record) of each season by date: s1 (T,T,2), s2_10m (T,T,4), s2_20m (T/2,T/2,6), s2_60m
+      The record of each season by date: s1 (T,T,2), s2_10m (T,T,4), s2_20m (T/2,T/2,6), s2_60m
       (T/6,T/6,3), labels (S,T,T) of all seasons, 255 in those that the location lacks, and, where
       the tree has it, truth (T,T), all uint8; `season` an index into labels; georeference,
       granules and timestamps as in `features`.
@@ -198,7 +194,7 @@ def read_location(
             )
         if has_truth:
             example["truth"] = truths[season]
-        examples.append((location.key + season, example))
+        examples.append(example)
     return examples
 
 
@@ -289,7 +285,7 @@ class Ssl4eoS12Nol(records.LocationBuilder):
           sources.SourceError: if there is no such tree.
           records.BuildError: if its table is wrong, or too many locations are bad.
         """
-        data_dir = pathlib.Path(data_dir)
+        data_dir = sources.absolute(data_dir)
         source = find_source(source_dir)
         locations = read_table(source.read(TABLE))
         max_seasons = max(1, *(len(location.granules) for location in locations))

@@ -88,14 +88,12 @@ class Tile:
       paths: of its file of each of `KINDS`; empty if they do not belong together.
       fault: the file and the reason why they do not; empty if they do.
       size: height and width in pixels, 0 where unknown.
-      key: of its first record.
     """
 
     location_id: str
     paths: Mapping[str, str]
     fault: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
-    key: int = 0
 
 
 def find_tiles(source: sources.Source, layout: Layout, split: str) -> list[Tile]:
