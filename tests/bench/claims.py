@@ -32,21 +32,21 @@ DOWNSTREAM_TILE_SIZE = 96
 # Variant of configs/pretrain.py, and fields beside it.
 WAYS: dict[str, tuple[str, dict]] = {
     "random": ("", {}),
-    "noisy labels": ("sample,selection=off", {"loss.consistency": "none"}),
-    "noisy labels + consistency": ("sample,selection=off", {}),
     "CromSS mid": ("sample", {}),
+    "noisy labels + consistency": ("sample,selection=off", {}),
+    "noisy labels": ("sample,selection=off", {"loss.consistency": "none"}),
     "CromSS late": ("sample,fusion=late", {}),
-    "CromSS S1 alone": ("sample,modality=s1", {}),
     "CromSS S2 alone": ("sample,modality=s2", {}),
+    "CromSS S1 alone": ("sample,modality=s1", {}),
     "clean labels": ("sample,selection=off", {"data.dir": "clean"}),
 }
 PRETRAINING = {
     "data.crop_size": CROP_SIZE,
-    "num_epochs": 24,
-    "selection.ramp_epochs": 16,
-    "schedule.decay": 0.88,
+    "num_epochs": 12,
+    "selection.ramp_epochs": 8,
+    "schedule.decay": 0.8,
     "log_every_steps": 7,  # an epoch
-    "eval_every_epochs": 24,
+    "eval_every_epochs": 12,
     "checkpoint_every_epochs": 12,
 }
 
@@ -101,6 +101,8 @@ def transfer(way: str, modality: str, encoder: str, folder: pathlib.Path) -> lis
             "data.dir": str(folder / "data" / "tiles"),
             "data.crop_size": DOWNSTREAM_TILE_SIZE,
             "data.num_train_tiles": _TRAIN_TILES.value,
+            "num_epochs": 20,
+            "schedule.epochs": 16,
             "init_from": "" if way == "random" else str(folder / way / "{seed}"),
             "weights_name": way,
         }
@@ -146,7 +148,10 @@ def main(_) -> None:
                 confusions = transfer(way, modality, encoder, folder)
                 mious = [metrics.scores(confusion)["miou"] for confusion in confusions]
                 cells.setdefault(("sample world", modality, way), {})[encoder] = mious
-                print(f"{way}, {modality}, {encoder}: {np.round(100 * np.array(mious), 1)}")
+                print(
+                    f"{way}, {modality}, {encoder}: {np.round(100 * np.array(mious), 1)}",
+                    flush=True,
+                )
     figures = {}
     for modality in ("s1", "s2"):
         chosen = {key: cell for key, cell in cells.items() if key[1] == modality}
