@@ -59,7 +59,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.seeds = (42,)
     config.num_epochs = 50
     config.batch_size = 32
-    # 0: all local devices.
+    # 0: all devices of all processes.
     config.num_devices = 0
 
     # Encoder to start from: a run's folder, a released checkpoint, or a ResNet of PyTorch's, also

@@ -49,7 +49,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.num_epochs = 200
     # Of all devices together; the learning rate is not scaled with it.
     config.batch_size = 128
-    # 0: all local devices.
+    # 0: all devices of all processes.
     config.num_devices = 0
 
     # Weights to start from: a run's folder, or a file that PyTorch wrote. Empty: drawn anew.

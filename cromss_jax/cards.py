@@ -38,8 +38,11 @@ def of_run(step: epath.Path, network: weights.Network) -> dict:
         "metrics": _metrics(run, int(step.name) if step.name.isdigit() else None),
         "source": str(step),
         "versions": json.loads(versions.read_text()) if versions.exists() else None,
-        "licence": "Apache-2.0",
-        "method": "CromSS: Liu, Albrecht, Wang, Zhu, IEEE TGRS 2025 (arXiv 2405.01217)",
+        # What else a run started from has a licence of its own.
+        "licence": None if recipe.get("init_from") else "Apache-2.0",
+        "method": None
+        if recipe.get("mode") != "pretrain"
+        else "CromSS: Liu, Albrecht, Wang, Zhu, IEEE TGRS 2025 (arXiv 2405.01217)",
     }
 
 
@@ -54,7 +57,7 @@ def _metrics(run: epath.Path, step: int | None) -> dict:
     """The last scores up to a step, classes left out."""
     found = {}
     for entry in report.read_metrics(run / "metrics.jsonl"):
-        if entry["split"] in ("validation", "test") and (step is None or entry["step"] <= step):
+        if entry["split"] == "validation" and (step is None or entry["step"] <= step):
             found = entry
     return {name: value for name, value in found.items() if name.count("/") < 2}
 

@@ -14,6 +14,9 @@ from absl import app
 
 from cromss_jax import metrics, report
 
+# What runs in one table have in common.
+_SAME = ("resnet", "num_train_tiles")
+
 
 def table(folders: Iterable[str]) -> str:
     """The table of the runs in some folders.
@@ -22,12 +25,25 @@ def table(folders: Iterable[str]) -> str:
       ValueError: for a folder without results, or two runs for one place of the table.
     """
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    kinds: list[dict] = []
     for folder in folders:
         path = pathlib.Path(folder) / "results.json"
         if not path.is_file():
             raise ValueError(f"{path} not found: name folders of finished finetuning runs")
         run = json.loads(path.read_text())
-        cell = cells.setdefault((run["dataset"], run["input"], run["weights"]), {})
+        if run["encoder"] not in ("frozen", "trained"):
+            raise ValueError(
+                f"{folder}: encoder {run['encoder']!r}; the table has frozen and trained ones"
+            )
+        kind = {key: run[key] for key in _SAME}
+        if kinds and kind not in kinds:
+            raise ValueError(
+                f"{folder} is a run of {kind}, not of {kinds[0]} as those before it: make a table "
+                "of each"
+            )
+        kinds.append(kind)
+        name = run["weights"] + (f" {run['num_bands']}B" if run["input"] == "s2" else "")
+        cell = cells.setdefault((run["dataset"], run["input"], name), {})
         if run["encoder"] in cell:
             raise ValueError(
                 f"{folder}: a second run with weights {run['weights']} and encoder "

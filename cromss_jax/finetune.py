@@ -5,13 +5,13 @@ import dataclasses
 import datetime
 import json
 import logging
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cromss_jax import (
     checkpoint,
@@ -39,12 +39,15 @@ _CHOICES = {
     "modalities": sensors.MODALITIES,
     "s2_bands": sensors.S2_BANDS,
     "encoder": finetune_step.ENCODERS,
+    "network.fusion": ("none",),
     "network.depth": tuple(resnet.RESNETS),
     "network.decoder": decoders.DECODERS,
     "network.dtype": ("float32", "bfloat16"),
     "loss.segmentation": losses.SEGMENTATION_LOSSES,
     "optimizer.name": ("adam", "sgd"),
 }
+# At most so many batches wait on the device while a test set is scored.
+_WAITING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Task:
     """
 
     config: ml_collections.FrozenConfigDict
-    folder: pathlib.Path
+    folder: epath.Path
     test: data.TileDataset
     mesh: jax.sharding.Mesh
     definition: object
@@ -91,9 +94,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
         config.legend = tuple(test.legend.items())
     config = ml_collections.FrozenConfigDict(config)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
-    folder = pathlib.Path(workdir).absolute()
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = epath.Path(workdir).absolute()
     definition = finetune_step.network_definition(config)
     replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     eval_step = jax.jit(
@@ -114,24 +115,29 @@ def init_state(task: Task, seed: int) -> step.TrainState:
     return init(jax.random.key(seed))
 
 
-def score(task: Task, state: step.TrainState, maps_folder: pathlib.Path | None) -> np.ndarray:
+def score(task: Task, state: step.TrainState, maps_folder: epath.Path | None) -> np.ndarray:
     """The confusion matrix [C, C] int64 of the whole test set; predictions into a folder."""
     config = task.config
     replicated = sharding.replicated(task.mesh)
     counts = jax.device_put(metrics.no_counts(config.network.num_classes), replicated)
     tiles = dataclasses.replace(task.test, season_counts=np.ones(len(task.test.source), int))
     batches = data.validation_records(tiles, np.arange(tiles.num_locations), config.batch_size)
+    waiting = []
     for batch in batches:
         rows = np.split(batch, jax.process_count())[jax.process_index()]
         records = data.read_batch(tiles, config.modalities, rows)
         counts, predictions = task.eval_step(state, counts, sharding.to_devices(records, task.mesh))
+        waiting.append(predictions)
+        if len(waiting) > _WAITING:
+            jax.block_until_ready(waiting.pop(0))
         if maps_folder:
             _write_maps(task, maps_folder, rows, predictions)
     return metrics.counted(jax.device_get(counts))
 
 
-def _write_maps(task: Task, folder: pathlib.Path, rows: np.ndarray, predictions: jax.Array) -> None:
+def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: jax.Array) -> None:
     """Writes this process's rows of a batch's predictions, padding left out."""
+    folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(predictions.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     classes = np.concatenate([np.asarray(shard.data) for shard in shards])
     for index, tile in zip(rows.tolist(), classes, strict=True):
@@ -157,8 +163,22 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     task = prepare(config, workdir)
     config = task.config
-    if not config.seeds:
-        raise run.ConfigError("config.seeds is empty; name at least one, as in (0, 1, 2)")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise run.ConfigError(
+            f"config.seeds is {config.seeds}; name at least one, from 0, none twice: (0, 1, 2)"
+        )
+    if not 0 < config.schedule.final_learning_rate <= config.optimizer.learning_rate:
+        raise run.ConfigError(
+            f"config.schedule.final_learning_rate is {config.schedule.final_learning_rate}, to "
+            f"which config.optimizer.learning_rate, {config.optimizer.learning_rate}, can't fall; "
+            "both are above 0, the final one the smaller"
+        )
+    for seed in config.seeds:  # all of them now, not hours later
+        if config.init_from and not epath.Path(_init_path(config, seed)).exists():
+            raise weights.WeightsError(
+                f"config.init_from: {_init_path(config, seed)} is not there; name a run's folder, "
+                "a checkpoint or a file"
+            )
     dataset = data.open_dataset(config.data.dir, config.data.name, config.data.train_split)
     run.check_sizes(
         config.data.crop_size, dataset.tile_size, decoders.STRIDES[config.network.decoder]
@@ -179,14 +199,18 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         for train_encoder in (False, True)
     }
     confusions = []
-    for seed in config.seeds:
-        state = _train(task, dataset, num_tiles, train_steps, seed)
-        folder = task.folder / f"seed_{seed}" / "predictions" if config.save_predictions else None
-        if folder:
-            folder.mkdir(exist_ok=True)
-        confusions.append(score(task, state, folder))
-        _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
+    with run.Preemption() as preemption:
+        for index, seed in enumerate(config.seeds):
+            state = _train(task, dataset, num_tiles, train_steps, preemption, index)
+            folder = task.folder / f"seed_{seed}" / "predictions"
+            confusions.append(score(task, state, folder if config.save_predictions else None))
+            _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
     _write_results(task, num_tiles, config.seeds, confusions)
+
+
+def _init_path(config: ml_collections.FrozenConfigDict, seed: int) -> str:
+    """Where the weights of a seed come from."""
+    return config.init_from.replace("{seed}", str(seed))
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -198,8 +222,19 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     task = prepare(config, workdir)
     if not config.init_from:
         raise run.ConfigError("mode=evaluate scores a checkpoint: name it by --config.init_from")
+    if (task.folder / "config.json").exists() or list(task.folder.glob("seed_*")):
+        raise run.ConfigError(
+            f"{task.folder} holds a training run, whose results these would replace; use another "
+            "--workdir"
+        )
     source = weight_files.load(config.init_from)
+    for note in source.notes:
+        _log.info("%s: %s", config.init_from, note)
     (modality,) = config.modalities
+    if modality not in source.network.bands:
+        raise weights.WeightsError(
+            f"{config.init_from} is a {source.network}; choose its input by input=s1 or input=s2"
+        )
     network, arrays = weights.to_layout(source, "unet", modality)
     if network != task.network:
         raise weights.WeightsError(
@@ -209,20 +244,24 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         weights.Weights(network, arrays), init_state(task, 0), sharding.replicated(task.mesh)
     )
     folder = task.folder / "predictions" if config.save_predictions else None
-    if folder:
-        folder.mkdir(exist_ok=True)
     _write_results(task, 0, (), [score(task, state, folder)])
 
 
 def _train(
-    task: Task, dataset: data.TileDataset, num_tiles: int, train_steps: dict, seed: int
+    task: Task,
+    dataset: data.TileDataset,
+    num_tiles: int,
+    train_steps: dict[bool, Callable],
+    preemption: run.Preemption,
+    index: int,
 ) -> step.TrainState:
-    """One seed's training, from its newest checkpoint if there is one."""
+    """Training with the seed of that index, from its newest checkpoint if there is one."""
     config = task.config
+    seed = config.seeds[index]
     folder = task.folder / f"seed_{seed}"
     is_writer = jax.process_index() == 0
     if is_writer:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         run.record_config(config, folder)
 
     # ---------------------------------------------------------------- data and state
@@ -256,7 +295,7 @@ def _train(
         done = checkpoints.latest_step
         _log.info("continuing from %s at step %d", folder / "checkpoints", done)
     elif config.init_from:
-        path = config.init_from.replace("{seed}", str(seed))
+        path = _init_path(config, seed)
         state = run.start_from(path, task.network, state, replicated, ("encoder",))
 
     # ---------------------------------------------------------------- loop
@@ -266,6 +305,7 @@ def _train(
     unfreeze_epoch = {"trained": 0, "frozen": config.num_epochs, "late": config.unfreeze_epoch}
     first_trained = last_step(unfreeze_epoch[config.encoder])
     num_steps = last_step(config.num_epochs)
+    run.check_progress(done, num_steps, folder)
     every = config.checkpoint_every_epochs
     checkpoint_steps = {last_step(epoch) for epoch in range(every, config.num_epochs, every)}
     checkpoint_steps.add(num_steps)
@@ -274,7 +314,6 @@ def _train(
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(log) if log else contextlib.nullcontext(),
-        run.Preemption() as preemption,
         jax.transfer_guard_host_to_device("disallow"),
     ):
         for number in range(done + 1, num_steps + 1):
@@ -301,11 +340,12 @@ def _train(
                     means["loss"],
                     datetime.timedelta(seconds=round((num_steps - number) * seconds)),
                 )
-            leave = preemption.reached(number)
+            # Counted over all seeds: the processes agree on a step by its number.
+            leave = preemption.reached(index * num_steps + number)
             if number in checkpoint_steps or leave:
                 _stop_if_bad(state, tiles, records, checkpoints.latest_step)
                 checkpoints.save(number, state, {"iterator": batches.get_state(), "data": identity})
-            if leave and number < num_steps:
+            if leave:
                 raise run.Preempted(
                     f"told to stop: saved step {number}; the same command continues"
                 )
@@ -332,6 +372,7 @@ def _write_results(
     """Writes `results.json`, `results.md` and `confusion.png`, and logs the table."""
     if jax.process_index() > 0:
         return
+    task.folder.mkdir(parents=True, exist_ok=True)
     config = task.config
     results = {
         "dataset": config.data.name,
@@ -339,12 +380,14 @@ def _write_results(
         "weights": config.weights_name or config.init_from or "random",
         "encoder": config.encoder if seeds else "as given",
         "decoder": config.network.decoder,
+        "resnet": config.network.depth,
+        "num_bands": len(config.s2_bands) if config.modalities == ("s2",) else 2,
         "num_train_tiles": num_tiles,
         "seeds": list(seeds),
         "classes": list(task.test.legend),
         "confusions": [confusion.tolist() for confusion in confusions],
     }
-    (task.folder / "results.json").write_text(json.dumps(results) + "\n")
+    report.write_whole(task.folder / "results.json", (json.dumps(results) + "\n").encode())
     scores = [metrics.scores(confusion) for confusion in confusions]
     rows = {f"seed {seed}": [row] for seed, row in zip(seeds, scores, strict=False)}
     if len(scores) > 1:
@@ -355,7 +398,7 @@ def _write_results(
         f"{results['dataset']}, {results['input'].upper()}, {config.network.decoder}, weights "
         f"{name}. In percent; the classes' columns are IoU. {len(task.test.source)} test tiles."
     )
-    (task.folder / "results.md").write_text(f"{table}\n{caption}\n")
+    report.write_whole(task.folder / "results.md", f"{table}\n{caption}\n".encode())
     picture = report.draw_confusion(sum(confusions), task.test.legend)
-    report.save_picture(str(task.folder / "confusion.png"), picture)
+    report.save_picture(task.folder / "confusion.png", picture)
     _log.info("results\n\n%s\n%s\n", table, caption)

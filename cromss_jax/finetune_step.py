@@ -194,7 +194,7 @@ def make_eval_step(
     def eval_step(
         state: TrainState, counts: jax.Array, records: Maps
     ) -> tuple[jax.Array, jax.Array]:
-        labels = records["labels"][:, 0].astype(jnp.int32)
+        labels = preprocess.drawn_labels(records)
         image = preprocess.stack_bands(records, modality, config.s2_bands)
         size = labels.shape[-1]
         border = (0, -size % stride)

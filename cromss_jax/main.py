@@ -45,6 +45,10 @@ def main(arguments: list[str]) -> None:
         )
         modes = {"pretrain": train.train, "finetune": finetune.finetune}
         modes["evaluate"] = finetune.evaluate
+        if _CONFIG.value.mode not in modes:
+            raise run.ConfigError(
+                f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
+            )
         modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
     except run.Preempted as told:
         logging.getLogger("cromss_jax").info("%s", told)
@@ -56,6 +60,7 @@ def main(arguments: list[str]) -> None:
         run.ConfigError,
         run.NonFiniteLossError,
         weights.WeightsError,
+        OSError,
     ) as error:
         sys.exit(f"error: {error}")
 

@@ -1,17 +1,18 @@
 """Predicted maps as GeoTIFFs: classes where they lie on the Earth, in their usual colours."""
 
-import pathlib
 from collections.abc import Sequence
 
 import matplotlib.colors
 import numpy as np
 import rasterio
+import rasterio.io
+from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import report, sensors
 
 
 def write_map(
-    path: pathlib.Path,
+    path: epath.Path,
     classes: np.ndarray,
     crs: str,
     transform: Sequence[float],
@@ -26,11 +27,20 @@ def write_map(
       transform: the six numbers of rasterio's Affine, pixels to coordinates.
       legend: names and colours, kept in the file's colour table and tags.
     """
+    with rasterio.io.MemoryFile() as memory:
+        _write(memory, classes, crs, transform, legend)
+        report.write_whole(path, bytes(memory.getbuffer()))
+
+
+def _write(
+    memory: rasterio.io.MemoryFile,
+    classes: np.ndarray,
+    crs: str,
+    transform: Sequence[float],
+    legend: sensors.Legend,
+) -> None:
     height, width = classes.shape
-    temporary = path.with_suffix(".tmp")
-    with rasterio.open(
-        temporary,
-        "w",
+    with memory.open(
         driver="GTiff",
         height=height,
         width=width,
@@ -47,4 +57,3 @@ def write_map(
             1, {i: tuple(round(255 * x) for x in rgba) for i, rgba in enumerate(colours)}
         )
         file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend)})
-    temporary.replace(path)

@@ -200,6 +200,13 @@ def view_labels(labels: jax.Array, geometry: Geometry, size: int) -> jax.Array:
     return _pick(labels[..., None], row, column, geometry, size)[..., 0]
 
 
+def drawn_labels(records: Records) -> jax.Array:
+    """The labels of each record's own season, [B, T, T] int32."""
+    season = records["season"].reshape(-1, 1, 1, 1)
+    is_drawn = jnp.arange(records["labels"].shape[1]).reshape(1, -1, 1, 1) == season
+    return jnp.sum(jnp.where(is_drawn, records["labels"], 0), axis=1, dtype=jnp.int32)
+
+
 def examples(
     records: Records,
     geometry: Geometry,
@@ -226,10 +233,7 @@ def examples(
       One [B, H, W, K] float32 in [0, 1] a modality; `labels` [B, H, W] int32, 255 where ignored;
       `truth` likewise where the records have it; `prior` [B, H, W, C] float32.
     """
-    season_labels = records["labels"]
-    season = records["season"].reshape(-1, 1, 1, 1)
-    drawn = jnp.arange(season_labels.shape[1]).reshape(1, -1, 1, 1) == season
-    labels = jnp.sum(jnp.where(drawn, season_labels, 0), axis=1, dtype=jnp.int32)
+    labels = drawn_labels(records)
 
     batch = {m: view(stack_bands(records, m, s2_bands), geometry, crop_size) for m in modalities}
     batch["labels"] = view_labels(labels, geometry, crop_size)
@@ -237,6 +241,6 @@ def examples(
         truth = records["truth"].astype(jnp.int32)
         batch["truth"] = view_labels(truth, geometry, crop_size)
     if prior_kind is not None:
-        prior = smoothing.smoothing_prior(season_labels, labels, num_classes, prior_kind)
+        prior = smoothing.smoothing_prior(records["labels"], labels, num_classes, prior_kind)
         batch["prior"] = view(prior, geometry, crop_size)
     return batch

@@ -1,8 +1,9 @@
 """What people see of a run: metric logs, TensorBoard, tables and pictures."""
 
+import io
 import json
 import os
-import pathlib
+import uuid
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -29,16 +30,25 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class MetricLog:
     """Writes scalars and pictures to `metrics.jsonl` and TensorBoard, on one process."""
 
     def __init__(self, workdir: str, step: int):
         """Opens the logs, dropping what an interrupted run wrote past `step`."""
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path = epath.Path(workdir) / "metrics.jsonl"
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(temporary, self._path)
+        self._text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_whole(self._path, self._text.encode())
         self._board = tensorboardX.SummaryWriter(
             os.path.join(workdir, "tensorboard"), purge_step=step + 1
         )
@@ -46,8 +56,13 @@ class MetricLog:
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line of named numbers; NaN becomes null."""
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        line = json.dumps({"step": step, "split": split, **finite}) + "\n"
+        self._text += line
+        if os.fspath(self._path).startswith("gs://"):  # where nothing can be appended
+            write_whole(self._path, self._text.encode())
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
         for name, value in finite.items():
             if value is not None:
                 self._board.add_scalar(f"{split}/{name}", value, step)
@@ -120,18 +135,21 @@ def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> 
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_picture(path: str, pixels: np.ndarray) -> None:
+def save_picture(path: epath.Path, pixels: np.ndarray) -> None:
     """Writes [H, W, 3] uint8 as PNG."""
-    matplotlib.image.imsave(path, pixels)
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, pixels, format="png")
+    write_whole(path, buffer.getvalue())
 
 
 def _percent(values: Sequence[float]) -> str:
     """The mean in percent, with the standard deviation where there are several."""
-    if np.isnan(values).all():
+    known = np.array([value for value in values if not np.isnan(value)])
+    if not known.size:
         return "–"
-    mean = f"{100 * np.nanmean(values):.1f}"
+    mean = f"{100 * known.mean():.1f}"
     # Of a sample: the seeds are a few of many.
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.nanstd(values, ddof=1):.1f}"
+    return mean if known.size == 1 else f"{mean} ± {100 * known.std(ddof=1):.1f}"
 
 
 def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[str]) -> str:

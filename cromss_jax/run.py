@@ -5,21 +5,22 @@ import functools
 import importlib.metadata
 import json
 import logging
-import pathlib
 import platform
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import ml_collections
+from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import sharding, step, torch_keys, weight_files, weights
+from cromss_jax import report, sharding, step, torch_keys, weight_files, weights
 
 _log = logging.getLogger(__name__)
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
+_FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 _PACKAGES = ("cromss_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -90,6 +91,11 @@ def make_mesh(num_devices: int, batch_size: int) -> jax.sharding.Mesh:
             f"config.num_devices is {num_devices} but {len(jax.devices())} devices were "
             "found; set it to 0 to use all that there are"
         )
+    if num_devices and jax.process_count() > 1 and num_devices < len(jax.devices()):
+        raise ConfigError(
+            f"config.num_devices is {num_devices} of {len(jax.devices())} devices of "
+            f"{jax.process_count()} processes, some of which would have none; set it to 0"
+        )
     mesh = sharding.make_mesh(num_devices)
     if batch_size % mesh.size:
         raise ConfigError(
@@ -107,7 +113,7 @@ def _flat(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Writes the resolved configuration and the versions, and refuses to mix two runs.
 
     Raises:
@@ -130,14 +136,21 @@ def record_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
                 f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
                 "use the same configuration to continue it, or another --workdir"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(resolved, indent=2) + "\n")
-    temporary.replace(path)  # whole or not at all, whenever the run is killed
+    report.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
     versions |= {"devices": devices, "processes": jax.process_count()}
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    report.write_whole(workdir / "versions.json", (json.dumps(versions, indent=2) + "\n").encode())
+
+
+def check_progress(done: int, num_steps: int, folder: epath.Path) -> None:
+    """Raises ConfigError for a run that went further than it now shall."""
+    if done > num_steps:
+        raise ConfigError(
+            f"{folder} holds step {done}, and config.num_epochs now ends at step {num_steps}; use "
+            "at least as many epochs, or another --workdir"
+        )
 
 
 class Preemption:
@@ -189,9 +202,9 @@ def start_from(
     groups = (state.params, state.batch_stats)
     initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
     source = weight_files.load(path)
-    started, report = weights.transfer(source, weights.Weights(network, initial), parts)
+    started, sentences = weights.transfer(source, weights.Weights(network, initial), parts)
     _log.info("starting from %s, a %s", path, source.network)
-    for sentence in (*source.notes, *report):
+    for sentence in (*source.notes, *sentences):
         _log.info("  %s", sentence)
     return put_weights(started, state, placement)
 

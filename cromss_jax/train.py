@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Iterable
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cromss_jax import (
     checkpoint,
@@ -129,7 +129,7 @@ def evaluate(
     return Evaluation(loss, confusions, aurocs)
 
 
-def write_results(evaluation: Evaluation, workdir: pathlib.Path) -> str:
+def write_results(evaluation: Evaluation, workdir: epath.Path) -> str:
     """Writes `results.md` and returns its text."""
     scores = {}
     for name, confusion in evaluation.confusions.items():
@@ -143,7 +143,7 @@ def write_results(evaluation: Evaluation, workdir: pathlib.Path) -> str:
             f"Label confidence tells wrong labels from right ones ({modality.upper()}): "
             f"AUROC {value:.3f}.\n"
         )
-    (workdir / "results.md").write_text(table)
+    report.write_whole(workdir / "results.md", table.encode())
     return table
 
 
@@ -159,7 +159,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
       run.Preempted: after SIGTERM, everything saved.
     """
     config = ml_collections.FrozenConfigDict(config)
-    folder = pathlib.Path(workdir).absolute()
+    folder = epath.Path(workdir).absolute()
     is_writer = jax.process_index() == 0
 
     # ---------------------------------------------------------------- data
@@ -247,6 +247,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         return {last_step(epoch) for epoch in epochs}
 
     num_steps = last_step(config.num_epochs)
+    run.check_progress(done, num_steps, folder)
     eval_steps = steps_at(config.eval_every_epochs) if len(held_back) else set()
     checkpoint_steps = steps_at(config.checkpoint_every_epochs)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -326,7 +327,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     log.scalars(number, "validation", evaluation.scalars())
                     picture = draw(config, picture_step, state, picture_batch(), mesh)
                     log.picture(number, "samples", picture)
-                    report.save_picture(str(folder / "samples.png"), picture)
+                    report.save_picture(folder / "samples.png", picture)
                 _log.info("step %d, validation loss %.4f", number, evaluation.loss)
 
             # After the validation, whose result the plateau schedule keeps in the state. The

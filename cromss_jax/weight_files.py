@@ -5,6 +5,7 @@ The only module that imports torch, and only for `.pt` and `.ckpt`: `.safetensor
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import pickle
@@ -21,10 +22,12 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from cromss_jax import cards, checkpoint, torch_keys, weights
+from cromss_jax import cards, checkpoint, report, torch_keys, weights
 from cromss_jax.weights import WeightsError
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
+# What others call the same.
+_READ_SUFFIXES = (*SUFFIXES, ".pth", ".tar")
 # What a folder of converted weights has instead of a run's configuration.
 _NETWORK = "network.json"
 # Where a file keeps its card: an entry of safetensors' metadata and of Lightning's settings.
@@ -52,7 +55,10 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> weigh
                 raise WeightsError("a folder knows its bands, they can't be said anew")
             return load_run(find_checkpoint(path))
         arrays, card = read(epath.Path(path))
-        known = bands or (card and weights.check_bands(card.get("bands")))
+        known = card and weights.check_bands(card.get("bands"))
+        if known and bands and known != dict(bands):
+            raise WeightsError(f"its card says the bands are {known}, not {dict(bands)}")
+        known = known or bands
         found = weights.from_layout(arrays, known or None)
         return dataclasses.replace(found, card=card)
     except (WeightsError, OSError) as error:
@@ -110,9 +116,9 @@ def load_run(step: epath.Path) -> weights.Weights:
     return weights.Weights(network, arrays, card=card)
 
 
-def _check_suffix(path: epath.Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path}: a file of weights ends in {', '.join(SUFFIXES)}")
+def _check_suffix(path: epath.Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix not in suffixes:
+        raise WeightsError(f"{path}: a file of weights ends in {', '.join(suffixes)}")
 
 
 def _torch(path: epath.Path):
@@ -136,8 +142,8 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
     """Reads a file of weights.
 
     Args:
-      path: ends in `.safetensors`, `.pt` or `.ckpt`; of a Lightning file or another method's
-        checkpoint, the tensors of its network are taken.
+      path: ends in `.safetensors`, `.pt`, `.ckpt`, `.pth` or `.tar`; of a Lightning file or another
+        method's checkpoint, the tensors of its network are taken.
 
     Returns:
       The arrays under the file's keys, float16 and bfloat16 as float32; and our card, from inside
@@ -147,11 +153,12 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
       WeightsError: if there is no such file, if it is damaged, or if it is a pickle that asks for
         anything but tensors and plain values.
     """
-    _check_suffix(path)
+    _check_suffix(path, _READ_SUFFIXES)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    arrays, card = reader(path, path.read_bytes())
+    content = path.read_bytes()
+    arrays, card = reader(path, content)
     beside = path.with_name(f"{path.name}.json")
     if not card and beside.is_file():
         try:
@@ -160,6 +167,9 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
             raise WeightsError(
                 f"{beside}: the card beside {path.name} is damaged: {error}"
             ) from error
+        # One that was written for other weights of this name says nothing of these.
+        if isinstance(card, Mapping) and card.get("sha256") != hashlib.sha256(content).hexdigest():
+            card = {}
     is_ours = isinstance(card, Mapping) and card.get("format") == cards.FORMAT
     return arrays, dict(card) if is_ours else {}
 
@@ -245,7 +255,8 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> 
       WeightsError: for another suffix.
       OSError: if it can't be written.
     """
-    _check_suffix(path)
+    _check_suffix(path, SUFFIXES)
+    text = cards.text(card, path.name).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         metadata = {"format": "pt", _CARD: json.dumps(card)}
@@ -261,18 +272,10 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> 
     beside = path.with_name(f"{path.name}.json")
     # An older card must not speak for the new weights, should this be cut off.
     beside.unlink(missing_ok=True)
-    _write_whole(path, content)
-    _write_whole(beside, (json.dumps(card, indent=2) + "\n").encode())
-    _write_whole(path.with_name(f"{path.name}.md"), cards.text(card, path.name).encode())
-
-
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    report.write_whole(path, content)
+    sealed = {**card, "sha256": hashlib.sha256(content).hexdigest()}
+    report.write_whole(beside, (json.dumps(sealed, indent=2) + "\n").encode())
+    report.write_whole(path.with_name(f"{path.name}.md"), text)
 
 
 def _tensor(torch, array: np.ndarray):
@@ -287,7 +290,11 @@ def write_folder(folder: epath.Path, found: weights.Weights) -> None:
     folder = folder.absolute()
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
-    checkpoint.write_arrays(temporary, {"params": params, "batch_stats": batch_stats})
-    content = {"network": dataclasses.asdict(found.network), "card": dict(found.card)}
-    (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
-    temporary.rename(folder)
+    try:
+        checkpoint.write_arrays(temporary, {"params": params, "batch_stats": batch_stats})
+        content = {"network": dataclasses.asdict(found.network), "card": dict(found.card)}
+        (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
+        temporary.rename(folder)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()

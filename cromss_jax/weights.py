@@ -202,6 +202,8 @@ def to_layout(
     if layout == "lightning":
         if network.fusion in _ENCODERS:
             raise WeightsError("layout lightning needs a whole network, and this is an encoder")
+        if modality is not None:
+            raise WeightsError("layout lightning holds the whole network: leave out --modality")
         return network, {f"net.{key}": array for key, array in weights.arrays.items()}
     modality = _one_modality(network, modality, layout)
     bands = {modality: network.bands[modality]}

@@ -299,8 +299,8 @@ def test_both_encoders_of_decur(torch, tmp_path):
         for name, m in (("backbone_1", first), ("backbone_2", second)):
             part = weights.to_layout(encoders[m], "torchvision", None)[1]
             arrays |= {f"module.{name}.{k}": torch.from_numpy(v) for k, v in part.items()}
-        torch.save({"model": arrays, "epoch": 3}, tmp_path / "decur.pth.pt")
-        found = weight_files.load(str(tmp_path / "decur.pth.pt"))
+        torch.save({"model": arrays, "epoch": 3}, tmp_path / "decur.pth.tar")
+        found = weight_files.load(str(tmp_path / "decur.pth.tar"))
         assert found.network == weights.Network("encoders", 18, bands, None)
         for m, encoder in encoders.items():
             expected = weights.to_layout(encoder, "torchvision", m)[1]

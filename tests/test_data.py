@@ -105,3 +105,10 @@ def test_missing_data_says_what_and_how(tmp_path):
         data.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
     for part in (str(tmp_path / "ssl4eo_s12_nol"), "python -m data_prep.build", "make pretrain"):
         assert part in str(error.value)
+
+
+def test_a_batch_of_padding_alone_is_ignored(dataset):
+    """What one of several processes may get of the last batch."""
+    batch = data.read_batch(dataset, ("s1",), np.full(2, -1))
+    assert not batch["is_real"].any()
+    assert (batch["labels"] == sensors.IGNORE_LABEL).all()

@@ -447,13 +447,11 @@ def test_interrupted_command_leaves_no_unfinished_dataset(tree, tmp_path, number
     command = [sys.executable, "-m", "data_prep.build", "--dataset=ssl4eo_s12_nol"]
     command += [f"--source_dir={tree}", f"--data_dir={data_dir}", "--num_workers=2"]
     root = pathlib.Path(__file__).parents[1]
-
-    def heed_interrupts() -> None:  # which what runs in the background is told to ignore
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    ) as process:
+    # What runs in the background ignores interrupts, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         deadline = time.monotonic() + 60
         while not list(data_dir.glob("*/incomplete*/*array_record*")):
             assert process.poll() is None

@@ -23,24 +23,32 @@ from cromss_jax import (
     sensors,
     sharding,
     torch_keys,
+    weight_files,
     weights,
 )
+from data_prep import downstream
+from data_prep import sample as sample_data
 from tests import runs
 
 VARIANT = "task=dfc2020,input=s2,sample"
-TILE_SIZE, NUM_TRAIN, NUM_TEST = 36, 6, 6
+TILE_SIZE, SHORT, NUM_TRAIN, NUM_TEST = 36, 29, 6, 6
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return runs.make_data(
-        tmp_path_factory.mktemp("tiles"),
-        dataset="dfc2020",
-        format="dfc2020",
-        locations=NUM_TRAIN + NUM_TEST,
-        tile_size=TILE_SIZE,
-        seed=3,
-    )
+    """Tiles, the last one smaller than the others."""
+    folder = tmp_path_factory.mktemp("tiles")
+    tiles = folder / "tiles"
+    count = NUM_TRAIN + NUM_TEST
+    sample_data.write_downstream_sample(tiles, "dfc2020", count, TILE_SIZE, seed=3)
+    for path in tiles.glob(f"*_test/*_p{count - 1}.tif"):
+        with rasterio.open(path) as file:
+            pixels, profile = file.read(), file.profile
+        path.unlink()
+        with rasterio.open(path, "w", **{**profile, "height": SHORT}) as file:
+            file.write(pixels[:, :SHORT])
+    downstream.Dfc2020(source_dir=tiles, data_dir=folder / "data").build()
+    return str(folder / "data")
 
 
 def tiny_config(data_dir: str, variant: str = VARIANT, **more) -> ml_collections.ConfigDict:
@@ -100,7 +108,8 @@ def test_saved_maps_are_what_was_scored_and_lie_where_the_tiles_do(finished, dat
             assert tuple(file.transform[:6]) == tuple(record["transform"])
             assert file.colormap(1)[0] == (0x1C, 0x0D, 0xFF, 255)
             assert file.tags()["class_7"] == "barren"
-        labels = record["labels"][0]
+        assert predicted.shape == ((SHORT if name == "test_p11" else TILE_SIZE), TILE_SIZE)
+        labels = record["labels"][0, : len(predicted)]
         valid = labels < 8
         np.add.at(confusion, (labels[valid], predicted[valid]), 1)
     np.testing.assert_array_equal(saved_results(finished)["confusions"][1], confusion)
@@ -137,10 +146,34 @@ def test_a_run_goes_on_with_the_same_bits(finished, data_dir, tmp_path):
     assert runs.final_digest(tmp_path / "seed_0") == runs.final_digest(finished / "seed_0")
 
 
+def test_each_seed_starts_from_its_own_encoder_which_is_unfrozen_late(finished, data_dir, tmp_path):
+    config = tiny_config(
+        data_dir, f"{VARIANT},encoder=late", unfreeze_epoch=2, init_from=f"{finished}/seed_{{seed}}"
+    )
+    config.seeds = (0, 1)
+    finetune.finetune(config, str(tmp_path))
+    for seed in config.seeds:
+        source = weight_files.load(str(finished / f"seed_{seed}")).arrays
+        at_epoch_2, at_end = (
+            weight_files.load(str(tmp_path / f"seed_{seed}" / "checkpoints" / step)).arrays
+            for step in ("3", "6")
+        )
+        encoder = [key for key in source if key.startswith("encoder.conv1.")]
+        for key in encoder:
+            np.testing.assert_array_equal(at_epoch_2[key], source[key])
+            assert not np.array_equal(at_end[key], source[key])
+        head = "segmentation_head.0.weight"  # drawn anew
+        assert not np.array_equal(at_epoch_2[head], source[head])
+    config.seeds = (0, 7)
+    with pytest.raises(weights.WeightsError, match="seed_7 is not there"):
+        finetune.finetune(config, str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def stepping(data_dir, tmp_path_factory):
     """Configuration, state, batch, and the training step with the encoder frozen and not."""
-    task = finetune.prepare(tiny_config(data_dir), str(tmp_path_factory.mktemp("stepping")))
+    config = tiny_config(data_dir, **{"optimizer.layer_decay": 0.5})
+    task = finetune.prepare(config, str(tmp_path_factory.mktemp("stepping")))
     train = data.open_dataset(data_dir, "dfc2020")
     batch = data.read_batch(train, ("s2",), np.arange(4))
     steps = {
@@ -181,7 +214,9 @@ def test_an_encoder_unfrozen_late_begins_with_its_own_count(stepping):
     last, report_ = steps[True](after, batch)
     key = "encoder.layer1.0.conv1.weight"
     way = torch_keys.to_torch_state(last.params)[key] - torch_keys.to_torch_state(after.params)[key]
-    rate = float(report_["learning_rate"])
+    # A batch is an epoch here, and this stage the fourth from the end.
+    rate = 0.5**4 * float(report_["learning_rate"])
+    assert float(report_["learning_rate"]) == schedules.cosine(1, 0.01, 1e-5, 30)
     # Adam's epsilon shortens the steps of tiny gradients; none is longer.
     assert np.abs(way).max() < 1.001 * rate
     assert np.median(np.abs(way)) > 0.9 * rate
@@ -234,7 +269,10 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"network.decoder": "segformer"}, "choose from unet, pspnet"),
         ({"encoder": "thawed"}, "choose from frozen, trained, late"),
         ({"modalities": ("s1", "s2")}, "finetuning takes one"),
-        ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": ()}, "name at least one"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"optimizer.learning_rate": 1e-6}, "can't fall"),
+        ({"network.fusion": "mid"}, "choose from none"),
         ({"data.test_split": "exam"}, "no split 'exam'; it has"),
         ({"data.name": "ssl4eo_s12_dw"}, "--dataset=ssl4eo_s12_dw"),
     ],
@@ -253,10 +291,11 @@ def test_mode_evaluate_needs_a_checkpoint(data_dir, tmp_path):
 
 
 def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
-    def write(name, weights_, encoder, *confusions):
+    def write(name, weights_, encoder, *confusions, num_train_tiles=8):
         folder = tmp_path / name
         folder.mkdir()
         content = {"dataset": "dfc2020", "input": "s2", "weights": weights_, "encoder": encoder}
+        content |= {"resnet": 50, "num_train_tiles": num_train_tiles, "num_bands": 13}
         content["confusions"] = confusions
         (folder / "results.json").write_text(json.dumps(content))
         return str(folder)
@@ -268,12 +307,16 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
         write("c", "CromSS", "trained", perfect),
     ]
     assert compare.table(folders).splitlines() == [
-        "| | S2 random | S2 CromSS |",
+        "| | S2 random 13B | S2 CromSS 13B |",
         "|---|---|---|",
         "| dfc2020 | 33.3 / – | 66.7 ± 47.1 / 100.0 |",
     ]
     with pytest.raises(ValueError, match="a second run"):
         compare.table([*folders, write("d", "random", "frozen", half)])
+    with pytest.raises(ValueError, match="'num_train_tiles': 4"):
+        compare.table([*folders, write("e", "CromSS", "frozen", half, num_train_tiles=4)])
+    with pytest.raises(ValueError, match="encoder .late.; the table"):
+        compare.table([write("f", "CromSS", "late", half)])
     with pytest.raises(ValueError, match="results.json not found"):
         compare.table([str(tmp_path)])
 

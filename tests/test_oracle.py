@@ -16,7 +16,7 @@ import torch
 
 from tests import torch_oracle, torch_parity
 
-B, S, C = 2, 4, torch_oracle.NUM_CLASSES
+B, S, C = 4, 4, torch_oracle.NUM_CLASSES
 T, CROP = 66, 64  # a tile's bands fit 60 m; crops are drawn from it
 NUM_STEPS = 10
 FIRST_EPOCH = 20  # a step is an epoch here: the ramp rises from 0.06 to 0.13
