@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from cromss_jax import decoders, report, sensors, weights
+from cromss_jax import decoders, files, sensors, weights
 
 FORMAT = "cromss_jax weights"
 
@@ -56,7 +56,7 @@ def _scaling(band: str) -> dict[str, float | str]:
 def _metrics(run: epath.Path, step: int | None) -> dict:
     """The last scores up to a step, classes left out."""
     found = {}
-    for entry in report.read_metrics(run / "metrics.jsonl"):
+    for entry in files.read_metrics(run / "metrics.jsonl"):
         if entry["split"] == "validation" and (step is None or entry["step"] <= step):
             found = entry
     return {name: value for name, value in found.items() if name.count("/") < 2}

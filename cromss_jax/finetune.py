@@ -17,6 +17,7 @@ from cromss_jax import (
     checkpoint,
     data,
     decoders,
+    files,
     finetune_step,
     losses,
     maps,
@@ -387,7 +388,7 @@ def _write_results(
         "classes": list(task.test.legend),
         "confusions": [confusion.tolist() for confusion in confusions],
     }
-    report.write_whole(task.folder / "results.json", (json.dumps(results) + "\n").encode())
+    files.write_whole(task.folder / "results.json", (json.dumps(results) + "\n").encode())
     scores = [metrics.scores(confusion) for confusion in confusions]
     rows = {f"seed {seed}": [row] for seed, row in zip(seeds, scores, strict=False)}
     if len(scores) > 1:
@@ -398,7 +399,7 @@ def _write_results(
         f"{results['dataset']}, {results['input'].upper()}, {config.network.decoder}, weights "
         f"{name}. In percent; the classes' columns are IoU. {len(task.test.source)} test tiles."
     )
-    report.write_whole(task.folder / "results.md", f"{table}\n{caption}\n".encode())
+    files.write_whole(task.folder / "results.md", f"{table}\n{caption}\n".encode())
     picture = report.draw_confusion(sum(confusions), task.test.legend)
     report.save_picture(task.folder / "confusion.png", picture)
     _log.info("results\n\n%s\n%s\n", table, caption)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import matplotlib.colors
 import numpy as np
 import rasterio
 import rasterio.io
 from etils import epath
 
-from cromss_jax import report, sensors
+from cromss_jax import files, sensors
 
 
 def write_map(
@@ -29,7 +28,7 @@ def write_map(
     """
     with rasterio.io.MemoryFile() as memory:
         _write(memory, classes, crs, transform, legend)
-        report.write_whole(path, bytes(memory.getbuffer()))
+        files.write_whole(path, bytes(memory.getbuffer()))
 
 
 def _write(
@@ -52,8 +51,7 @@ def _write(
         compress="deflate",
     ) as file:
         file.write(classes, 1)
-        colours = (matplotlib.colors.to_rgba(colour) for colour in legend.values())
-        file.write_colormap(
-            1, {i: tuple(round(255 * x) for x in rgba) for i, rgba in enumerate(colours)}
-        )
+        # "#rrggbb" each
+        colours = {i: (*bytes.fromhex(c[1:]), 255) for i, c in enumerate(legend.values())}
+        file.write_colormap(1, colours)
         file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend)})

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -11,33 +10,15 @@ import matplotlib.colors
 import matplotlib.figure
 import matplotlib.patches
 import numpy as np
-import tensorboardX
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 
 _COLOURS = np.array([matplotlib.colors.to_rgb(c) for c in sensors.CLASS_COLOURS])
 TITLES = {"s1": "Sentinel-1", "s2": "Sentinel-2", "labels": "Noisy label", "prior": "Prior"}
 TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "Label confidence"}
 TITLES |= {"selection_weights": "Selection weights"}
-
-
-def read_metrics(path: epath.PathLike) -> list[dict]:
-    """The whole lines of a `metrics.jsonl`, none if it isn't there: a kill may cut the last."""
-    path = epath.Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class MetricLog:
@@ -46,9 +27,11 @@ class MetricLog:
     def __init__(self, workdir: str, step: int):
         """Opens the logs, dropping what an interrupted run wrote past `step`."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
+        kept = [entry for entry in files.read_metrics(self._path) if entry["step"] <= step]
         self._text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_whole(self._path, self._text.encode())
+        files.write_whole(self._path, self._text.encode())
+        import tensorboardX  # late, as it imports torch where that is installed: seconds
+
         self._board = tensorboardX.SummaryWriter(
             os.path.join(workdir, "tensorboard"), purge_step=step + 1
         )
@@ -59,7 +42,7 @@ class MetricLog:
         line = json.dumps({"step": step, "split": split, **finite}) + "\n"
         self._text += line
         if os.fspath(self._path).startswith("gs://"):  # where nothing can be appended
-            write_whole(self._path, self._text.encode())
+            files.write_whole(self._path, self._text.encode())
         else:
             with self._path.open("a") as file:
                 file.write(line)
@@ -139,7 +122,7 @@ def save_picture(path: epath.Path, pixels: np.ndarray) -> None:
     """Writes [H, W, 3] uint8 as PNG."""
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, pixels, format="png")
-    write_whole(path, buffer.getvalue())
+    files.write_whole(path, buffer.getvalue())
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ import ml_collections
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import report, sharding, step, torch_keys, weight_files, weights
+from cromss_jax import files, sharding, step, torch_keys, weight_files, weights
 
 _log = logging.getLogger(__name__)
 
@@ -136,12 +136,12 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
                 f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
                 "use the same configuration to continue it, or another --workdir"
             )
-    report.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
+    files.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
     versions |= {"devices": devices, "processes": jax.process_count()}
-    report.write_whole(workdir / "versions.json", (json.dumps(versions, indent=2) + "\n").encode())
+    files.write_whole(workdir / "versions.json", (json.dumps(versions, indent=2) + "\n").encode())
 
 
 def check_progress(done: int, num_steps: int, folder: epath.Path) -> None:

@@ -16,6 +16,7 @@ from cromss_jax import (
     checkpoint,
     data,
     decoders,
+    files,
     losses,
     metrics,
     models,
@@ -143,7 +144,7 @@ def write_results(evaluation: Evaluation, workdir: epath.Path) -> str:
             f"Label confidence tells wrong labels from right ones ({modality.upper()}): "
             f"AUROC {value:.3f}.\n"
         )
-    report.write_whole(workdir / "results.md", table.encode())
+    files.write_whole(workdir / "results.md", table.encode())
     return table
 
 

@@ -22,7 +22,7 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from cromss_jax import cards, checkpoint, report, torch_keys, weights
+from cromss_jax import cards, checkpoint, files, torch_keys, weights
 from cromss_jax.weights import WeightsError
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
@@ -272,10 +272,10 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> 
     beside = path.with_name(f"{path.name}.json")
     # An older card must not speak for the new weights, should this be cut off.
     beside.unlink(missing_ok=True)
-    report.write_whole(path, content)
+    files.write_whole(path, content)
     sealed = {**card, "sha256": hashlib.sha256(content).hexdigest()}
-    report.write_whole(beside, (json.dumps(sealed, indent=2) + "\n").encode())
-    report.write_whole(path.with_name(f"{path.name}.md"), text)
+    files.write_whole(beside, (json.dumps(sealed, indent=2) + "\n").encode())
+    files.write_whole(path.with_name(f"{path.name}.md"), text)
 
 
 def _tensor(torch, array: np.ndarray):

@@ -14,6 +14,7 @@ from configs import finetune as finetune_config
 from cromss_jax import (
     compare,
     data,
+    files,
     finetune,
     finetune_step,
     metrics,
@@ -90,7 +91,7 @@ def test_a_run_leaves_its_results(finished):
                  "6 test tiles"):  # fmt: skip
         assert part in text
     assert (finished / "confusion.png").stat().st_size > 1000
-    lines = report.read_metrics(finished / "seed_0" / "metrics.jsonl")
+    lines = files.read_metrics(finished / "seed_0" / "metrics.jsonl")
     # 6 tiles, 4 a batch: epochs 2 and 4 end with the batches 3 and 6.
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
     assert runs.saved_steps(finished / "seed_0") == [3, 6]

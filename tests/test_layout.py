@@ -14,7 +14,7 @@ LAYERS = (
     ("cards",),
     ("weights", "finetune_step"),
     ("step", "data", "checkpoint", "report", "maps", "distributed"),
-    ("models", "sharding", "preprocess", "torch_keys"),
+    ("models", "sharding", "preprocess", "torch_keys", "files"),
     ("decoders", "resnet"),
     ("layers",),
     ("losses", "selection", "smoothing", "metrics", "schedules"),

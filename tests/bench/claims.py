@@ -17,7 +17,7 @@ from absl import app, flags, logging
 
 from configs import finetune as finetune_config
 from configs import pretrain as pretrain_config
-from cromss_jax import finetune, metrics, report, train
+from cromss_jax import files, finetune, metrics, report, train
 from tests import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs go", required=True)
@@ -118,7 +118,7 @@ def wrong_share(way: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """By modality, the share of wrong labels among what is selected: [seeds, epochs]."""
     found: dict[str, list] = {}
     for seed in range(_SEEDS.value):
-        lines = report.read_metrics(folder / way / str(seed) / "metrics.jsonl")
+        lines = files.read_metrics(folder / way / str(seed) / "metrics.jsonl")
         lines = [line for line in lines if line["split"] == "train"]
         for modality in ("s1", "s2"):
             name = f"wrong_labels_selected/{modality}"

@@ -1,0 +1,23 @@
+"""Files that are whole or not there, and logs whose last line a kill may have cut."""
+
+import json
+import uuid
+
+from etils import epath
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """The whole lines of a `metrics.jsonl`, none if it isn't there."""
+    path = epath.Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
