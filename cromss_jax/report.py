@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.image
 import matplotlib.patches
 import numpy as np
 from etils import epath
