@@ -29,7 +29,7 @@ finetune: $(WORKDIR)/results.md $(TILE_DATASET)
 	$(BIN)/python -m cromss_jax.compare $(WORKDIR)_dfc2020/random $(WORKDIR)_dfc2020/pretrained
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .
