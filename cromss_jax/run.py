@@ -80,23 +80,31 @@ def check_sizes(crop_size: int, tile_size: int, stride: int) -> None:
         )
 
 
-def make_mesh(num_devices: int, batch_size: int) -> jax.sharding.Mesh:
+def make_mesh(
+    num_devices: int, batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
     """The mesh of `config.num_devices`, which must be there and share the batch equally.
+
+    Args:
+      num_devices: of the configuration.
+      batch_size: of all devices together.
+      devices: to choose from; those of all processes unless given.
 
     Raises:
       ConfigError: if not.
     """
-    if not 0 <= num_devices <= len(jax.devices()):
+    devices = jax.devices() if devices is None else devices
+    if not 0 <= num_devices <= len(devices):
         raise ConfigError(
-            f"config.num_devices is {num_devices} but {len(jax.devices())} devices were "
+            f"config.num_devices is {num_devices} but {len(devices)} devices were "
             "found; set it to 0 to use all that there are"
         )
-    if num_devices and jax.process_count() > 1 and num_devices < len(jax.devices()):
+    if num_devices and jax.process_count() > 1 and num_devices < len(devices):
         raise ConfigError(
-            f"config.num_devices is {num_devices} of {len(jax.devices())} devices of "
+            f"config.num_devices is {num_devices} of {len(devices)} devices of "
             f"{jax.process_count()} processes, some of which would have none; set it to 0"
         )
-    mesh = sharding.make_mesh(num_devices)
+    mesh = sharding.make_mesh(num_devices, devices)
     if batch_size % mesh.size:
         raise ConfigError(
             f"config.batch_size is {batch_size}, which {mesh.size} devices cannot share "

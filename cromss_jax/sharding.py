@@ -1,19 +1,20 @@
 """Where arrays live: parameters replicated, the batch cut along its first dimension."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def make_mesh(num_devices: int = 0) -> Mesh:
-    """A mesh of one axis, "data", over the devices of all processes.
+def make_mesh(num_devices: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, "data".
 
     Args:
       num_devices: the first so many devices; 0 takes all.
+      devices: to choose from; those of all processes unless given.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     count = num_devices or len(devices)
     return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
 

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from cromss_jax import (
     checkpoint,
@@ -69,6 +70,23 @@ def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
             "the plateau schedule needs a validation loss but config.data.validation_fraction is "
             "0; hold back some locations or set config.schedule.name to 'constant'"
         )
+
+
+def count_scopes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts, each with class thresholds of its own, the batch is cut."""
+    return 1 if config.selection.scope == "global" else mesh.size
+
+
+def jit_train_step(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated."""
+    scopes = count_scopes(config, mesh)
+    train_step = step.make_train_step(config, definition, num_locations, scopes)
+    return sharding.jit_step(train_step, mesh, donate_state=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,20 +214,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     replicated = sharding.replicated(mesh)
     definition = step.network_definition(config)
     num_locations = len(train_locations)
-    num_scopes = 1 if config.selection.scope == "global" else mesh.size
     init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
-    train_step = sharding.jit_step(
-        step.make_train_step(config, definition, num_locations, num_scopes),
-        mesh,
-        donate_state=True,
-    )
+    train_step = jit_train_step(config, definition, num_locations, mesh)
     eval_step = sharding.jit_step(step.make_eval_step(config, definition), mesh)
     picture_step = sharding.jit_step(
         step.make_picture_step(config, definition, num_locations), mesh
     )
     plateau = step.make_plateau(config)
     # What a continued run must find again.
-    identity = {**dataset.identity, "scopes": num_scopes}
+    identity = {**dataset.identity, "scopes": count_scopes(config, mesh)}
 
     @jax.jit
     def update_plateau(state: step.TrainState, loss: jax.Array) -> step.TrainState:

@@ -7,13 +7,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Who may import whom inside cromss_jax: only what stands further down.
 LAYERS = (
-    ("launch_tpu", "main", "convert", "compare"),
+    ("launch_tpu", "main", "plan", "convert", "compare"),
     ("train", "finetune"),
     ("run",),
     ("weight_files",),
     ("cards",),
     ("weights", "finetune_step"),
-    ("step", "data", "checkpoint", "report", "maps", "distributed"),
+    ("step", "data", "checkpoint", "report", "maps", "distributed", "costs"),
     ("models", "sharding", "preprocess", "torch_keys", "files"),
     ("decoders", "resnet"),
     ("layers",),

@@ -1,0 +1,270 @@
+"""What a plan reckons, on programs and peaks small enough to work out by hand."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cromss_jax import costs, data, plan, run, sensors, sharding
+from tests import runs
+
+# As XLA prints for a TPU and for CPUs, shortened: a loop of 30 rounds, an all-reduce of two halves,
+# a call, and names that only look like collectives.
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %add = f32[] add(%a, %b), metadata={op_name="jit(step)/all-reduce(x)"}
+}
+
+%round.sunk (p: (s32[], s32[9])) -> (s32[], s32[9]) {
+  %counts = s32[9]{0:T(128)S(1)} all-reduce(%x), replica_groups=[1,16]<=[16], to_apply=%sum
+  ROOT %next = (s32[], s32[9]{0:T(128)}) tuple(%i, %counts)
+}
+
+%inner (p: bf16[4,2]) -> bf16[4,4] {
+  ROOT %gathered = bf16[4,4]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={1}
+}
+
+%never (p: f32[1000]) -> f32[1000] {
+  ROOT %lost = f32[1000]{0} all-reduce(%p), to_apply=%sum
+}
+
+ENTRY %main_spmd (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[], s32[9]{0:T(128)}) while(%t), condition=%go_on, body=%round.sunk, $ROUNDS
+  %pair = (f32[8]{0:T(256)}, pred[3]{0}, /*index=2*/bf16[]) all-reduce(%a, %b, %c), to_apply=%sum
+  %begun = (f32[2]{0}, f32[8]{0}, u32[]) all-gather-start(%q), dimensions={0}
+  %ended = f32[8]{0} all-gather-done(%begun)
+  %called = bf16[4,4]{1,0} call(%r), to_apply=%inner
+  %moved = s8[5]{0} collective-permute(%s), source_target_pairs={{0,1}}
+  ROOT %out = f32[8]{0} fusion(%all-reduce.5), kind=kLoop, calls=%sum
+}
+""".replace("$ROUNDS", 'backend_config={"known_trip_count":{"n":"30"},"x":1}')
+CHIP = costs.Chip(
+    flops=1e12, hbm_bytes=1e9, ici_bytes=1e6, memory=2**30, host_chips=4, host_cores=100
+)
+COST = costs.Cost(
+    memory={"arguments": 2**28, "peak": 2**29},
+    flops=5e11,
+    hbm_bytes=2e9,
+    collectives={"all-reduce": costs.Collective(3, 1_000_000)},
+)
+
+
+def test_collectives_of_hlo_text():
+    assert costs.find_collectives(HLO) == {
+        # 30 rounds of nine integers, and 32 + 3 + 2 bytes.
+        "all-reduce": costs.Collective(31, 30 * 36 + 37),
+        "all-gather": costs.Collective(2, 32 + 32),
+        "collective-permute": costs.Collective(1, 5),
+    }
+
+
+def test_a_compiled_loop_counts_its_rounds():
+    mesh = sharding.make_mesh(4)
+
+    def function(_, x):
+        return jax.lax.fori_loop(0, 7, lambda i, total: total + jnp.sum(x * total), 1.0)
+
+    jitted = sharding.jit_step(function, mesh)
+    compiled = jitted.lower(jnp.zeros(()), jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
+    assert costs.measure(compiled).collectives == {"all-reduce": costs.Collective(7, 28)}
+
+
+def test_a_product_costs_what_it_does():
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 16)))
+    cost = costs.measure(jax.jit(jnp.dot).lower(a, b).compile())
+    assert cost.flops == 2 * 64 * 32 * 16
+    assert cost.hbm_bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert cost.memory["arguments"] == 4 * (64 * 32 + 32 * 16)
+    assert cost.memory["outputs"] == 4 * 64 * 16
+    assert cost.collectives == {}
+
+
+def test_bounds_by_hand():
+    found = costs.bounds(COST, CHIP, num_chips=4, batch_size=36, num_samples=36 * 1799 + 1)
+    # Twice three quarters of a megabyte leave a chip; the memory's two seconds are most.
+    assert found["seconds"] == {"arithmetic": 0.5, "HBM traffic": 2.0, "interconnect": 1.5}
+    assert (found["bound_by"], found["step_seconds"]) == ("HBM traffic", 2.0)
+    assert found["images_per_second"] == 18
+    assert (found["num_steps"], found["hours"], found["chip_hours"]) == (1800, 1.0, 4.0)
+    alone = costs.bounds(COST, CHIP, num_chips=1, batch_size=36, num_samples=36)
+    assert alone["seconds"]["interconnect"] == 0
+
+
+@pytest.mark.parametrize(
+    ("speed", "chips", "threads", "needed", "verdict"),
+    [
+        (2000.0, 8, 100, 100, "keeps up"),
+        (2000.0, 8, 99, 100, "too slow: set config.data.num_threads to 100"),
+        (2020.0, 8, 200, 101, "too slow, whatever the threads: a host has 100 cores"),
+        (250.0, 1, 30, 25, "keeps up"),  # a quarter of a host
+        (260.0, 1, 30, 26, "too slow, whatever the threads: a host has 25 cores"),
+    ],
+)
+def test_reading_against_need(speed, chips, threads, needed, verdict):
+    found = costs.reading(speed, CHIP, num_chips=chips, num_threads=threads, per_core=10.0)
+    assert found["threads_a_host_needed"] == needed
+    assert plan._reading_verdict(found) == verdict
+
+
+def test_shapes_are_those_that_are_read():
+    T, S = 12, 3
+    record = {
+        "s1": np.zeros((T, T, 2), np.uint8),
+        "s2_10m": np.zeros((T, T, 4), np.uint8),
+        "s2_20m": np.zeros((T // 2, T // 2, 6), np.uint8),
+        "s2_60m": np.zeros((T // 6, T // 6, 3), np.uint8),
+        "labels": np.zeros((S, T, T), np.uint8),
+        "truth": np.zeros((T, T), np.uint8),
+        "season": np.int32(0),
+        "crs": b"",
+    }
+    dataset = data.TileDataset([record], tuple(record), T, np.ones(1), True, sensors.DYNAMIC_WORLD)
+    described = plan.Data("here", 1, T, S, tuple(record))
+    for modalities in (("s1", "s2"), ("s1",), ("s2",)):
+        read = data.read_batch(dataset, modalities, np.zeros(5, int))
+        expected = {name: (x.shape, x.dtype) for name, x in read.items()}
+        planned = plan.record_shapes(described, modalities, 5)
+        assert {name: (x.shape, x.dtype) for name, x in planned.items()} == expected
+
+
+def test_published_data_stand_in_for_absent_ones():
+    config = runs.tiny_config("absent", "")
+    found = plan.find_data(config, seasons=None)
+    assert (found.num_locations, found.tile_size, found.seasons) == (103_793, 264, 4)
+    assert plan.num_train_locations(config, found) == 103_793 - 1038
+    assert plan.find_data(config, tile_size=96).tile_size == 96
+    with pytest.raises(plan.PlanError, match="a multiple of 6, such as 96$"):
+        plan.find_data(config, tile_size=100)
+
+
+# As libtpu 0.0.52 says it, and a message that its library holds beside.
+FULL = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (22.50G) exceeds available HBM (15.75G). HLO module: jit_step.\n"
+)
+ALSO_FULL = (
+    "Ran out of memory in memory space hbm. Used 512.00M of 95.73G hbm. Exceeded hbm capacity by 1G"
+)
+
+
+def test_what_the_compiler_says_of_memory():
+    full = plan.out_of_memory(FULL)
+    assert (full.needed, full.available) == (22.5 * 2**30, 15.75 * 2**30)
+    full = plan.out_of_memory(ALSO_FULL)
+    assert (full.needed, full.available) == (2**29, 95.73 * 2**30)
+    assert plan.out_of_memory("INTERNAL: out of luck") is None
+
+
+@pytest.fixture
+def too_large(monkeypatch):
+    """A batch of 64 on two devices, of which a chip can hold 11 images; and the batches tried."""
+    config = runs.tiny_config("absent", batch_size=64, num_devices=2)
+    tried = []
+
+    def compile_step(config, described, mesh):
+        tried.append(config.batch_size // mesh.size)
+        if tried[-1] > 11:
+            raise plan.out_of_memory(FULL)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
+    return config, tried
+
+
+def test_what_does_not_fit_says_what_would(too_large):
+    config, tried = too_large
+    figures = plan.make_plan(config, "v5e:2x2", per_core=1)
+    # Of 25.6 million float32: state (parameters, two moments) and gradients, 0.38 GiB.
+    assert figures["largest_images_a_chip"] == int((15.75 - 0.38) / (22.5 - 0.38) * 32) == 22
+    assert "does is config.batch_size 44, 22 images a chip (an estimate" in plan.table(figures)
+    assert tried == [32]
+
+    figures = plan.make_plan(config, "v5e:2x2", per_core=1, search=True)
+    assert (figures["fits"], figures["largest_images_a_chip"]) == (False, 11)
+    lines = plan.table(figures).splitlines()
+    assert lines[-2] == "Does not fit: a chip needs 22.50 GiB and has 15.75."
+    assert lines[-1].endswith("is config.batch_size 22, 11 images a chip (found by compiling).")
+    assert len(tried) <= 2 + 5 + 1
+
+
+def test_a_batch_that_the_chips_cannot_share(too_large):
+    config, _ = too_large
+    config.batch_size = 63
+    with pytest.raises(run.ConfigError, match=r"63, which 2 devices .* use a multiple of 2"):
+        plan.make_plan(config, "v5e:2x2", per_core=1)
+    config.mode = "finetune"
+    with pytest.raises(plan.PlanError, match="only pretraining is planned"):
+        plan.make_plan(config, "v5e:2x2", per_core=1)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v7:4x4", "cpu:0", "cpu:2x2", "4x4", ""])
+def test_what_is_no_slice(topology):
+    with pytest.raises(plan.PlanError, match="it is one of v4, v5e, v5p, v6e and a topology"):
+        plan.find_devices(topology)
+
+
+def test_without_libtpu_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(plan.PlanError, match="`pip install libtpu`"):
+        plan.find_devices("v5e:4x4")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The sample's state and records with a step that adds; two devices, of whatever topology.
+
+    The real step is that of `train.jit_train_step`; `tests.bench.scaling` compiles it.
+    """
+
+    def jit_train_step(config, definition, num_locations, mesh):
+        def add(state, records):
+            total = sum(jnp.sum(x, dtype=jnp.float32) for x in records.values())
+            return jax.tree.map(lambda x: x + 1, state), total
+
+        assert num_locations == 56
+        return sharding.jit_step(add, mesh, donate_state=True)
+
+    monkeypatch.setattr(plan.train, "jit_train_step", jit_train_step)
+    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
+    return runs.tiny_config("absent", batch_size=6, num_devices=2)
+
+
+SMALL = {"per_core": 285.0, "num_locations": 64, "tile_size": 36, "seasons": 2}
+
+
+def test_a_plan_for_simulated_devices(toy):
+    figures = plan.make_plan(toy, "cpu:8", **SMALL)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state(toy)))
+    # S1, S2 at three resolutions, two seasons of labels; season and is_real.
+    sample = 36 * 36 * 2 + 36 * 36 * 4 + 18 * 18 * 6 + 6 * 6 * 3 + 2 * 36 * 36 + 4 + 1
+    assert figures["memory"]["arguments"] == state + 3 * sample
+    assert figures["memory"]["outputs"] < 10_000  # the state's place is taken again
+    # The seven sums, in one.
+    assert figures["collectives"] == {"all-reduce": {"count": 1, "bytes": 28}}
+    assert (figures["chips"], figures["images_a_chip"], figures["fits"]) == (2, 3, True)
+    assert "hours" not in figures
+    text = plan.table(figures)
+    assert f"| memory: arguments | {(state + 3 * sample) / 2**30:.3f} GiB |  |  |" in text
+    assert "| 1 all-reduce | 28 B |  |  |" in text
+    json.dumps(figures)
+
+
+def test_a_plan_for_chips(toy):
+    toy.num_epochs = 3
+    figures = plan.make_plan(toy, "v5e:2x2", **SMALL)
+    text = plan.table(figures)
+    assert figures["num_steps"] == 28  # of 6, for 3 epochs of 56 places
+    # The toy reads and writes its state, which is most of what it does.
+    step_seconds = figures["hbm_bytes"] / 819e9
+    assert f"| a step, at least |  | HBM traffic | {step_seconds * 1e3:.3g} ms |" in text
+    assert figures["chip_hours"] == pytest.approx(2 * 28 * step_seconds / 3600)
+    assert re.search(r"\| memory: peak \| 0\.\d+ GiB \| 16 GiB \| \d% of it: fits \|", text)
+    assert "| reading, hosts 1 x 56 cores |" in text
+    assert len({line.count("|") for line in text.splitlines()[2:]}) == 1
+    json.dumps(figures)
