@@ -40,8 +40,8 @@ _TOPOLOGY = flags.DEFINE_string(
 _NUM_LOCATIONS = flags.DEFINE_integer(
     "num_locations", None, "Places of the data, those held back included", lower_bound=1
 )
-_TILE_SIZE = flags.DEFINE_integer("tile_size", None, "Pixels of a tile at 10 m", lower_bound=1)
-_SEASONS = flags.DEFINE_integer("seasons", None, "Most seasons of a place", lower_bound=1)
+_TILE_SIZE = flags.DEFINE_integer("data_tile_size", None, "Pixels of a tile at 10 m", lower_bound=1)
+_SEASONS = flags.DEFINE_integer("data_seasons", None, "Most seasons of a place", lower_bound=1)
 _SAMPLES_PER_SECOND_PER_CORE = flags.DEFINE_float(
     "samples_per_second_per_core",
     # 570 on two cores, records of 264 x 264 with four seasons, from a warm cache.
@@ -114,8 +114,8 @@ def find_data(config: ml_collections.ConfigDict, **overrides: int | None) -> Dat
     coarsest = max(sensors.S2_BANDS_BY_RESOLUTION) // 10
     if found.tile_size % coarsest:
         raise PlanError(
-            f"--tile_size is {found.tile_size}; bands at 60 m need a multiple of {coarsest}, such "
-            f"as {max(found.tile_size // coarsest, 1) * coarsest}"
+            f"--data_tile_size is {found.tile_size}; bands at 60 m need a multiple of {coarsest}, "
+            f"such as {max(found.tile_size // coarsest, 1) * coarsest}"
         )
     return found
 

@@ -39,11 +39,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def train_step(config):
-    return jax.jit(
-        step.make_train_step(config, step.network_definition(config), num_locations=B),
-        # XLA's cheapest code generation: the convolutions, which take the time, are library calls.
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    return jax.jit(step.make_train_step(config, step.network_definition(config), num_locations=B))
 
 
 def make_records(seed: int) -> dict[str, np.ndarray]:
