@@ -58,6 +58,11 @@ class TileDataset:
         return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
 
     @property
+    def by_record(self) -> "TileDataset":
+        """The same records, each a place of its own, so that an epoch visits all of them."""
+        return dataclasses.replace(self, season_counts=np.ones(len(self.source), int))
+
+    @property
     def identity(self) -> dict[str, int | str]:
         """What must not change under a run, since the order of visits follows from it."""
         digest = hashlib.sha256(np.asarray(self.season_counts, np.int64).tobytes())

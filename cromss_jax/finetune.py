@@ -61,6 +61,7 @@ class Task:
       test: the records that are scored.
       mesh: the devices.
       definition: of the network.
+      init: from a key to a fresh state, compiled.
       eval_step: compiled.
     """
 
@@ -69,6 +70,7 @@ class Task:
     test: data.TileDataset
     mesh: jax.sharding.Mesh
     definition: object
+    init: Callable
     eval_step: Callable
 
     @property
@@ -98,22 +100,19 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
     folder = epath.Path(workdir).absolute()
     definition = finetune_step.network_definition(config)
     replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    init = jax.jit(lambda key: finetune_step.init_state(config, key), out_shardings=replicated)
     eval_step = jax.jit(
         finetune_step.make_eval_step(config, definition),
         in_shardings=(replicated, replicated, cut),
         out_shardings=(replicated, cut),
         donate_argnums=(1,),
     )
-    return Task(config, folder, test, mesh, definition, eval_step)
+    return Task(config, folder, test, mesh, definition, init, eval_step)
 
 
 def init_state(task: Task, seed: int) -> step.TrainState:
     """A fresh state, on all devices."""
-    init = jax.jit(
-        lambda key: finetune_step.init_state(task.config, key),
-        out_shardings=sharding.replicated(task.mesh),
-    )
-    return init(jax.random.key(seed))
+    return task.init(jax.random.key(seed))
 
 
 def score(task: Task, state: step.TrainState, maps_folder: epath.Path | None) -> np.ndarray:
@@ -121,7 +120,7 @@ def score(task: Task, state: step.TrainState, maps_folder: epath.Path | None) ->
     config = task.config
     replicated = sharding.replicated(task.mesh)
     counts = jax.device_put(metrics.no_counts(config.network.num_classes), replicated)
-    tiles = dataclasses.replace(task.test, season_counts=np.ones(len(task.test.source), int))
+    tiles = task.test.by_record
     batches = data.validation_records(tiles, np.arange(tiles.num_locations), config.batch_size)
     waiting = []
     for batch in batches:
@@ -267,7 +266,7 @@ def _train(
 
     # ---------------------------------------------------------------- data and state
     # Every record is visited once an epoch; of fewer, the seed draws which.
-    tiles = dataclasses.replace(dataset, season_counts=np.ones(len(dataset.source), int))
+    tiles = dataset.by_record
     order = np.random.default_rng(seed).permutation(tiles.num_locations)
     chosen = np.sort(order[:num_tiles])
     records = data.training_records(tiles, chosen, config.batch_size, seed)
@@ -329,7 +328,7 @@ def _train(
                     for name in pending[0]
                 }
                 pending = []
-                _stop_if_bad(state, tiles, records, checkpoints.latest_step)
+                run.stop_if_bad(state, tiles, records, checkpoints.latest_step, "tiles")
                 seconds = (time.perf_counter() - started) / (number - start_step)
                 if log:
                     log.scalars(number, "train", means)
@@ -344,27 +343,13 @@ def _train(
             # Counted over all seeds: the processes agree on a step by its number.
             leave = preemption.reached(index * num_steps + number)
             if number in checkpoint_steps or leave:
-                _stop_if_bad(state, tiles, records, checkpoints.latest_step)
+                run.stop_if_bad(state, tiles, records, checkpoints.latest_step, "tiles")
                 checkpoints.save(number, state, {"iterator": batches.get_state(), "data": identity})
             if leave:
                 raise run.Preempted(
                     f"told to stop: saved step {number}; the same command continues"
                 )
     return state
-
-
-def _stop_if_bad(
-    state: step.TrainState, tiles: data.TileDataset, records, newest: int | None
-) -> None:
-    first_bad = int(jax.device_get(state.first_bad_step))
-    if first_bad < 0:
-        return
-    ids = [tiles.source[int(i)]["location_id"].decode() for i in records[first_bad]]
-    raise run.NonFiniteLossError(
-        f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
-        f"tiles {', '.join(ids)}; checkpoints (newest: step {newest}) are from before that: look "
-        "at those tiles, or lower config.optimizer.learning_rate"
-    )
 
 
 def _write_results(

@@ -155,10 +155,6 @@ def make_train_step(
         params = nnx.merge_state(*parts.values())
 
         norm = optax.tree.norm(grads)
-        is_bad = ~jnp.isfinite(loss + norm + optax.tree.norm(params))
-        first_bad_step = jnp.where(
-            (state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step
-        )
         hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         report = {
             "loss": loss,
@@ -172,7 +168,7 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            first_bad_step=first_bad_step,
+            first_bad_step=step.first_bad_step(state, loss, norm, params),
         )
         return new_state, report
 

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from cromss_jax import command_line
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -311,15 +313,6 @@ def main(arguments: list[str]) -> None:
         sys.exit(subprocess.run(["bash", "-c", script], cwd=folder).returncode)
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Parses the flags as main does: a sentence instead of a traceback for what was mistyped."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, OSError) as error:  # unknown fields, no file
-        sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
-        sys.exit(f"error: {sentence} (--helpshort lists the flags)")
-
-
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir", "data_dir", "name", "tpu_type"])
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

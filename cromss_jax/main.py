@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import checkpoint, data, distributed, finetune, run, train, weights
+from cromss_jax import checkpoint, command_line, data, distributed, finetune, run, train, weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -65,15 +65,6 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Parses the flags; a sentence instead of a traceback for what was mistyped."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, OSError) as error:  # unknown fields, no file
-        sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
-        sys.exit(f"error: {sentence} (--helpshort lists the flags)")
-
-
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from cromss_jax import costs, data, run, sensors, step, train
+from cromss_jax import command_line, costs, data, run, sensors, step, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -453,15 +453,6 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Parses the flags as main does: a sentence instead of a traceback for what was mistyped."""
-    try:
-        return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, OSError) as error:  # unknown fields, no file
-        sentence = str(error).replace("\\n", "; ").strip().splitlines()[-1].strip("\"' ")
-        sys.exit(f"error: {sentence} (--helpshort lists the flags)")
-
-
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

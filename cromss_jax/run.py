@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import files, sharding, step, torch_keys, weight_files, weights
+from cromss_jax import data, files, sharding, step, torch_keys, weight_files, weights
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +160,36 @@ def check_progress(done: int, num_steps: int, folder: epath.Path) -> None:
             f"{folder} holds step {done}, and config.num_epochs now ends at step {num_steps}; use "
             "at least as many epochs, or another --workdir"
         )
+
+
+def stop_if_bad(
+    state: step.TrainState,
+    dataset: data.TileDataset,
+    records: Sequence[np.ndarray],
+    newest: int | None,
+    what: str,
+) -> None:
+    """Stops a run whose loss is not finite.
+
+    Args:
+      state: after some steps.
+      dataset: that is trained on.
+      records: indices of the records of each step's batch.
+      newest: step of the newest checkpoint.
+      what: a record's place is called, in the plural.
+
+    Raises:
+      NonFiniteLossError: naming the batch.
+    """
+    first_bad = int(jax.device_get(state.first_bad_step))
+    if first_bad < 0:
+        return
+    ids = [dataset.source[int(i)]["location_id"].decode() for i in records[first_bad]]
+    raise NonFiniteLossError(
+        f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
+        f"{what} {', '.join(ids)}; checkpoints (newest: step {newest}) are "
+        f"from before that: look at those {what}, or lower config.optimizer.learning_rate"
+    )
 
 
 class Preemption:

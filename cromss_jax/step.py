@@ -242,6 +242,14 @@ def prior_kind(config: ml_collections.ConfigDict) -> str | None:
     return config.loss.prior if smooths else None
 
 
+def first_bad_step(
+    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: nnx.State
+) -> jax.Array:
+    """`TrainState.first_bad_step` after a step of that loss and gradient that leads to `params`."""
+    is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
+    return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
+
+
 def make_train_step(
     config: ml_collections.ConfigDict,
     definition: nnx.GraphDef,
@@ -294,10 +302,6 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
         norm = optax.tree.norm(grads)
-        is_bad = ~jnp.isfinite(loss + norm + optax.tree.norm(params))
-        first_bad_step = jnp.where(
-            (state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step
-        )
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
@@ -305,7 +309,7 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            first_bad_step=first_bad_step,
+            first_bad_step=first_bad_step(state, loss, norm, params),
         )
         return new_state, report
 

@@ -278,15 +278,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     )
 
     def stop_if_bad(state: step.TrainState) -> None:
-        first_bad = int(jax.device_get(state.first_bad_step))
-        if first_bad < 0:
-            return
-        ids = [str(dataset.source[int(i)]["location_id"].decode()) for i in records[first_bad]]
-        raise run.NonFiniteLossError(
-            f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
-            f"locations {', '.join(ids)}; checkpoints (newest: step {checkpoints.latest_step}) are "
-            "from before that: look at those locations, or lower config.optimizer.learning_rate"
-        )
+        run.stop_if_bad(state, dataset, records, checkpoints.latest_step, "locations")
 
     # ---------------------------------------------------------------- loop
     log = report.MetricLog(str(folder), done) if is_writer else None

@@ -13,7 +13,7 @@ LAYERS = (
     ("weight_files",),
     ("cards",),
     ("weights", "finetune_step"),
-    ("step", "data", "checkpoint", "report", "maps", "distributed", "costs"),
+    ("step", "data", "checkpoint", "report", "maps", "distributed", "costs", "command_line"),
     ("models", "sharding", "preprocess", "torch_keys", "files"),
     ("decoders", "resnet"),
     ("layers",),
