@@ -39,7 +39,11 @@ def config():
 
 @pytest.fixture(scope="module")
 def train_step(config):
-    return jax.jit(step.make_train_step(config, step.network_definition(config), num_locations=B))
+    """Compiled with care: twenty steps take longer than that."""
+    return jax.jit(
+        step.make_train_step(config, step.network_definition(config), num_locations=B),
+        compiler_options={"xla_backend_optimization_level": 3},
+    )
 
 
 def make_records(seed: int) -> dict[str, np.ndarray]:

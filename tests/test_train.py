@@ -45,7 +45,7 @@ def finish(process: subprocess.Popen) -> str:
 def finished(data_dir, tmp_path_factory):
     """A run of mid fusion from start to end."""
     workdir = tmp_path_factory.mktemp("finished")
-    finish(start(data_dir, workdir))
+    train_here(runs.tiny_config(data_dir), workdir)
     return workdir
 
 
