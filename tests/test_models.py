@@ -12,6 +12,8 @@ from cromss_jax import decoders, layers, models, torch_keys
 
 NUM_CLASSES = 9
 OTHER_DECODERS = ("pspnet", "deeplabv3plus", "fpn")
+# XLA's cheapest code generation: the convolutions, which take the time, are library calls.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,10 @@ def torch():
     torch.set_num_threads(num_threads)
 
 
+def jit(function):
+    return jax.jit(function, compiler_options=FAST_COMPILE)
+
+
 def abstract_state(fusion, depth, num_channels, dtype=jnp.float32, decoder="unet"):
     """Graph and state of a network of shapes: nothing is drawn."""
     network = nnx.eval_shape(
@@ -49,7 +55,7 @@ def initial_arrays(seed, fusion="mid", decoder="unet"):
     return torch_keys.to_torch_state(draw(jax.random.key(seed), fusion, decoder))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=FAST_COMPILE)
 def draw(key, fusion="mid", decoder="unet"):
     num_channels = {"s1": 2, "s2": 3} if fusion == "mid" else {"s2": 3}
     rngs = nnx.Rngs(params=key)
@@ -147,7 +153,7 @@ def test_logits_statistics_and_gradients_are_smps(
     parity, torch, fusion, depth, num_channels, decoder
 ):
     """A part of the matrix that tests/bench/parity.py goes through."""
-    errors = parity.errors(fusion, depth, num_channels, decoder)
+    errors = parity.errors(fusion, depth, num_channels, FAST_COMPILE, decoder)
     for name, tolerance in parity.TOLERANCES.items():
         assert errors[name] <= tolerance, (name, errors)
 
@@ -165,9 +171,7 @@ def test_logits_of_a_single_modality_are_smps(
     graphdef, state = abstract_state("none", depth, num_channels, decoder=decoder)
     state = torch_keys.from_torch_state(parity.torch_arrays(theirs), state)
     image = np.random.default_rng(6).random((2, 64, 96, num_channels[modality]), np.float32)
-    logits = jax.jit(lambda state: nnx.merge(graphdef, state)({modality: image}, train=False))(
-        state
-    )
+    logits = jit(lambda state: nnx.merge(graphdef, state)({modality: image}, train=False))(state)
     with torch.no_grad():
         expected = {modality: theirs.eval()(parity.to_torch_image(image))}
     assert parity.logit_error(logits, expected) <= parity.TOLERANCES["eval_logits"]
@@ -187,7 +191,7 @@ def test_distant_surroundings_are_smps(parity, torch):
         for size, level in (((160, 56), 1), ((40, 14), 4))
     )
     features = [None, fine, None, None, deepest]
-    found = jax.jit(lambda state: nnx.merge(graphdef, state)(features, train=False))(state)
+    found = jit(lambda state: nnx.merge(graphdef, state)(features, train=False))(state)
     torch_fine, torch_deepest = map(parity.to_torch_image, (fine, deepest))
     with torch.no_grad():
         expected = theirs.eval()([None, None, torch_fine, None, None, torch_deepest])
@@ -363,9 +367,9 @@ def test_resize_and_average_pool_are_torchs(torch, size):
 def test_dropout_zeroes_channels_or_values():
     x = jnp.full((40, 3, 4, 50), 2.0)
     key, other = jax.random.split(jax.random.key(0))
-    drop_channels = jax.jit(lambda key: layers.dropout(x, 0.2, key, whole_channels=True))
+    drop_channels = jit(lambda key: layers.dropout(x, 0.2, key, whole_channels=True))
     channels = np.asarray(drop_channels(key))
-    values = np.asarray(jax.jit(lambda key: layers.dropout(x, 0.5, key, whole_channels=False))(key))
+    values = np.asarray(jit(lambda key: layers.dropout(x, 0.5, key, whole_channels=False))(key))
     # Whole channels of single samples; what stays is divided by the probability to stay.
     np.testing.assert_array_equal(channels, np.broadcast_to(channels[:, :1, :1], x.shape))
     np.testing.assert_allclose(np.unique(channels), [0, 2.5])
@@ -384,7 +388,7 @@ def test_a_frozen_encoder_keeps_its_statistics_and_the_key_decides_what_is_dropp
     state = torch_keys.from_torch_state(before, state)
     image = np.random.default_rng(0).random((2, 24, 32, 3), np.float32)
 
-    @jax.jit
+    @jit
     def run(state, key):
         network = nnx.merge(graphdef, state)
         logits = network({"s2": image}, train=True, train_encoder=False, dropout_key=key)
@@ -405,7 +409,7 @@ def test_modalities_drop_apart_and_only_in_training():
         for level, c in enumerate(channels, 1)
     ]
 
-    @jax.jit
+    @jit
     def run(key):
         decoder = decoders.FPNDecoder(channels)
         for block in decoder.seg_blocks:
@@ -433,8 +437,8 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_float32():
         network = nnx.merge(graphdef, torch_keys.from_torch_state(arrays, state))
         return network(image, train=False)["s2"], nnx.state(network)
 
-    expected, _ = jax.jit(lambda: logits_and_state(jnp.float32))()
-    logits, state = jax.jit(lambda: logits_and_state(jnp.bfloat16))()
+    expected, _ = jit(lambda: logits_and_state(jnp.float32))()
+    logits, state = jit(lambda: logits_and_state(jnp.bfloat16))()
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert dtypes == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
     assert logits.dtype == jnp.float32

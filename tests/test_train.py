@@ -1,6 +1,7 @@
 """Whole runs on a tiny data set made from GeoTIFFs: results, resuming, refusing, stopping."""
 
 import json
+import logging
 import signal
 import subprocess
 
@@ -12,6 +13,9 @@ from etils import epath
 from cromss_jax import checkpoint, data, run, train, weight_files, weights
 from tests import runs
 
+# Few of 300 MB each.
+SAVING = {"checkpoint_every_epochs": 2, "checkpoints_to_keep": 1}
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -20,13 +24,17 @@ def data_dir(tmp_path_factory):
     )
 
 
+def tiny_config(data_dir, **more):
+    return runs.tiny_config(data_dir, **{**SAVING, **more})
+
+
 def train_here(config, workdir):
     return train.train(config, str(workdir))
 
 
-def start(data_dir, workdir, **more) -> subprocess.Popen:
+def start(data_dir, workdir) -> subprocess.Popen:
     """The command line, as a user gives it."""
-    flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **more}.items()}
+    flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **SAVING}.items()}
     line = runs.command(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=workdir, **flags
     )
@@ -45,7 +53,7 @@ def finish(process: subprocess.Popen) -> str:
 def finished(data_dir, tmp_path_factory):
     """A run of mid fusion from start to end."""
     workdir = tmp_path_factory.mktemp("finished")
-    train_here(runs.tiny_config(data_dir), workdir)
+    train_here(tiny_config(data_dir), workdir)
     return workdir
 
 
@@ -75,7 +83,7 @@ def test_a_run_leaves_results_logs_and_checkpoints(finished):
 
 
 def test_checkpoints_are_kept_as_configured(finished):
-    assert runs.saved_steps(finished) == [4, 6, 7]  # ends of the epochs 2, 3 and 4
+    assert runs.saved_steps(finished) == [7]  # of the ends of the epochs 2 and 4
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -85,18 +93,41 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"ended before {text}")
 
 
-def test_a_run_told_to_stop_and_then_killed_ends_bit_equal(finished, data_dir, tmp_path):
-    process = start(data_dir, tmp_path)
-    wait_for(process, "step 2/7")
-    process.send_signal(signal.SIGTERM)
-    assert "told to stop: saved step" in finish(process)
+class Terminating(logging.Handler):
+    """Sends this process SIGTERM when a text is logged."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def told_to_stop(data_dir, tmp_path, caplog):
+    """The folder of a run that got SIGTERM after its third step."""
+    handler = Terminating("step 3/7")
+    logger = logging.getLogger("cromss_jax")
+    caplog.set_level(logging.INFO, "cromss_jax")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(run.Preempted, match="told to stop: saved step 3"):
+            train_here(tiny_config(data_dir), tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    return tmp_path
+
+
+def test_a_run_told_to_stop_and_then_killed_ends_bit_equal(finished, data_dir, told_to_stop):
+    tmp_path = told_to_stop
+    assert runs.saved_steps(tmp_path) == [3]
     assert not (tmp_path / "results.md").exists()
-    saved = max(runs.saved_steps(tmp_path))
-    assert saved < 5
 
     process = start(data_dir, tmp_path)
-    wait_for(process, f"at step {saved}")
-    wait_for(process, "step 6/7")  # its checkpoint is being written
+    wait_for(process, "at step 3")
+    wait_for(process, "step 4/7")  # its checkpoint is being written
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
@@ -118,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
     weight_files.write_folder(
         epath.Path(tmp_path / "huge"), weights.Weights(source.network, arrays)
     )
-    config = runs.tiny_config(data_dir, init_from=str(tmp_path / "huge"))
+    config = tiny_config(data_dir, init_from=str(tmp_path / "huge"))
     with pytest.raises(run.NonFiniteLossError) as error:
         train_here(config, tmp_path / "run")
     first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
@@ -154,18 +185,18 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
 ):
     workdir = tmp_path / "run"
     with pytest.raises(ValueError, match=sentence):
-        train_here(runs.tiny_config(data_dir, **change), workdir)
+        train_here(tiny_config(data_dir, **change), workdir)
     assert not workdir.exists()
 
 
 def test_another_configuration_does_not_continue_a_run(finished, data_dir):
     with pytest.raises(run.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
-        train_here(runs.tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
+        train_here(tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
 
 
 def test_a_stray_folder_is_named(finished, data_dir):
     stray = finished / "checkpoints" / "9"
     stray.mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="none"):
-        train_here(runs.tiny_config(data_dir), finished)
+        train_here(tiny_config(data_dir), finished)
     stray.rmdir()

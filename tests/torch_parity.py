@@ -203,6 +203,7 @@ def errors(
     fusion: str,
     depth: int,
     num_channels: Mapping[str, int],
+    compiler_options: Mapping,
     decoder: str = "unet",
 ) -> dict[str, float]:
     """How far the same weights are from computing the same here and in PyTorch.
@@ -234,8 +235,10 @@ def errors(
         loss, _ = step.training_loss(config, logits, batch, EPOCH)
         return loss, (logits, nnx.state(network, nnx.BatchStat))
 
-    evaluate = jax.jit(evaluate)
-    differentiate = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    evaluate = jax.jit(evaluate, compiler_options=compiler_options)
+    differentiate = jax.jit(
+        jax.value_and_grad(loss_of, has_aux=True), compiler_options=compiler_options
+    )
     found = {}
     with torch.no_grad():
         expected = theirs.eval()(torch_images)
