@@ -108,6 +108,7 @@ def entangled(confidences: Maps) -> dict[str, jax.Array]:
     }
 
 
+@jax.named_scope("selection")
 def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array]:
     """P[y] of each modality, [B, H, W], no gradient."""
     return {
@@ -116,6 +117,7 @@ def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array
     }
 
 
+@jax.named_scope("selection")
 def selection_weights(
     config: ml_collections.ConfigDict,
     confidences: Maps,
@@ -139,6 +141,7 @@ def selection_weights(
     }
 
 
+@jax.named_scope("selection")
 def consistency_weights(
     config: ml_collections.ConfigDict, log_probs: Maps, ramp: jax.Array
 ) -> dict[str, jax.Array]:
@@ -176,6 +179,7 @@ def total_loss(config: ml_collections.ConfigDict, parts: Metrics) -> jax.Array:
     return sum(weight[name.split("/")[0]] * value for name, value in parts.items())
 
 
+@jax.named_scope("losses")
 def training_loss(
     config: ml_collections.ConfigDict,
     logits: Maps,
@@ -298,10 +302,10 @@ def make_train_step(
             config.schedule.decay,
             state.plateau.scale,
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-
-        norm = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            norm = optax.tree.norm(grads)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
