@@ -80,11 +80,8 @@ def stack_bands(records: Records, modality: str, s2_bands: Sequence[str]) -> jax
             chosen = _take(records[f"s2_{resolution}m"], [group.index(band) for band in used])
             stacked.append(upsample(chosen, resolution // 10))
             names += used
-    # As a product, exact for whole numbers: a TPU would write everything anew for each slice.
-    permutation = np.array([[float(name == band) for band in s2_bands] for name in names])
-    stacked = jnp.concatenate(stacked, axis=-1)
-    ordered = jnp.einsum("bhwk,kn->bhwn", stacked, permutation, precision="highest")
-    return ordered / 255.0
+    order = [names.index(band) for band in s2_bands]
+    return _take(jnp.concatenate(stacked, axis=-1), order) / 255.0
 
 
 @dataclasses.dataclass(frozen=True)
