@@ -268,11 +268,9 @@ def make_train_step(
       (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
       `preprocess`; B is `config.batch_size`.
     """
-    optimizer = make_optimizer(config)
+    update = make_update(config, definition, num_locations, num_scopes)
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
-        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
-        epoch = state.step * config.batch_size // num_locations
         margin = records["labels"].shape[-1] - config.data.crop_size
         geometry = preprocess.random_geometry(
             jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
@@ -280,7 +278,27 @@ def make_train_step(
             margin,
             **config.augmentation,
         )
-        batch = make_examples(config, records, geometry, prior_kind(config))
+        return update(state, make_examples(config, records, geometry, prior_kind(config)))
+
+    return train_step
+
+
+def make_update(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    num_scopes: int = 1,
+) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
+    """Builds the training step without its preprocessing; for the arguments see `make_train_step`.
+
+    Returns:
+      (state, examples) -> (state, metrics), `examples` as `preprocess.examples` makes them.
+    """
+    optimizer = make_optimizer(config)
+
+    def update(state: TrainState, batch: Maps) -> tuple[TrainState, Metrics]:
+        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
+        epoch = state.step * config.batch_size // num_locations
 
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
             network = nnx.merge(definition, params, state.batch_stats, copy=True)
@@ -313,7 +331,7 @@ def make_train_step(
         )
         return new_state, report
 
-    return train_step
+    return update
 
 
 def make_examples(
