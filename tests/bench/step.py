@@ -107,7 +107,8 @@ def make_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     margin = records["labels"].shape[-1] - config.data.crop_size
     geometry = preprocess.centre_geometry(config.batch_size, margin)
     make = jax.jit(lambda r: step.make_examples(config, r, geometry, step.prior_kind(config)))
-    return jax.device_get(make(records))
+    # Copied: torch warns of arrays that cannot be written.
+    return {name: np.array(value) for name, value in make(records).items()}
 
 
 def to_torch(image: np.ndarray, memory_format: torch.memory_format) -> torch.Tensor:
