@@ -1,9 +1,9 @@
 """What a compiled program costs a device, and how long that takes at the least.
 
 Figures are the compiler's, of one step on one device, and as right as its counts: libtpu 0.0.52
-counts 67 KB of traffic for each index that `preprocess.view` gathers, whatever the channels. Times
-are bounds: at the peaks that a chip's maker publishes, with arithmetic, memory and network
-perfectly overlapped.
+counts what a loop moves once, whatever its rounds (`python -m tests.bench.tpu` counts them all),
+and counts what stays on the chip too. Times are bounds: at the peaks that a chip's maker publishes,
+with arithmetic, memory and network perfectly overlapped.
 """
 
 import collections

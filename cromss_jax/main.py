@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
     if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
         jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
+    run.keep_freed_memory()
     try:
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value

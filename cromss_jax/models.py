@@ -79,11 +79,13 @@ class SegmentationNetwork(nnx.Module):
         features = self.encode(self.encoder, image, train and train_encoder)
         return self.decode(features, train, dropout_key)
 
+    @jax.named_scope("encoder")
     def encode(self, encoder: ResNetEncoder, image: jax.Array, train: bool) -> list[jax.Array]:
         """Features of an image under one of the network's encoders."""
         _check_image(image, encoder.conv1.weight.shape[2], self.stride)
         return encoder(image.astype(self.dtype), train)
 
+    @jax.named_scope("decoder")
     def decode(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:

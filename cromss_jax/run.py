@@ -1,5 +1,6 @@
 """Around the loops: what configurations may say, a run's folder, its first weights, its end."""
 
+import ctypes
 import dataclasses
 import functools
 import importlib.metadata
@@ -26,6 +27,10 @@ _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 _PACKAGES = ("cromss_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
 class NonFiniteLossError(ValueError):
     """The loss or its gradient became infinite or NaN."""
 
@@ -36,6 +41,22 @@ class Preempted(Exception):
 
 class ConfigError(ValueError):
     """The configuration cannot be run."""
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep the memory that it frees, for its next allocation.
+
+    Call it before there are other threads. XLA's CPU backend allocates a program's temporaries,
+    gigabytes for a training step, at each call and frees them after it. By default glibc gives them
+    back to the system, which must then clear every page again. Where the C library is another than
+    glibc, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        # Threads' own arenas are given back whatever the threshold.
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def check_fields(

@@ -62,6 +62,7 @@ def spatial_prior(labels: jax.Array, num_classes: int) -> jax.Array:
     return _filtered(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32))
 
 
+@jax.named_scope("prior")
 def smoothing_prior(
     season_labels: jax.Array, labels: jax.Array, num_classes: int, kind: str
 ) -> jax.Array:
@@ -86,6 +87,7 @@ def smoothing_prior(
     raise ValueError(f"smoothing prior {kind!r} is none of {PRIOR_KINDS}")
 
 
+@jax.named_scope("prior")
 def smoothed_targets(
     labels: jax.Array, prior: jax.Array, prior_weight: float, uniform_weight: float
 ) -> jax.Array:

@@ -108,6 +108,7 @@ def entangled(confidences: Maps) -> dict[str, jax.Array]:
     }
 
 
+@jax.named_scope("selection")
 def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array]:
     """P[y] of each modality, [B, H, W], no gradient."""
     return {
@@ -116,6 +117,7 @@ def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array
     }
 
 
+@jax.named_scope("selection")
 def selection_weights(
     config: ml_collections.ConfigDict,
     confidences: Maps,
@@ -139,6 +141,7 @@ def selection_weights(
     }
 
 
+@jax.named_scope("selection")
 def consistency_weights(
     config: ml_collections.ConfigDict, log_probs: Maps, ramp: jax.Array
 ) -> dict[str, jax.Array]:
@@ -176,6 +179,7 @@ def total_loss(config: ml_collections.ConfigDict, parts: Metrics) -> jax.Array:
     return sum(weight[name.split("/")[0]] * value for name, value in parts.items())
 
 
+@jax.named_scope("losses")
 def training_loss(
     config: ml_collections.ConfigDict,
     logits: Maps,
@@ -268,11 +272,9 @@ def make_train_step(
       (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
       `preprocess`; B is `config.batch_size`.
     """
-    optimizer = make_optimizer(config)
+    update = make_update(config, definition, num_locations, num_scopes)
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
-        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
-        epoch = state.step * config.batch_size // num_locations
         margin = records["labels"].shape[-1] - config.data.crop_size
         geometry = preprocess.random_geometry(
             jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
@@ -280,7 +282,27 @@ def make_train_step(
             margin,
             **config.augmentation,
         )
-        batch = make_examples(config, records, geometry, prior_kind(config))
+        return update(state, make_examples(config, records, geometry, prior_kind(config)))
+
+    return train_step
+
+
+def make_update(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    num_scopes: int = 1,
+) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
+    """Builds the training step without its preprocessing; for the arguments see `make_train_step`.
+
+    Returns:
+      (state, examples) -> (state, metrics), `examples` as `preprocess.examples` makes them.
+    """
+    optimizer = make_optimizer(config)
+
+    def update(state: TrainState, batch: Maps) -> tuple[TrainState, Metrics]:
+        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
+        epoch = state.step * config.batch_size // num_locations
 
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
             network = nnx.merge(definition, params, state.batch_stats, copy=True)
@@ -298,10 +320,10 @@ def make_train_step(
             config.schedule.decay,
             state.plateau.scale,
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-
-        norm = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            norm = optax.tree.norm(grads)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
@@ -313,7 +335,7 @@ def make_train_step(
         )
         return new_state, report
 
-    return train_step
+    return update
 
 
 def make_examples(
