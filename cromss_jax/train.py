@@ -283,6 +283,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     # ---------------------------------------------------------------- loop
     log = report.MetricLog(str(folder), done) if is_writer else None
     pending, started, start_step = [], 0.0, done + 1
+    step_metrics, waited = None, 0.0
     evaluation = None
     # Whatever happens, what is being saved is saved to the end. And nothing goes to the device
     # unless it is said to.
@@ -293,14 +294,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         jax.transfer_guard_host_to_device("disallow"),
     ):
         for number in range(done + 1, num_steps + 1):
-            state, step_metrics = train_step(state, sharding.to_devices(next(batches), mesh))
+            asked = time.perf_counter()
+            batch = sharding.to_devices(next(batches), mesh)
+            # If the devices are done by now, they waited for this batch, at most since it was
+            # asked for; if not, they had work until here.
+            if step_metrics is not None and step_metrics["loss"].is_ready():
+                waited += time.perf_counter() - asked
+            state, step_metrics = train_step(state, batch)
             pending.append(step_metrics)
             # Lets the device be two steps behind, so that waiting batches don't fill its memory.
             if len(pending) > 2:
                 jax.block_until_ready(pending[-3]["loss"])
             if number == start_step:  # compiled by now: speed is measured from here
                 jax.block_until_ready(step_metrics)
-                started = time.perf_counter()
+                started, waited = time.perf_counter(), 0.0
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
                 means = {
@@ -309,9 +316,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 }
                 stop_if_bad(state)
                 pending = []
-                seconds = (time.perf_counter() - started) / max(number - start_step, 1)
+                elapsed = time.perf_counter() - started
+                seconds = elapsed / max(number - start_step, 1)
                 if number > start_step:
                     means["samples_per_second"] = config.batch_size / seconds
+                    means["wait_for_data"] = waited / elapsed
                 if log:
                     log.scalars(number, "train", means)
                 _log.info(
