@@ -250,6 +250,18 @@ def first_bad_step(
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
 
+def draw_geometry(
+    config: ml_collections.ConfigDict, state: TrainState, tile_size: int
+) -> preprocess.Geometry:
+    """How the step that comes next cuts, flips and rotates its B samples."""
+    return preprocess.random_geometry(
+        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+        config.batch_size,
+        tile_size - config.data.crop_size,
+        **config.augmentation,
+    )
+
+
 def make_train_step(
     config: ml_collections.ConfigDict,
     definition: nnx.GraphDef,
@@ -273,13 +285,7 @@ def make_train_step(
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
         # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
         epoch = state.step * config.batch_size // num_locations
-        margin = records["labels"].shape[-1] - config.data.crop_size
-        geometry = preprocess.random_geometry(
-            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
-            config.batch_size,
-            margin,
-            **config.augmentation,
-        )
+        geometry = draw_geometry(config, state, records["labels"].shape[-1])
         batch = make_examples(config, records, geometry, prior_kind(config))
 
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
