@@ -17,7 +17,8 @@ class Checkpoints:
     """Numbered checkpoints under one folder, written in the background.
 
     A checkpoint appears under its final name when it is complete; what a killed run left behind is
-    removed on opening.
+    removed on opening. As a context, it waits at the end for what is being written. Of several
+    processes all must do the same; process 0 tells the others which checkpoints there are.
     """
 
     def __init__(self, directory: str, keep: int):
@@ -40,7 +41,12 @@ class Checkpoints:
             )
         self._manager = ocp.CheckpointManager(
             directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                # A disk that the hosts share may show them its folders at different times.
+                single_host_load_and_broadcast=True,
+            ),
         )
 
     @property
@@ -77,9 +83,16 @@ class Checkpoints:
         # A copy of XLA's own making: restored buffers on CPU may be borrowed, and are donated.
         return jax.tree.map(lambda x: x.copy(), restored.state), restored.host
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        """Starts nothing."""
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        # Nothing is finished without the other processes, and where the devices fail they are lost.
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+        if not lost:
+            self._manager.close()
 
 
 def read_arrays(step_folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:

@@ -222,17 +222,23 @@ def training_batches(
     modalities: Sequence[str],
     records: grain.MapDataset,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | slice = slice(None),
     num_threads: int = 2,
 ) -> grain.DatasetIterator:
-    """This process's rows of every global batch, read ahead by threads.
+    """Rows of every global batch, read ahead by threads.
 
-    The iterator's state is the number of batches taken, whatever the number of processes.
+    The iterator's state is the number of batches taken, whatever the rows.
+
+    Args:
+      dataset: where from.
+      modalities: which imagery is wanted.
+      records: of `training_records`.
+      rows: which of a batch's rows are this process's; all by default.
+      num_threads: that read.
     """
 
     def read(batch: np.ndarray) -> dict:
-        return read_batch(dataset, modalities, np.split(batch, process_count)[process_index])
+        return read_batch(dataset, modalities, batch[rows])
 
     # Elements are whole batches of about 0.5 MB a sample: a short buffer is enough. Threads, not
     # processes: reading and copying release the GIL, and a killed run leaves no orphans behind.

@@ -1,9 +1,22 @@
 """Starting JAX's runtime of several processes: on Cloud TPU, under SLURM, or by flags."""
 
+import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
+
+_log = logging.getLogger(__name__)
+
+# As JAX's own runtime ends a process that has lost another: what starts runs again knows it.
+LOST_STATUS = 128 + signal.SIGABRT
+# How long JAX waits for the others, when starting and for their signs of life.
+_START_SECONDS, _LOST_SECONDS = 300, 100
+_LEAVE_SECONDS = 5
 
 
 class DistributedError(ValueError):
@@ -36,6 +49,9 @@ def initialize(
       wanted: False for a process on its own, whatever started it; None for what
         `is_one_of_several` says or the three ask for.
 
+    A process that finds no coordinator is ended by JAX's runtime (SIGABRT), as is one that waits
+    for another that was lost; what is logged here says so beforehand.
+
     Returns:
       Whether it was started.
 
@@ -48,12 +64,76 @@ def initialize(
             "--coordinator_address, --num_processes and --process_id belong together: give all "
             "three, or none where SLURM or Cloud TPU tells them"
         )
+    if None not in told:
+        host, _, port = coordinator_address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise DistributedError(
+                f"--coordinator_address is {coordinator_address}; it must be HOST:PORT of process "
+                "0, such as 10.0.0.1:1234"
+            )
+        if process_id >= num_processes:
+            raise DistributedError(
+                f"--process_id is {process_id} of --num_processes={num_processes}; they are "
+                f"numbered from 0 to {num_processes - 1}"
+            )
+        if wanted is False:
+            raise DistributedError(
+                "--nodistributed is for a process on its own; leave out --coordinator_address, "
+                "--num_processes and --process_id"
+            )
     if wanted is None:
         wanted = None not in told or is_one_of_several(os.environ)
     if not wanted:
         return False
+    _log.info("waiting at most %d s for all processes to start", _START_SECONDS)
     try:
-        jax.distributed.initialize(*told)
+        jax.distributed.initialize(
+            *told,
+            initialization_timeout=_START_SECONDS,
+            heartbeat_timeout_seconds=_LOST_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
-        raise DistributedError(f"the processes did not find each other: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise DistributedError(
+            f"the processes did not find each other ({reason}); where neither SLURM nor Cloud TPU "
+            "tells them, give each --coordinator_address, --num_processes and --process_id"
+        ) from error
+    _log.info(
+        "process %d of %d, with %d of %d devices; process 0 writes. If one is lost, the others "
+        "end within %d s",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+        _LOST_SECONDS,
+    )
+    if jax.process_index() > 0:  # what is reported is the same for all
+        logging.getLogger(__package__).setLevel(logging.WARNING)
     return True
+
+
+def leave(sentence: str, status: int) -> NoReturn:
+    """Ends the command early: says why, and waits only shortly for the other processes.
+
+    Args:
+      sentence: for the user.
+      status: exit status.
+    """
+    if not jax.distributed.is_initialized():
+        print(sentence, file=sys.stderr)
+        sys.exit(status)
+    print(sentence, file=sys.stderr, flush=True)
+    # JAX would wait for 300 s for processes that may be gone, or that wait for this one in turn.
+    # If all end for the same reason they take leave of each other, at once.
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(_LEAVE_SECONDS)
+    os._exit(status)
+
+
+def lost(error: jax.errors.JaxRuntimeError) -> str:
+    """What to say when the devices fail under several processes."""
+    return (
+        f"error: what the processes compute together failed ({str(error).splitlines()[0]}); where "
+        "another process ended, its log says why; the same command on all continues"
+    )

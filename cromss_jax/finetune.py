@@ -97,6 +97,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
         config.legend = tuple(test.legend.items())
     config = ml_collections.FrozenConfigDict(config)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
+    run.check_same_everywhere(configuration=config.to_json(), test_data=str(test.identity))
     folder = epath.Path(workdir).absolute()
     definition = finetune_step.network_definition(config)
     replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
@@ -122,14 +123,15 @@ def score(task: Task, state: step.TrainState, maps_folder: epath.Path | None) ->
     counts = jax.device_put(metrics.no_counts(config.network.num_classes), replicated)
     tiles = task.test.by_record
     batches = data.validation_records(tiles, np.arange(tiles.num_locations), config.batch_size)
+    own = sharding.process_rows(task.mesh, config.batch_size)
     waiting = []
     for batch in batches:
-        rows = np.split(batch, jax.process_count())[jax.process_index()]
+        rows = batch[own]
         records = data.read_batch(tiles, config.modalities, rows)
         counts, predictions = task.eval_step(state, counts, sharding.to_devices(records, task.mesh))
         waiting.append(predictions)
         if len(waiting) > _WAITING:
-            jax.block_until_ready(waiting.pop(0))
+            sharding.wait(waiting.pop(0))
         if maps_folder:
             _write_maps(task, maps_folder, rows, predictions)
     return metrics.counted(jax.device_get(counts))
@@ -183,6 +185,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     run.check_sizes(
         config.data.crop_size, dataset.tile_size, decoders.STRIDES[config.network.decoder]
     )
+    run.check_same_everywhere(data=str(dataset.identity))
     num_tiles = config.data.num_train_tiles or len(dataset.source)
     if not config.batch_size <= num_tiles <= len(dataset.source):
         raise run.ConfigError(
@@ -260,9 +263,7 @@ def _train(
     seed = config.seeds[index]
     folder = task.folder / f"seed_{seed}"
     is_writer = jax.process_index() == 0
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.record_config(config, folder)
+    run.record_config(config, folder)
 
     # ---------------------------------------------------------------- data and state
     # Every record is visited once an epoch; of fewer, the seed draws which.
@@ -274,8 +275,7 @@ def _train(
         tiles,
         config.modalities,
         records,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.process_rows(task.mesh, config.batch_size),
         num_threads=config.data.num_threads,
     )
     checkpoints = checkpoint.Checkpoints(str(folder / "checkpoints"), config.checkpoints_to_keep)
@@ -312,7 +312,7 @@ def _train(
     log = report.MetricLog(str(folder), done) if is_writer else None
     pending, started, start_step = [], time.perf_counter(), done
     with (
-        contextlib.closing(checkpoints),
+        checkpoints,
         contextlib.closing(log) if log else contextlib.nullcontext(),
         jax.transfer_guard_host_to_device("disallow"),
     ):
@@ -321,7 +321,7 @@ def _train(
             state, step_metrics = train_step(state, sharding.to_devices(next(batches), task.mesh))
             pending.append(step_metrics)
             if len(pending) > 2:  # waiting batches must not fill the device's memory
-                jax.block_until_ready(pending[-3]["loss"])
+                sharding.wait(pending[-3]["loss"])
             if number % config.log_every_steps == 0 or number in checkpoint_steps:
                 means = {
                     name: float(np.mean([float(m[name]) for m in jax.device_get(pending)]))

@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> None:
     except run.Preempted as told:
         logging.getLogger("cromss_jax").info("%s", told)
         sys.exit(_PREEMPTION_STATUS.value)
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        distributed.leave(distributed.lost(error), distributed.LOST_STATUS)
     except (
         checkpoint.CheckpointError,
         data.DataError,
@@ -63,7 +67,7 @@ def main(arguments: list[str]) -> None:
         weights.WeightsError,
         OSError,
     ) as error:
-        sys.exit(f"error: {error}")
+        distributed.leave(f"error: {error}", 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import signal
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -143,8 +144,27 @@ def _flat(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def check_same_everywhere(**found: str) -> None:
+    """Checks that all processes found the same, such as the data.
+
+    Args:
+      **found: by what it is called.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    sums = np.array([zlib.crc32(text.encode()) for text in found.values()], np.uint32)
+    different = np.ptp(multihost_utils.process_allgather(sums), axis=0) > 0
+    if different.any():
+        names = [name.replace("_", " ") for name, bad in zip(found, different, strict=True) if bad]
+        raise ConfigError(
+            f"the processes differ in their {' and '.join(names)}; start all of them with the "
+            "same flags and with the same data"
+        )
+
+
 def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes the resolved configuration and the versions, and refuses to mix two runs.
+    """Refuses to mix two runs; process 0 writes the resolved configuration and the versions.
 
     Raises:
       ConfigError: if the folder holds a run of another configuration.
@@ -166,6 +186,9 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
                 f"{workdir} holds a run of another configuration: changed {', '.join(changed)}; "
                 "use the same configuration to continue it, or another --workdir"
             )
+    if jax.process_index() > 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -29,6 +29,16 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch lie on this process's devices, [b] int, ascending.
+
+    Not always neighbours: `jax.make_mesh` puts the chips of a TPU slice into the order of a ring,
+    which leaves a host and comes back to it.
+    """
+    indices = batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
 def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> Callable:
     """Compiles (state, records) -> anything: the state and the result replicated, records cut."""
     return jax.jit(
@@ -40,8 +50,20 @@ def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> C
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices, as part of the global batch."""
+    """Puts this process's rows of a batch, `process_rows`, on its devices."""
     sharding = batch_sharded(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    # Where other transfers are forbidden this one is meant.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()
+        }
+
+
+def wait(array: jax.Array) -> None:
+    """Waits until the first device of this process has computed an array, as all do in step.
+
+    Where another process ends, collectives on CPU fail at once on the devices next to its own, of
+    which the first is one; the others wait on, until the runtime ends this process (100 s).
+    """
+    array.addressable_data(0).block_until_ready()

@@ -254,6 +254,18 @@ def first_bad_step(
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
 
+def draw_geometry(
+    config: ml_collections.ConfigDict, state: TrainState, tile_size: int
+) -> preprocess.Geometry:
+    """How the step that comes next cuts, flips and rotates its B samples."""
+    return preprocess.random_geometry(
+        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+        config.batch_size,
+        tile_size - config.data.crop_size,
+        **config.augmentation,
+    )
+
+
 def make_train_step(
     config: ml_collections.ConfigDict,
     definition: nnx.GraphDef,
@@ -275,13 +287,7 @@ def make_train_step(
     update = make_update(config, definition, num_locations, num_scopes)
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
-        margin = records["labels"].shape[-1] - config.data.crop_size
-        geometry = preprocess.random_geometry(
-            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
-            config.batch_size,
-            margin,
-            **config.augmentation,
-        )
+        geometry = draw_geometry(config, state, records["labels"].shape[-1])
         return update(state, make_examples(config, records, geometry, prior_kind(config)))
 
     return train_step

@@ -126,7 +126,7 @@ def evaluate(
     for batch in batches:
         sums.append(eval_step(state, sharding.to_devices(batch, mesh)))
         if len(sums) > 2:  # waiting batches must not fill the device's memory
-            jax.block_until_ready(sums[-3])
+            sharding.wait(sums[-3]["loss"])
     sums = jax.device_get(sums)
     samples = np.array([s["num_samples"] for s in sums], np.float64)
     total = {
@@ -188,23 +188,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     train_locations, held_back = data.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.record_config(config, folder)
+    run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
+    run.record_config(config, folder)
+    rows = sharding.process_rows(mesh, config.batch_size)
     records = data.training_records(dataset, train_locations, config.batch_size, config.seed)
     batches = data.training_batches(
         dataset,
         config.modalities,
         records,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
         num_threads=config.data.num_threads,
     )
     validation = data.validation_records(dataset, held_back, config.batch_size)
 
     def read(batch: np.ndarray) -> dict:
-        rows = np.split(batch, jax.process_count())[jax.process_index()]
-        return data.read_batch(dataset, config.modalities, rows)
+        return data.read_batch(dataset, config.modalities, batch[rows])
 
     def picture_batch():
         seasons = np.arange(len(held_back)) % dataset.season_counts[held_back]
@@ -288,7 +286,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     # Whatever happens, what is being saved is saved to the end. And nothing goes to the device
     # unless it is said to.
     with (
-        contextlib.closing(checkpoints),
+        checkpoints,
         contextlib.closing(log) if log else contextlib.nullcontext(),
         run.Preemption() as preemption,
         jax.transfer_guard_host_to_device("disallow"),
@@ -304,9 +302,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             pending.append(step_metrics)
             # Lets the device be two steps behind, so that waiting batches don't fill its memory.
             if len(pending) > 2:
-                jax.block_until_ready(pending[-3]["loss"])
+                sharding.wait(pending[-3]["loss"])
             if number == start_step:  # compiled by now: speed is measured from here
-                jax.block_until_ready(step_metrics)
+                sharding.wait(step_metrics["loss"])
                 started, waited = time.perf_counter(), 0.0
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
@@ -338,9 +336,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 state = update_plateau(
                     state, jax.device_put(np.float32(evaluation.loss), replicated)
                 )
+                # By all processes, as their devices compute it together.
+                shown = jax.device_get(
+                    picture_step(state, sharding.to_devices(picture_batch(), mesh))
+                )
                 if log:
                     log.scalars(number, "validation", evaluation.scalars())
-                    picture = draw(config, picture_step, state, picture_batch(), mesh)
+                    picture = report.draw_samples(shown, tuple(config.s2_bands))
                     log.picture(number, "samples", picture)
                     report.save_picture(folder / "samples.png", picture)
                 _log.info("step %d, validation loss %.4f", number, evaluation.loss)
@@ -361,15 +363,3 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         if evaluation is not None and is_writer:
             _log.info("results\n\n%s", write_results(evaluation, folder))
     return state
-
-
-def draw(
-    config: ml_collections.FrozenConfigDict,
-    picture_step: Callable,
-    state: step.TrainState,
-    batch: dict,
-    mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-    """What the method does to the first samples of a batch, [H, W, 3] uint8."""
-    shown = jax.device_get(picture_step(state, sharding.to_devices(batch, mesh)))
-    return report.draw_samples(shown, tuple(config.s2_bands))
