@@ -41,6 +41,9 @@ def initialize(
 ) -> bool:
     """Starts the runtime of several processes, before any device is used.
 
+    JAX ends (SIGABRT) a process that finds no coordinator, and one that waits for another that was
+    lost; what is logged here says so beforehand.
+
     Args:
       coordinator_address: "host:port" of process 0.
       num_processes: how many.
@@ -48,9 +51,6 @@ def initialize(
         TPU.
       wanted: False for a process on its own, whatever started it; None for what
         `is_one_of_several` says or the three ask for.
-
-    A process that finds no coordinator is ended by JAX's runtime (SIGABRT), as is one that waits
-    for another that was lost; what is logged here says so beforehand.
 
     Returns:
       Whether it was started.
@@ -93,10 +93,13 @@ def initialize(
             heartbeat_timeout_seconds=_LOST_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
+        remedy = f"{coordinator_address} must be the host of process 0 and a free port there"
+        if None in told:
+            remedy = "where neither SLURM nor Cloud TPU tells them, give each "
+            remedy += "--coordinator_address, --num_processes and --process_id"
         reason = str(error).splitlines()[0]
         raise DistributedError(
-            f"the processes did not find each other ({reason}); where neither SLURM nor Cloud TPU "
-            "tells them, give each --coordinator_address, --num_processes and --process_id"
+            f"the processes did not find each other ({reason}); {remedy}"
         ) from error
     _log.info(
         "process %d of %d, with %d of %d devices; process 0 writes. If one is lost, the others "
