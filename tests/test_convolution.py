@@ -1,0 +1,73 @@
+"""Convolutions by matrix products against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cromss_jax.convolution import convolve, patches
+
+# size, stride, dilation, channels in and out: every way in which `convolve` computes.
+CASES = {
+    "narrowing": (3, 1, 1, 40, 32),
+    "narrowing, dilated": (3, 1, 2, 40, 32),
+    "widening": (3, 1, 1, 32, 40),
+    "narrow": (3, 1, 1, 8, 8),
+    "strided": (3, 2, 1, 8, 32),
+    "first of a ResNet": (7, 2, 1, 2, 32),
+    "1x1": (1, 1, 1, 40, 32),
+}
+
+
+def xla_convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    margin = kernel.shape[0] // 2 * dilation
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(margin, margin)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def small_integers(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """float32 whose products' sums are exact in any order."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_a_convolution(case):
+    size, stride, dilation, in_channels, out_channels = CASES[case]
+    x, kernel, slope = small_integers(
+        (2, 8, 6, in_channels),
+        (size, size, in_channels, out_channels),
+        (2, 8 // stride, 6 // stride, out_channels),
+    )
+
+    def results(function):
+        out, pull = jax.vjp(lambda x, k: function(x, k, stride, dilation), x, kernel)
+        return out, *pull(slope)
+
+    for found, expected in zip(
+        jax.jit(lambda: results(convolve))(), jax.jit(lambda: results(xla_convolve))(), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_patches_begin_with_a_window_s_last_pixel():
+    x = jnp.arange(1.0, 10.0).reshape(1, 3, 3, 1)
+    seen = patches(x, 3)
+    assert seen[0, 1, 1].tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert seen[0, 0, 0].tolist() == [5, 4, 0, 2, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", True), ("tpu", False)])
+def test_only_a_cpu_multiplies_matrices(platform, products):
+    x, kernel = small_integers((1, 4, 4, 40), (3, 3, 40, 32))
+    loss = jax.grad(lambda x, kernel: convolve(x, kernel).sum(), argnums=(0, 1))
+    traced = jax.jit(loss).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.dot_general" in text) == products
+    assert ("stablehlo.convolution" in text) != products
