@@ -3,9 +3,10 @@
 Pretrains ResNet-18 U-Nets on the sample world's noisy labels in each of the ways that the paper
 compares, and transfers their encoders to few clean tiles of other places of the same world. Recipes
 are those of `configs/*.py:sample`. Every run is a run of `cromss_jax.main`'s loops, in a folder of
-its own; the same command continues where it stopped. An hour and more on two cores.
+its own; the same command continues where it stopped. Hours on two cores: `--only` runs some.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 
 from configs import finetune as finetune_config
 from configs import pretrain as pretrain_config
-from cromss_jax import files, finetune, metrics, report, train
+from cromss_jax import files, finetune, metrics, report, run, train
 from tests import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs go", required=True)
@@ -28,16 +29,48 @@ _TRAIN_TILES = flags.DEFINE_integer("train_tiles", 16, "Clean tiles in use, draw
 _ONLY = flags.DEFINE_list("only", None, "Names of the ways to run; all by default")
 
 TILE_SIZE, DOWNSTREAM_TILE_SIZE = 132, 96
-# Variant of configs/pretrain.py, and fields beside it.
-WAYS: dict[str, tuple[str, dict]] = {
-    "random": ("", {}),
-    "CromSS mid": ("sample", {}),
-    "noisy labels + consistency": ("sample,selection=off", {}),
-    "noisy labels": ("sample,selection=off", {"loss.consistency": "none"}),
-    "CromSS late": ("sample,fusion=late", {}),
-    "CromSS S2 alone": ("sample,modality=s2", {}),
-    "CromSS S1 alone": ("sample,modality=s1", {}),
-    "clean labels": ("sample,selection=off", {"data.dir": "clean"}),
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to pretrain.
+
+    Attributes:
+      variant: of configs/pretrain.py.
+      changes: fields beside it.
+      encoders: how the downstream task treats the encoder.
+    """
+
+    variant: str = "sample"
+    changes: dict = dataclasses.field(default_factory=dict)
+    encoders: tuple[str, ...] = ("frozen", "trained")
+
+
+# A network can learn the wrong labels by heart here: each of a few views comes 50 times. Epochs and
+# ramp are the paper's; the learning rate falls as far as in the sample's 14 epochs.
+OVERFITTING = {
+    "data.dir": "few",
+    "data.crop_size": 64,
+    "num_epochs": 200,
+    "augmentation.flip_probability": 0.0,
+    "augmentation.rotation_probability": 0.0,
+    "schedule.decay": 0.8 ** (14 / 200),
+    "selection.ramp_epochs": 80,
+    "eval_every_epochs": 40,
+    "checkpoint_every_epochs": 100,
+}
+FEW_LOCATIONS, FEW_TILE_SIZE = 12, 66
+WAYS = {
+    "random": Way(""),
+    "CromSS mid": Way(),
+    "noisy labels + consistency": Way("sample,selection=off"),
+    "noisy labels": Way("sample,selection=off", {"loss.consistency": "none"}),
+    "CromSS late": Way("sample,fusion=late"),
+    "CromSS S2 alone": Way("sample,modality=s2"),
+    "CromSS S1 alone": Way("sample,modality=s1"),
+    "clean labels": Way("sample,selection=off", {"data.dir": "clean"}),
+    "CromSS mid (few places)": Way("sample", OVERFITTING, ("frozen",)),
+    "no selection (few places)": Way("sample,selection=off", OVERFITTING, ("frozen",)),
 }
 # Beside where the data are, all that differs from the samples' recipes.
 LOGGING = {"log_every_steps": 7, "eval_every_epochs": 14, "checkpoint_every_epochs": 14}
@@ -48,9 +81,12 @@ def make_data(folder: pathlib.Path) -> None:
     if (folder / "made").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    noisy, clean, tiles = (folder / f"{name}_tifs" for name in ("noisy", "clean", "tiles"))
+    noisy, clean, few, tiles = (
+        folder / f"{name}_tifs" for name in ("noisy", "clean", "few", "tiles")
+    )
     samples = (
         {"output_dir": noisy, "locations": _LOCATIONS.value, "tile_size": TILE_SIZE, "seed": 0},
+        {"output_dir": few, "locations": FEW_LOCATIONS, "tile_size": FEW_TILE_SIZE, "seed": 0},
         {"output_dir": tiles, "locations": _TILES.value, "tile_size": DOWNSTREAM_TILE_SIZE,
          "seed": 1, "format": "dfc2020"},
     )  # fmt: skip
@@ -62,6 +98,7 @@ def make_data(folder: pathlib.Path) -> None:
     for dataset, source, name in (
         ("ssl4eo_s12_nol", noisy, "noisy"),
         ("ssl4eo_s12_nol", clean, "clean"),
+        ("ssl4eo_s12_nol", few, "few"),
         ("dfc2020", tiles, "tiles"),
     ):
         flags_ = {"dataset": dataset, "source_dir": source, "data_dir": folder / name}
@@ -74,10 +111,9 @@ def pretrain(way: str, seed: int, folder: pathlib.Path) -> None:
     workdir = folder / way / str(seed)
     if (workdir / "results.md").exists():
         return
-    variant, changes = WAYS[way]
-    changes = {**LOGGING, "data.dir": "noisy", "seed": seed, **changes}
+    changes = {**LOGGING, "data.dir": "noisy", "seed": seed, **WAYS[way].changes}
     changes["data.dir"] = str(folder / "data" / changes["data.dir"])
-    config = pretrain_config.get_config(variant)
+    config = pretrain_config.get_config(WAYS[way].variant)
     config.update_from_flattened_dict(changes)
     train.train(config, str(workdir))
     jax.clear_caches()
@@ -119,6 +155,7 @@ def wrong_share(way: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def main(_) -> None:
     """Runs what is missing, then prints the tables; the last line is JSON."""
+    run.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)
     folder = pathlib.Path(_WORKDIR.value).absolute()
     if not jax.config.jax_compilation_cache_dir:
@@ -129,11 +166,11 @@ def main(_) -> None:
     for way in ways:
         for seed in range(_SEEDS.value) if way != "random" else ():
             pretrain(way, seed, folder)
-        variant, _ = WAYS[way]
+        variant = WAYS[way].variant
         for modality in ("s1", "s2"):
             if "modality=" in variant and f"modality={modality}" not in variant:
                 continue
-            for encoder in ("frozen", "trained"):
+            for encoder in WAYS[way].encoders:
                 confusions = transfer(way, modality, encoder, folder)
                 mious = [metrics.scores(confusion)["miou"] for confusion in confusions]
                 cells.setdefault(("sample world", modality, way), {})[encoder] = mious
