@@ -110,10 +110,13 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
     Returns:
       [B, H / stride, W / stride, out_channels] of x's dtype.
     """
-    in_channels, out_channels = kernel.shape[2:]
+    size, _, in_channels, out_channels = kernel.shape
     by_convolution = functools.partial(_convolve, stride=stride, dilation=dilation)
     # Products are as many numbers as the patches of the output would be, not of the wider input.
-    if stride > 1 or not in_channels > out_channels >= _MIN_CHANNELS:
+    narrows = in_channels > out_channels >= _MIN_CHANNELS
+    # XLA's CPU backend falls back to plain loops where the kernel is larger than the image.
+    tiny = min(x.shape[1:3]) < size
+    if stride > 1 or not (narrows or tiny):
         return by_convolution(x, kernel)
     by_products = functools.partial(_convolve_by_products, dilation=dilation)
     return jax.lax.platform_dependent(x, kernel, cpu=by_products, default=by_convolution)

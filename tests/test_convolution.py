@@ -7,15 +7,16 @@ import pytest
 
 from cromss_jax.convolution import convolve, patches
 
-# size, stride, dilation, channels in and out: every way in which `convolve` computes.
+# Height, width; size, stride, dilation, channels in and out: all ways in which `convolve` computes.
 CASES = {
-    "narrowing": (3, 1, 1, 40, 32),
-    "narrowing, dilated": (3, 1, 2, 40, 32),
-    "widening": (3, 1, 1, 32, 40),
-    "narrow": (3, 1, 1, 8, 8),
-    "strided": (3, 2, 1, 8, 32),
-    "first of a ResNet": (7, 2, 1, 2, 32),
-    "1x1": (1, 1, 1, 40, 32),
+    "narrowing": (8, 6, 3, 1, 1, 40, 32),
+    "narrowing, dilated": (8, 6, 3, 1, 2, 40, 32),
+    "widening": (8, 6, 3, 1, 1, 32, 40),
+    "narrow": (8, 6, 3, 1, 1, 8, 8),
+    "smaller than its window": (2, 6, 3, 1, 1, 8, 32),
+    "strided": (8, 6, 3, 2, 1, 8, 32),
+    "first of a ResNet": (8, 6, 7, 2, 1, 2, 32),
+    "1x1": (8, 6, 1, 1, 1, 40, 32),
 }
 
 
@@ -39,11 +40,11 @@ def small_integers(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_a_convolution(case):
-    size, stride, dilation, in_channels, out_channels = CASES[case]
+    height, width, size, stride, dilation, in_channels, out_channels = CASES[case]
     x, kernel, slope = small_integers(
-        (2, 8, 6, in_channels),
+        (2, height, width, in_channels),
         (size, size, in_channels, out_channels),
-        (2, 8 // stride, 6 // stride, out_channels),
+        (2, height // stride, width // stride, out_channels),
     )
 
     def results(function):

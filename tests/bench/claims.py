@@ -38,11 +38,13 @@ class Way:
     Attributes:
       variant: of configs/pretrain.py.
       changes: fields beside it.
-      encoders: how the downstream task treats the encoder.
+      modalities: whose encoders are transferred.
+      encoders: how the downstream task treats them.
     """
 
     variant: str = "sample"
     changes: dict = dataclasses.field(default_factory=dict)
+    modalities: tuple[str, ...] = ("s1", "s2")
     encoders: tuple[str, ...] = ("frozen", "trained")
 
 
@@ -66,11 +68,11 @@ WAYS = {
     "noisy labels + consistency": Way("sample,selection=off"),
     "noisy labels": Way("sample,selection=off", {"loss.consistency": "none"}),
     "CromSS late": Way("sample,fusion=late"),
-    "CromSS S2 alone": Way("sample,modality=s2"),
-    "CromSS S1 alone": Way("sample,modality=s1"),
+    "CromSS S2 alone": Way("sample,modality=s2", modalities=("s2",)),
+    "CromSS S1 alone": Way("sample,modality=s1", modalities=("s1",)),
     "clean labels": Way("sample,selection=off", {"data.dir": "clean"}),
-    "CromSS mid (few places)": Way("sample", OVERFITTING, ("frozen",)),
-    "no selection (few places)": Way("sample,selection=off", OVERFITTING, ("frozen",)),
+    "CromSS mid (few places)": Way("sample", OVERFITTING, ("s2",), ("frozen",)),
+    "no selection (few places)": Way("sample,selection=off", OVERFITTING, ("s2",), ("frozen",)),
 }
 # Beside where the data are, all that differs from the samples' recipes.
 LOGGING = {"log_every_steps": 7, "eval_every_epochs": 14, "checkpoint_every_epochs": 14}
@@ -166,10 +168,7 @@ def main(_) -> None:
     for way in ways:
         for seed in range(_SEEDS.value) if way != "random" else ():
             pretrain(way, seed, folder)
-        variant = WAYS[way].variant
-        for modality in ("s1", "s2"):
-            if "modality=" in variant and f"modality={modality}" not in variant:
-                continue
+        for modality in WAYS[way].modalities:
             for encoder in WAYS[way].encoders:
                 confusions = transfer(way, modality, encoder, folder)
                 mious = [metrics.scores(confusion)["miou"] for confusion in confusions]
