@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
     if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
         jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
+        # Dozens of small programs start a run; by default those compiled in a second are not kept.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     run.keep_freed_memory()
     try:
         distributed.initialize(
