@@ -180,7 +180,8 @@ def main(_) -> None:
     figures = {}
     for modality in ("s1", "s2"):
         chosen = {key: cell for key, cell in cells.items() if key[1] == modality}
-        print(report.transfer_table(chosen))
+        if chosen:
+            print(report.transfer_table(chosen))
         for (_, _, way), cell in chosen.items():
             for encoder, mious in cell.items():
                 figures[f"{way}/{modality}/{encoder}"] = [round(100 * x, 2) for x in mious]
