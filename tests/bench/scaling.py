@@ -23,8 +23,8 @@ def plan(num_devices: int) -> dict:
         config="configs/pretrain.py:sample",
         topology=f"cpu:{num_devices}",
         num_locations=1024,
-        tile_size=66,
-        seasons=2,
+        data_tile_size=66,
+        data_seasons=2,
         **{
             "config.data.dir": "none",
             "config.data.crop_size": 64,
