@@ -71,10 +71,10 @@ $(TILE_DATASET): $(TILES)/dfc_test $(DATASET)
 
 # Writes the lock files anew from pyproject.toml, the second with the first's versions.
 lock:
-	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 pyproject.toml \
-		-o requirements.lock
-	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 --extra test \
-		--extra torch -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 --extra gcs \
+		pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --no-annotate --universal --python-version 3.11 --extra gcs \
+		--extra test --extra torch -c requirements.lock pyproject.toml -o requirements-test.lock
 
 clean:
 	rm -rf .venv data runs

@@ -8,6 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from cromss_jax import files
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder is not what it should be."""
@@ -34,7 +36,9 @@ class Checkpoints:
         """
         steps = [path for path in epath.Path(directory).glob("*") if path.name.isdigit()]
         newest = max(steps, key=lambda path: int(path.name), default=None)
-        if newest is not None and not (newest / "_CHECKPOINT_METADATA").exists():
+        # In a bucket, where nothing is renamed, it is what a kill left, and is removed on opening.
+        bad = newest is not None and not (newest / "_CHECKPOINT_METADATA").exists()
+        if bad and not files.in_bucket(directory):
             raise CheckpointError(
                 f"{newest} has a checkpoint's name but is none (no _CHECKPOINT_METADATA); "
                 "move it away, and the run continues from the newest real checkpoint"

@@ -1,13 +1,28 @@
 """Files that are whole or not there, and logs whose last line a kill may have cut."""
 
 import json
+import os
 import uuid
 
 from etils import epath
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a file lies in a bucket, where files appear whole and nothing can be appended."""
+    return os.fspath(path).startswith("gs://")
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that orbax takes; epath's own would put a bucket below the current folder."""
+    path = epath.Path(path)
+    return path if in_bucket(path) else path.absolute()
+
+
 def write_whole(path: epath.Path, content: bytes) -> None:
     """Writes a file whole or not at all, whenever the process is killed."""
+    if in_bucket(path):  # as every file there is
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content)

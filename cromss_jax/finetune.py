@@ -98,7 +98,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
     config = ml_collections.FrozenConfigDict(config)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     run.check_same_everywhere(configuration=config.to_json(), test_data=str(test.identity))
-    folder = epath.Path(workdir).absolute()
+    folder = files.absolute(workdir)
     definition = finetune_step.network_definition(config)
     replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     init = jax.jit(lambda key: finetune_step.init_state(config, key), out_shardings=replicated)

@@ -42,7 +42,7 @@ class MetricLog:
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, "split": split, **finite}) + "\n"
         self._text += line
-        if os.fspath(self._path).startswith("gs://"):  # where nothing can be appended
+        if files.in_bucket(self._path):
             files.write_whole(self._path, self._text.encode())
         else:
             with self._path.open("a") as file:

@@ -178,7 +178,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
       run.Preempted: after SIGTERM, everything saved.
     """
     config = ml_collections.FrozenConfigDict(config)
-    folder = epath.Path(workdir).absolute()
+    folder = files.absolute(workdir)
     is_writer = jax.process_index() == 0
 
     # ---------------------------------------------------------------- data
@@ -315,20 +315,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 stop_if_bad(state)
                 pending = []
                 elapsed = time.perf_counter() - started
-                seconds = elapsed / max(number - start_step, 1)
+                speed = "speed not known yet"
                 if number > start_step:
+                    seconds = elapsed / (number - start_step)
+                    left = datetime.timedelta(seconds=round((num_steps - number) * seconds))
+                    speed = f"{config.batch_size / seconds:.1f} samples/s, {left} left"
                     means["samples_per_second"] = config.batch_size / seconds
                     means["wait_for_data"] = waited / elapsed
                 if log:
                     log.scalars(number, "train", means)
                 _log.info(
-                    "step %d/%d, epoch %.1f, loss %.4f, %.1f samples/s, %s left",
+                    "step %d/%d, epoch %.1f, loss %.4f, %s",
                     number,
                     num_steps,
                     number * config.batch_size / num_locations,
                     means["loss"],
-                    config.batch_size / seconds,
-                    datetime.timedelta(seconds=round((num_steps - number) * seconds)),
+                    speed,
                 )
 
             if number in eval_steps:

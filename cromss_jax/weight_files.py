@@ -72,7 +72,7 @@ def find_checkpoint(path: str) -> epath.Path:
     Raises:
       WeightsError: if there is none.
     """
-    folder = epath.Path(path).absolute()  # as orbax wants it
+    folder = files.absolute(path)
     if (folder / "state").is_dir():
         return folder
     steps = [step for step in (folder / "checkpoints").glob("*") if step.name.isdigit()]
@@ -287,7 +287,7 @@ def _tensor(torch, array: np.ndarray):
 def write_folder(folder: epath.Path, found: weights.Weights) -> None:
     """Writes weights like a checkpoint's folder, which `load` reads; whole or not at all."""
     params, batch_stats = nnx.split_state(found.state(), nnx.Param, nnx.BatchStat)
-    folder = folder.absolute()
+    folder = files.absolute(folder)
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
