@@ -1,9 +1,8 @@
 """What a compiled program costs a device, and how long that takes at the least.
 
-Figures are the compiler's, of one step on one device, and as right as its counts: libtpu 0.0.52
-counts what a loop moves once, whatever its rounds (`python -m tests.bench.tpu` counts them all),
-and counts what stays on the chip too. Times are bounds: at the peaks that a chip's maker publishes,
-with arithmetic, memory and network perfectly overlapped.
+Figures are of one step on one device and, but for a TPU's memory traffic, the compiler's: as right
+as its counts. Times are bounds: at the peaks that a chip's maker publishes, with arithmetic, memory
+and network perfectly overlapped.
 """
 
 import collections
@@ -14,6 +13,8 @@ import re
 from collections.abc import Mapping
 
 import jax
+
+from cromss_jax import traffic
 
 GIB = 2**30
 
@@ -134,7 +135,8 @@ class Cost:
     Attributes:
       memory: bytes by what they hold; "peak" is what is there at once.
       flops: operations a step.
-      hbm_bytes: read and written a step.
+      hbm_bytes: of a TPU's memory, read and written a step (`traffic`); elsewhere the compiler's
+        count of all that is accessed.
       collectives: by kind.
     """
 
@@ -144,8 +146,16 @@ class Cost:
     collectives: dict[str, Collective]
 
 
-def measure(compiled: jax.stages.Compiled) -> Cost:
-    """Asks the compiler what a step costs."""
+def measure(
+    compiled: jax.stages.Compiled, *, is_tpu: bool = False, unknown_rounds: float = 0.0
+) -> Cost:
+    """Asks the compiler what a step costs.
+
+    Args:
+      compiled: the step.
+      is_tpu: whether it is compiled for TPUs.
+      unknown_rounds: to be expected of its loops whose rounds are not known before they run.
+    """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes,
@@ -154,11 +164,14 @@ def measure(compiled: jax.stages.Compiled) -> Cost:
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "generated code": memory.generated_code_size_in_bytes,
     }
+    text = compiled.as_text()
     return Cost(
         memory={**parts, "peak": sum(parts.values())},
         flops=cost["flops"],
-        hbm_bytes=cost["bytes accessed"],
-        collectives=find_collectives(compiled.as_text()),
+        hbm_bytes=sum(traffic.by_part(text, (), unknown_rounds).values())
+        if is_tpu
+        else cost["bytes accessed"],
+        collectives=find_collectives(text),
     )
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cromss_jax.convolution import convolve
 from cromss_jax.layers import (
     TORCH_INIT,
     BatchNorm,
@@ -29,6 +30,7 @@ from cromss_jax.layers import (
     resize,
     upsample,
 )
+from cromss_jax.packing import cell_size, pack_kernel
 
 # kaiming_uniform_(mode="fan_in", nonlinearity="relu"), zero biases.
 DECODER_INIT = KernelInit("uniform", 2.0, "in")
@@ -70,6 +72,7 @@ class UNetBlock(nnx.Module):
             conv = Conv(in_channels, out_channels, 3, init=DECODER_INIT)
             return nnx.List([conv, BatchNorm(out_channels)])
 
+        self.skip_channels = skip_channels
         self.conv1 = conv_bn(in_channels + skip_channels)
         self.conv2 = conv_bn(out_channels)
 
@@ -79,6 +82,23 @@ class UNetBlock(nnx.Module):
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
         x = jax.nn.relu(conv_bn(self.conv1, x, train))
+        return jax.nn.relu(conv_bn(self.conv2, x, train))
+
+    def packed(self, x: jax.Array, skip: jax.Array | None, train: bool) -> jax.Array:
+        """The same in cells: of n x n pixels of `x`, 2 n x 2 n pixels of `skip` and of the result.
+
+        `x` is not upsampled: the packed kernel sees it as if it were.
+        """
+        conv, norm = self.conv1
+        in_channels = conv.weight.shape[2] - self.skip_channels
+        kernel = conv.weight[...]
+        cell = cell_size(x, in_channels)
+        parts = [pack_kernel(kernel[:, :, :in_channels], cell, upsampling=2)]
+        if skip is not None:
+            parts.append(pack_kernel(kernel[:, :, in_channels:], 2 * cell))
+            x = jnp.concatenate([x, skip], axis=-1)
+        x = convolve(x, jnp.concatenate(parts, axis=2).astype(x.dtype))
+        x = jax.nn.relu(norm(x, train))
         return jax.nn.relu(conv_bn(self.conv2, x, train))
 
 
@@ -103,6 +123,15 @@ class UNetDecoder(Decoder):
         for block, skip in zip(self.blocks, (*skips, None), strict=True):
             x = block(x, skip, train)
         return x
+
+    def packed(self, features: Sequence[jax.Array], train: bool) -> jax.Array:
+        """Maps features, the finest in cells of 2 x 2 pixels, to [B, H/4, W/4, 4^2 16]."""
+        x, *skips = reversed(features)
+        *coarse, finest, last = self.blocks
+        for block, skip in zip(coarse, skips[:-1], strict=True):
+            x = block(x, skip, train)
+        x = finest.packed(x, skips[-1], train)
+        return last.packed(x, None, train)
 
 
 class PSPBlock(nnx.Module):

@@ -195,7 +195,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
     train_steps = {
         train_encoder: sharding.jit_step(
-            finetune_step.make_train_step(config, task.definition, num_tiles, train_encoder),
+            finetune_step.make_train_step(
+                config, task.definition, num_tiles, train_encoder, task.mesh
+            ),
             task.mesh,
             donate_state=True,
         )
@@ -385,6 +387,8 @@ def _write_results(
         f"{name}. In percent; the classes' columns are IoU. {len(task.test.source)} test tiles."
     )
     files.write_whole(task.folder / "results.md", f"{table}\n{caption}\n".encode())
-    picture = report.draw_confusion(sum(confusions), task.test.legend)
-    report.save_picture(task.folder / "confusion.png", picture)
+    from cromss_jax import pictures  # late: a second that training needs not wait
+
+    picture = pictures.draw_confusion(sum(confusions), task.test.legend)
+    pictures.save_picture(task.folder / "confusion.png", picture)
     _log.info("results\n\n%s\n%s\n", table, caption)

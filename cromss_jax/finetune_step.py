@@ -90,6 +90,7 @@ def make_train_step(
     definition: nnx.GraphDef,
     num_tiles: int,
     train_encoder: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step.
 
@@ -98,6 +99,7 @@ def make_train_step(
       definition: of the network.
       num_tiles: number of training records, which is an epoch's number of samples.
       train_encoder: without it the encoder's parameters and BatchNorm statistics stay.
+      mesh: over whose devices the batch is cut.
 
     Returns:
       (state, records) -> (state, metrics), to be jitted, its state donated.
@@ -115,7 +117,7 @@ def make_train_step(
         geometry = preprocess.random_geometry(
             geometry_key, config.batch_size, margin, **config.augmentation
         )
-        batch = step.make_examples(config, records, geometry, None)
+        batch = step.make_examples(config, records, geometry, None, mesh=mesh)
         labels = batch["labels"]
         valid = (labels < num_classes).astype(jnp.float32)
         targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
@@ -191,7 +193,7 @@ def make_eval_step(
         state: TrainState, counts: jax.Array, records: Maps
     ) -> tuple[jax.Array, jax.Array]:
         labels = preprocess.drawn_labels(records)
-        image = preprocess.stack_bands(records, modality, config.s2_bands)
+        image = preprocess.stack_bands(records, modality, config.s2_bands) / 255.0
         size = labels.shape[-1]
         border = (0, -size % stride)
         image = jnp.pad(image, ((0, 0), border, border, (0, 0)), mode="reflect")

@@ -1,7 +1,7 @@
 """Layers with PyTorch's semantics and attribute names, for `resnet`, `decoders` and `models`.
 
 Arrays are NHWC, convolution kernels HWIO. Parameters and statistics are float32; a layer computes
-in its input's dtype.
+in its input's dtype. `Conv`, `BatchNorm` and `max_pool` take packed images too (see `packing`).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cromss_jax import packing
 from cromss_jax.convolution import convolve
 
 
@@ -78,14 +79,27 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, out_channels]."""
-        kernel = self.weight[...].astype(x.dtype)
-        if kernel.shape[0] == 1:
-            y = convolve(x[:, :: self.stride, :: self.stride], kernel)
+        cell = packing.cell_size(x, self.weight.shape[2])
+        if cell > 1:
+            kernel = packing.pack_kernel(self.weight[...], cell, stride=self.stride)
+            y = convolve(x, kernel.astype(x.dtype))
+        elif self.weight.shape[0] == 1:
+            y = convolve(x[:, :: self.stride, :: self.stride], self.weight[...].astype(x.dtype))
         else:
-            y = convolve(x, kernel, self.stride, self.dilation)
+            y = convolve(x, self.weight[...].astype(x.dtype), self.stride, self.dilation)
         if self.bias is not None:
-            y += self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
+            y += _per_channel(self.bias[...], y).astype(x.dtype)
         return y
+
+
+def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    """[C] for every channel of an image, of a packed one each cell's n pixels: [1, 1, 1, n C]."""
+    return jnp.tile(values, x.shape[-1] // values.size).reshape(1, 1, 1, -1)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """In float32, in which statistics are computed, at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class DepthwiseConv(Conv):
@@ -133,17 +147,32 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalises [B, H, W, C]; with `train` by the batch's statistics, and tracks them."""
-        x32 = x.astype(jnp.float32)
         if train:
-            mean = x32.mean((0, 1, 2), keepdims=True)
-            # The variance's derivative by the mean is zero: not asking for it saves a pass.
-            var = jnp.square(x32 - jax.lax.stop_gradient(mean)).mean((0, 1, 2), keepdims=True)
-            self._track(mean.reshape(-1), var.reshape(-1), x.size // x.shape[-1])
+            mean, var = self._statistics(x)
+            self._track(mean, var, x.size // mean.size)
         else:
-            mean = self.running_mean[...].reshape(1, 1, 1, -1)
-            var = self.running_var[...].reshape(1, 1, 1, -1)
-        scale = jax.lax.rsqrt(var + self.EPSILON) * self.weight[...].reshape(1, 1, 1, -1)
-        return ((x32 - mean) * scale + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+            mean, var = self.running_mean[...], self.running_var[...]
+        scale = jax.lax.rsqrt(var + self.EPSILON) * self.weight[...]
+        mean, scale, bias = (_per_channel(v, x) for v in (mean, scale, self.bias[...]))
+        return ((_widened(x) - mean) * scale + bias).astype(x.dtype)
+
+    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and biased variance of each channel of the batch, [C] each."""
+
+        def mean_of(values: jax.Array) -> jax.Array:
+            return values.mean((0, 1, 2)).reshape(-1, self.weight.size).mean(0)
+
+        wide = _widened(x)
+        if x.dtype == jnp.bfloat16:
+            # In one pass. The squares cancel to as many bits as the mean is far from the running
+            # one, of the 16 that float32 has beyond the input's.
+            centred = wide - _per_channel(self.running_mean[...], x)
+            shift, squares = mean_of(centred), mean_of(jnp.square(centred))
+            return self.running_mean[...] + shift, jnp.maximum(squares - jnp.square(shift), 0)
+        mean = mean_of(wide)
+        # The variance's derivative by the mean is zero: not asking for it saves a pass.
+        centred = wide - _per_channel(jax.lax.stop_gradient(mean), x)
+        return mean, mean_of(jnp.square(centred))
 
     def _track(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         if count < 2:
@@ -191,16 +220,67 @@ def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
     return norm(conv(x), train)
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even."""
-    return jax.lax.reduce_window(
-        x,
-        -jnp.inf,
-        jax.lax.max,
-        window_dimensions=(1, 3, 3, 1),
-        window_strides=(1, 2, 2, 1),
-        padding=((0, 0), (1, 1), (1, 1), (0, 0)),
-    )
+def max_pool(x: jax.Array, channels: int) -> jax.Array:
+    """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even.
+
+    Of an image in cells of 2 x 2 pixels it makes one that is not packed.
+    """
+    cell = packing.cell_size(x, channels)
+    if cell == 1:
+        return jax.lax.reduce_window(
+            x,
+            -jnp.inf,
+            jax.lax.max,
+            window_dimensions=(1, 3, 3, 1),
+            window_strides=(1, 2, 2, 1),
+            padding=((0, 0), (1, 1), (1, 1), (0, 0)),
+        )
+    # Along the rows of cells, then along their columns.
+    return _max_of_pairs(_max_of_pairs(x, 1), 2)
+
+
+def _moved(x: jax.Array, axis: int, by: int) -> jax.Array:
+    """[B, H, W, C] moved by so many pixels along `axis`; the lowest of all numbers comes in."""
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (by, -by, 0)
+    return jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_of_pairs(x: jax.Array, axis: int) -> jax.Array:
+    """Maximum of three along an axis of cells of two: the cell's, and the last of the one before.
+
+    Args:
+      x: [B, H, W, 2 C], the first ones' channels, then the second ones'.
+      axis: of the cells, 1 or 2.
+
+    Returns:
+      [B, H, W, C].
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.maximum(jnp.maximum(first, second), _moved(second, axis, 1))
+
+
+def _max_of_pairs_forward(x: jax.Array, axis: int) -> tuple[jax.Array, tuple]:
+    largest = _max_of_pairs(x, axis)
+    return largest, (x, largest)
+
+
+def _max_of_pairs_backward(axis: int, residuals: tuple, slope: jax.Array) -> tuple[jax.Array]:
+    """The gradient goes to the largest ones, in equal parts."""
+    x, largest = residuals
+    first, second = jnp.split(x, 2, axis=-1)
+    seen = (first, second, _moved(second, axis, 1))
+    share = slope / sum((pixel == largest).astype(slope.dtype) for pixel in seen)
+    # The cell after sees the second one, too.
+    next_largest, next_share = _moved(largest, axis, -1), _moved(share, axis, -1)
+    by_first = jnp.where(first == largest, share, 0)
+    by_second = jnp.where(second == largest, share, 0)
+    by_second += jnp.where(second == next_largest, next_share, 0)
+    return (jnp.concatenate([by_first, by_second], axis=-1),)
+
+
+_max_of_pairs.defvjp(_max_of_pairs_forward, _max_of_pairs_backward)
 
 
 def upsample(x: jax.Array) -> jax.Array:

@@ -20,6 +20,17 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(weights * values) / jnp.where(total > 0, total, 1.0)
 
 
+def argmax(values: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the classes, [B, H, W, C] -> [B, H, W] int32, the first of equals.
+
+    Two plain reductions: one of pairs needs the classes in a TPU's rows, which are of 128.
+    """
+    num_classes = values.shape[-1]
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    classes = jnp.arange(num_classes, dtype=jnp.int32).reshape(1, 1, 1, -1)
+    return jnp.min(jnp.where(values == largest, classes, num_classes - 1), axis=-1)
+
+
 def cross_entropy(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
     """Per-pixel cross entropy against soft targets, [B, H, W, C] x 2 -> [B, H, W]."""
     return -jnp.sum(targets * log_probs, axis=-1)

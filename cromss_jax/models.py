@@ -23,20 +23,24 @@ from jax.typing import DTypeLike
 
 from cromss_jax.decoders import DECODERS, STRIDES, segmentation_head
 from cromss_jax.layers import draw_kernels, resize
-from cromss_jax.resnet import RESNETS, ResNetEncoder
+from cromss_jax.packing import unpack_planes
+from cromss_jax.resnet import RESNETS, ResNetEncoder, encode_beside
 from cromss_jax.sensors import MODALITIES
+
+# Pixels along the side of the cells of packed images; features of stride 4 are then as they are.
+PACKED_CELL = 4
 
 # Multiples of it suit every decoder.
 STRIDE = max(STRIDES.values())
 
 
-def _check_image(image: jax.Array, num_channels: int, stride: int) -> None:
+def _check_image(image: jax.Array, num_channels: int, stride: int, cell: int) -> None:
     """Raises ValueError unless `image` is [B, H, W, num_channels] of multiples of `stride`."""
-    if image.ndim != 4 or image.shape[-1] != num_channels:
+    if image.ndim != 4 or image.shape[-1] != cell**2 * num_channels:
         raise ValueError(
-            f"image of shape {image.shape}: the network needs [B, H, W, {num_channels}]"
+            f"image of shape {image.shape}: the network needs [B, H, W, {cell**2 * num_channels}]"
         )
-    height, width = image.shape[1:3]
+    height, width = (size * cell for size in image.shape[1:3])
     if height % stride or width % stride:
         padded_height, padded_width = (-(-size // stride) * stride for size in (height, width))
         raise ValueError(
@@ -60,8 +64,10 @@ class SegmentationNetwork(nnx.Module):
         num_classes: int,
         dtype: DTypeLike,
         decoder: str = "unet",
+        packed: bool = False,
     ):
         self.dtype = jnp.dtype(dtype)
+        self.packed = packed
         self.stride = STRIDES[decoder]
         self.encoder = make_encoder(depth, num_channels, decoder)
         self.decoder = DECODERS[decoder](self.encoder.out_channels)
@@ -76,14 +82,21 @@ class SegmentationNetwork(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Maps an image [B, H, W, K] to logits [B, H, W, C], float32; see `make_network`."""
-        features = self.encode(self.encoder, image, train and train_encoder)
+        (features,) = self.encode([self.encoder], [image], train and train_encoder)
         return self.decode(features, train, dropout_key)
 
     @jax.named_scope("encoder")
-    def encode(self, encoder: ResNetEncoder, image: jax.Array, train: bool) -> list[jax.Array]:
-        """Features of an image under one of the network's encoders."""
-        _check_image(image, encoder.conv1.weight.shape[2], self.stride)
-        return encoder(image.astype(self.dtype), train)
+    def encode(
+        self, encoders: Sequence[ResNetEncoder], images: Sequence[jax.Array], train: bool
+    ) -> list[list[jax.Array]]:
+        """Features of one or two images, each under an encoder of its own."""
+        cell = PACKED_CELL if self.packed else 1
+        for encoder, image in zip(encoders, images, strict=True):
+            _check_image(image, encoder.conv1.weight.shape[2], self.stride, cell)
+        images = [image.astype(self.dtype) for image in images]
+        if self.packed and len(encoders) == 2:
+            return encode_beside(encoders, images, train)
+        return [encoder(x, train) for encoder, x in zip(encoders, images, strict=True)]
 
     @jax.named_scope("decoder")
     def decode(
@@ -91,6 +104,9 @@ class SegmentationNetwork(nnx.Module):
     ) -> jax.Array:
         """Logits [B, H, W, C], float32, of an encoder's features."""
         (head,) = self.segmentation_head
+        if self.packed:
+            logits = head(self.decoder.packed(features, train))
+            return unpack_planes(logits, head.weight.shape[-1]).astype(jnp.float32)
         logits = head(self.decoder(features, train, dropout_key)).astype(jnp.float32)
         factor = self.decoder.head_upsampling
         if factor == 1:
@@ -115,9 +131,10 @@ class SingleModality(SegmentationNetwork):
         num_classes: int,
         dtype: DTypeLike,
         decoder: str = "unet",
+        packed: bool = False,
     ):
         ((self.modality, channels),) = num_channels.items()
-        super().__init__(depth, channels, num_classes, dtype, decoder)
+        super().__init__(depth, channels, num_classes, dtype, decoder, packed)
 
     def __call__(
         self,
@@ -151,9 +168,10 @@ class MidFusion(SegmentationNetwork):
         num_classes: int,
         dtype: DTypeLike,
         decoder: str = "unet",
+        packed: bool = False,
     ):
         self.encoder1 = make_encoder(depth, num_channels["s1"], decoder)
-        super().__init__(depth, num_channels["s2"], num_classes, dtype, decoder)
+        super().__init__(depth, num_channels["s2"], num_classes, dtype, decoder, packed)
 
     def __call__(
         self,
@@ -164,12 +182,11 @@ class MidFusion(SegmentationNetwork):
         dropout_key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """See `make_network`."""
-        encoders = {"s1": self.encoder1, "s2": self.encoder}
-        features = {
-            m: self.encode(encoders[m], images[m], train and train_encoder) for m in MODALITIES
-        }
+        encoders = (self.encoder1, self.encoder)
+        features = self.encode(encoders, [images[m] for m in MODALITIES], train and train_encoder)
         return {
-            m: self.decode(features[m], train, _modality_key(dropout_key, m)) for m in MODALITIES
+            m: self.decode(own, train, _modality_key(dropout_key, m))
+            for m, own in zip(MODALITIES, features, strict=True)
         }
 
 
@@ -183,9 +200,13 @@ class LateFusion(nnx.Module):
         num_classes: int,
         dtype: DTypeLike,
         decoder: str = "unet",
+        packed: bool = False,
     ):
-        self.model1 = SegmentationNetwork(depth, num_channels["s1"], num_classes, dtype, decoder)
-        self.model2 = SegmentationNetwork(depth, num_channels["s2"], num_classes, dtype, decoder)
+        self.packed = packed
+        self.model1, self.model2 = (
+            SegmentationNetwork(depth, num_channels[m], num_classes, dtype, decoder, packed)
+            for m in MODALITIES
+        )
 
     def __call__(
         self,
@@ -196,15 +217,15 @@ class LateFusion(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """See `make_network`."""
-        networks = {"s1": self.model1, "s2": self.model2}
+        networks = (self.model1, self.model2)
+        features = self.model1.encode(
+            [network.encoder for network in networks],
+            [images[m] for m in MODALITIES],
+            train and train_encoder,
+        )
         return {
-            m: networks[m](
-                images[m],
-                train,
-                train_encoder=train_encoder,
-                dropout_key=_modality_key(dropout_key, m),
-            )
-            for m in MODALITIES
+            m: network.decode(own, train, _modality_key(dropout_key, m))
+            for m, network, own in zip(MODALITIES, networks, features, strict=True)
         }
 
 
@@ -219,6 +240,7 @@ def make_network(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     decoder: str = "unet",
+    packed: bool = False,
 ) -> nnx.Module:
     """Builds a network, initialised as smp does.
 
@@ -237,11 +259,15 @@ def make_network(
       dtype: of the activations, float32 or bfloat16. Parameters are float32.
       rngs: the `params` stream draws the initial kernels.
       decoder: "unet", "pspnet", "deeplabv3plus" or "fpn".
+      packed: whether a U-Net computes its layers of few channels on packed images, which spares a
+        TPU most of their memory traffic and costs arithmetic. It takes `packing.pack`ed images, in
+        cells of `PACKED_CELL`, and returns logits in the order of `packing.planes`. Parameters and
+        values are the same.
 
     Raises:
       ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`, for modalities that do
-        not suit `fusion`; when called, for an image of another size or number of bands than
-        described.
+        not suit `fusion`, for packing another decoder than the U-Net's; when called, for an image
+        of another size or number of bands than described.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}: choose one of {list(FUSIONS)}")
@@ -257,6 +283,8 @@ def make_network(
             f"num_channels names the modalities {list(num_channels)}: fusion {fusion!r} needs "
             f"{needed} of {list(MODALITIES)}"
         )
-    network = FUSIONS[fusion](depth, num_channels, num_classes, dtype, decoder)
+    if packed and decoder != "unet":
+        raise ValueError(f"decoder {decoder!r} cannot be packed, only 'unet'")
+    network = FUSIONS[fusion](depth, num_channels, num_classes, dtype, decoder, packed)
     draw_kernels(network, rngs)
     return network

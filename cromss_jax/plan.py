@@ -215,6 +215,11 @@ def num_train_locations(config: ml_collections.ConfigDict, described: Data) -> i
     return len(locations)
 
 
+def num_rotated(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """Samples that a chip rotates in a step, on average: rounds of the step's one open loop."""
+    return config.augmentation.rotation_probability * config.batch_size / mesh.size
+
+
 def abstract_state(config: ml_collections.ConfigDict) -> step.TrainState:
     """Shapes of the training state."""
     return jax.eval_shape(lambda: step.init_state(config, jax.random.key(config.seed)))
@@ -228,9 +233,7 @@ def compile_step(
     Raises:
       OutOfMemory: if it does not fit.
     """
-    train_step = train.jit_train_step(
-        config, step.network_definition(config), num_train_locations(config, described), mesh
-    )
+    train_step = train.jit_train_step(config, num_train_locations(config, described), mesh)
     records = record_shapes(described, config.modalities, config.batch_size)
     lowered = train_step.lower(abstract_state(config), records)
     # Nothing is run on simulated devices: their machine code needs no care, which takes minutes.
@@ -330,7 +333,9 @@ def make_plan(
             "largest_is": "compiled" if search else "estimated",
         }
     figures["compile_seconds"] = round(time.perf_counter() - started, 1)
-    cost = costs.measure(compiled)
+    cost = costs.measure(
+        compiled, is_tpu=chip is not None, unknown_rounds=num_rotated(config, mesh)
+    )
     figures |= {"fits": True, **dataclasses.asdict(cost)}
     if chip is None:
         return figures

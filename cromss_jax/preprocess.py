@@ -5,6 +5,10 @@ A batch of records is the dict that the host makes: uint8 arrays at native resol
     s2 [B, T, T, 13] where a data set comes at 10 m), labels [B, S, T, T] of all seasons, season
     [B] int32, and truth [B, T, T] where there is one.
 A batch of examples is what leaves: imagery in [0, 1], labels, prior, cropped and augmented.
+
+Upsampling, the prior's filter, crop and flips work along each axis by itself: they are one matrix
+an axis, the rows of the filter that are shown, in the order in which they are. Only rotation mixes
+the axes. It comes last, for the samples that are rotated.
 Dimensions: B batch, T tile size, S seasons, H = W crop size, K bands, C classes.
 """
 
@@ -16,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cromss_jax import sensors, smoothing
+from cromss_jax import packing, sensors, smoothing
 
-Records = Mapping[str, jax.Array]
+Records = Maps = Mapping[str, jax.Array]
 
 # Pixels along the side of the squares that a rotated crop is made of.
 BLOCK = 8
@@ -39,51 +43,58 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def upsample(bands: jax.Array, factor: int) -> jax.Array:
+def upsample(bands: jax.Array, factor: int, shown: smoothing.Shown = None) -> jax.Array:
     """Brings bands to 10 m, to the grey level PIL's `resize(..., BICUBIC)` of uint8 images.
 
     Args:
       bands: [B, h, w, K] uint8.
       factor: whole number of output pixels a pixel.
+      shown: rows [B, H] and columns [B, W] of the upsampled image to return; all unless given.
 
     Returns:
-      [B, h * factor, w * factor, K] float32, whole numbers in 0..255.
+      [B, H, W, K] float32, whole numbers in 0..255.
     """
     values = bands.astype(jnp.float32)
-    if factor == 1:
+    if factor == 1 and shown is None:
         return values
-    _, height, width, _ = bands.shape
-    # PIL filters rows first and rounds to 8 bits after each pass.
-    for equation, size in (("wj,bhjk->bhwk", width), ("hi,biwk->bhwk", height)):
-        matrix = bicubic_matrix(size, factor)
-        values = jnp.einsum(equation, matrix, values, precision="highest")
+    # PIL filters along rows first and rounds to 8 bits after each pass.
+    for axis in (2, 1):
+        size = bands.shape[axis]
+        matrix = bicubic_matrix(size, factor) if factor > 1 else np.eye(size, dtype=np.float32)
+        if shown is not None:
+            matrix = jnp.take(matrix, shown[axis - 1], axis=0)
+        values = smoothing.along_axis(matrix, values, axis)
         values = jnp.clip(jnp.floor(values + 0.5), 0.0, 255.0)
     return values
 
 
-def _take(images: jax.Array, bands: Sequence[int]) -> jax.Array:
-    """Bands of [B, h, w, K] by position. Sliced, where an array of positions is gathered by."""
-    return jnp.stack([images[..., band] for band in bands], axis=-1)
+def _take(images: jax.Array, names: Sequence[str], chosen: Sequence[str]) -> jax.Array:
+    """Bands of [B, h, w, K] by name. Sliced, where an array of positions is gathered by."""
+    return jnp.stack([images[..., names.index(name)] for name in chosen], axis=-1)
 
 
-def stack_bands(records: Records, modality: str, s2_bands: Sequence[str]) -> jax.Array:
-    """Imagery of a modality at 10 m, [B, T, T, K] float32 in [0, 1], bands as asked for."""
+def stack_bands(
+    records: Records, modality: str, s2_bands: Sequence[str], shown: smoothing.Shown = None
+) -> jax.Array:
+    """Grey levels of a modality at 10 m, [B, H, W, K] float32, bands as asked for.
+
+    Whole numbers in 0..255; the networks see them divided by 255. `shown` as for `upsample`.
+    """
     if modality == "s1":
-        return records["s1"].astype(jnp.float32) / 255.0
+        return upsample(records["s1"], 1, shown)
     if "s2" in records:
-        order = [sensors.S2_BANDS.index(band) for band in s2_bands]
-        return _take(records["s2"], order).astype(jnp.float32) / 255.0
+        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, shown)
     stacked, names = [], []
     for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
         used = [band for band in group if band in s2_bands]
         if used:
-            chosen = _take(records[f"s2_{resolution}m"], [group.index(band) for band in used])
-            stacked.append(upsample(chosen, resolution // 10))
+            chosen = _take(records[f"s2_{resolution}m"], group, used)
+            stacked.append(upsample(chosen, resolution // 10, shown))
             names += used
-    order = [names.index(band) for band in s2_bands]
-    return _take(jnp.concatenate(stacked, axis=-1), order) / 255.0
+    return _take(jnp.concatenate(stacked, axis=-1), names, s2_bands)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """Where each sample of a batch is looked at: crop, then flips, then rotation about the centre.
@@ -93,14 +104,26 @@ class Geometry:
       left: [B] int32, first column of the crop.
       flip_rows: [B] bool, upside down.
       flip_columns: [B] bool, left to right.
-      angle: [B] float32, radians, counter-clockwise.
+      angle: [B] float32, radians, counter-clockwise; None where no sample is ever rotated.
     """
 
     top: jax.Array
     left: jax.Array
     flip_rows: jax.Array
     flip_columns: jax.Array
-    angle: jax.Array
+    angle: jax.Array | None
+
+    def shown(self, size: int, cell: int) -> tuple[jax.Array, jax.Array]:
+        """Rows and columns of the tile that the crop of `size` shows, [B, size] int32 each.
+
+        In the order of `packing.order`, from first to last in cells of a single pixel.
+        """
+        steps = packing.order(size, cell)[None]
+
+        def positions(offset: jax.Array, flip: jax.Array) -> jax.Array:
+            return offset[:, None] + jnp.where(flip[:, None], size - 1 - steps, steps)
+
+        return positions(self.top, self.flip_rows), positions(self.left, self.flip_columns)
 
 
 def random_geometry(
@@ -134,7 +157,7 @@ def random_geometry(
         left=corner[1],
         flip_rows=flipped & (which != 1),
         flip_columns=flipped & (which != 0),
-        angle=jnp.where(rotated, angle, 0.0),
+        angle=jnp.where(rotated, angle, 0.0) if rotation_probability > 0 else None,
     )
 
 
@@ -142,7 +165,7 @@ def centre_geometry(batch_size: int, margin: int) -> Geometry:
     """The crop in the middle, neither flipped nor rotated."""
     offset = jnp.full((batch_size,), margin // 2, jnp.int32)
     still = jnp.zeros((batch_size,), bool)
-    return Geometry(offset, offset, still, still, jnp.zeros((batch_size,)))
+    return Geometry(offset, offset, still, still, None)
 
 
 def _reflect(coordinate: jax.Array, size: int) -> jax.Array:
@@ -151,111 +174,100 @@ def _reflect(coordinate: jax.Array, size: int) -> jax.Array:
     return (size - 1) - jnp.abs(coordinate % period - (size - 1))
 
 
-def _source_coordinates(geometry: Geometry, size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns, [B, H, W] float32, that the rotated crop shows, in the unrotated crop."""
+def _source_coordinates(angle: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Rows and columns, [H, W] float32, that the rotated crop shows, in the unrotated crop."""
     centre = (size - 1) / 2
-    rows = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(1, -1, 1)
-    columns = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(1, 1, -1)
-    cos = jnp.cos(geometry.angle).reshape(-1, 1, 1)
-    sin = jnp.sin(geometry.angle).reshape(-1, 1, 1)
+    rows = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(-1, 1)
+    columns = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(1, -1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     # Rows grow downwards: this sign turns the picture counter-clockwise.
     source_rows = cos * rows + sin * columns + centre
     source_columns = cos * columns - sin * rows + centre
     return _reflect(source_rows, size), _reflect(source_columns, size)
 
 
-def _squares(images: jax.Array, rows: jax.Array, columns: jax.Array, side: int) -> jax.Array:
-    """Squares cut out of tiles: [B, T, T, K] and corners [B, N] x 2 -> [B, N, side, side, K]."""
-    batch, height, width, bands = images.shape
-    # Bands lie beside each other along a row, which fills the lanes of a TPU.
-    flat = images.reshape(batch, height, width * bands)
+def _rotate(images: Maps, labels: Maps, angle: jax.Array) -> tuple[Maps, Maps]:
+    """Turns a sample about its centre, its border reflected.
 
-    def cut(tile: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(tile, (row, column * bands), (side, side * bands))
-
-    squares = jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(flat, rows, columns)
-    return squares.reshape(*rows.shape, side, side, bands)
-
-
-def _interpolate(
-    images: jax.Array, rows: jax.Array, columns: jax.Array, geometry: Geometry, size: int
-) -> jax.Array:
-    """Tiles at coordinates of the crop before its flips, bilinear.
-
-    Block by block: a block's pixels come from one small square of the tile, and are that square's
+    Block by block: a block's pixels come from one small square of the crop, and are that square's
     pixels times a matrix of weights. To gather them one by one moves 53 GB an image as compiled for
-    v5e; this less than 1 GB, most of it on the chip.
+    v5e.
 
     Args:
-      images: [B, T, T, K] float32.
-      rows: [B, H, W] float32 in [0, size - 1].
-      columns: likewise.
-      geometry: one entry a sample; its angle is in the coordinates already.
-      size: H = W.
+      images: by name [H, H, K] float32, turned bilinearly.
+      labels: by name [H, H, 1] float32, turned to the nearest pixel.
+      angle: radians, counter-clockwise.
 
     Returns:
-      [B, H, W, K] float32.
+      Both, turned.
     """
-    batch, bands = images.shape[0], images.shape[-1]
+    maps = [*images.values(), *labels.values()]
+    size, ends = maps[0].shape[0], np.cumsum([x.shape[-1] for x in maps])
     block = math.gcd(size, BLOCK)
     # The pixels of a block turned by any angle lie within (block - 1) sqrt(2) of each other, in
     # rows as in columns, reflected or not; each needs the pixel at or before it and the one after.
     side = min(math.ceil((block - 1) * math.sqrt(2)) + 2, size)
 
-    def one_axis(
-        where: jax.Array, flip: jax.Array, offset: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Of N blocks: first row of the tile, [B, N], and weights [B, N, block^2, side]."""
-        flip, offset = flip.reshape(-1, 1), offset.reshape(-1, 1)
-        first = jnp.minimum(jnp.floor(jnp.min(where, axis=-1)).astype(jnp.int32), size - side)
-        start = offset + jnp.where(flip, size - side - first, first)
-        steps = jnp.arange(side).reshape(1, -1)
-        steps = jnp.where(flip, side - 1 - steps, steps)
-        shown = (first[..., None] + steps[:, None]).astype(jnp.float32)
-        distance = where[..., None] - shown[..., None, :]
-        return start, jnp.maximum(0.0, 1.0 - jnp.abs(distance))
+    def into_blocks(x: jax.Array) -> jax.Array:
+        """[H, W] -> [H / block, W / block, block^2]."""
+        x = x.reshape(size // block, block, size // block, block)
+        return x.swapaxes(1, 2).reshape(-1, size // block, block**2)
 
-    def row_of_blocks(where: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """[B, W / block, block^2] x 2 -> [B, block, W, K]."""
-        top, down = one_axis(where[0], geometry.flip_rows, geometry.top)
-        left, right = one_axis(where[1], geometry.flip_columns, geometry.left)
-        squares = _squares(images, top, left, side)
-        weights = down[..., :, None] * right[..., None, :]
-        # float32 products: pixels that are not between others keep their values.
-        seen = jnp.einsum("bnpij,bnijk->bnpk", weights, squares, precision="highest")
-        seen = seen.reshape(batch, size // block, block, block, bands)
-        return seen.transpose(0, 2, 1, 3, 4).reshape(batch, block, size, bands)
+    maps = jnp.concatenate(maps, axis=-1)
+    cut = jax.vmap(lambda i, j: jax.lax.dynamic_slice(maps, (i, j, 0), (side, side, ends[-1])))
 
-    def into_blocks(where: jax.Array) -> jax.Array:
-        """[B, H, W] -> [H / block, B, W / block, block^2]."""
-        cut = where.reshape(batch, size // block, block, size // block, block)
-        return cut.transpose(1, 0, 3, 2, 4).reshape(-1, batch, size // block, block**2)
+    def row_of_blocks(source: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Rows and columns that the pixels show, [N, block^2] each -> [block, W, bands]."""
+        first = [
+            jnp.minimum(jnp.floor(jnp.min(where, axis=-1)).astype(jnp.int32), size - side)
+            for where in source
+        ]
 
-    seen = jax.lax.map(row_of_blocks, (into_blocks(rows), into_blocks(columns)))
-    return seen.transpose(1, 0, 2, 3, 4).reshape(batch, size, size, bands)
+        def seen(source: Sequence[jax.Array], squares: jax.Array) -> jax.Array:
+            steps = [f[:, None, None] + jnp.arange(side).reshape(1, 1, -1) for f in first]
+            down, right = (
+                jnp.maximum(0.0, 1.0 - jnp.abs(where[:, :, None] - step))
+                for where, step in zip(source, steps, strict=True)
+            )
+            weights = down[:, :, :, None] * right[:, :, None, :]
+            # float32 products: pixels that are not between others keep their values.
+            return jnp.einsum("npij,nijk->npk", weights, squares, precision="highest")
+
+        squares, num_images = cut(*first), ends[len(images) - 1]
+        turned = [seen(source, squares[..., :num_images])]
+        turned.append(seen([jnp.floor(x + 0.5) for x in source], squares[..., num_images:]))
+        turned = jnp.concatenate(turned, axis=-1).reshape(-1, block, block, ends[-1])
+        return turned.swapaxes(0, 1).reshape(block, size, ends[-1])
+
+    # A row at a time: what it needs stays on the chip.
+    source = tuple(into_blocks(x) for x in _source_coordinates(angle, size))
+    turned = jax.lax.map(row_of_blocks, source).reshape(size, size, -1)
+    turned = dict(zip([*images, *labels], jnp.split(turned, ends[:-1], axis=-1), strict=True))
+    return {name: turned[name] for name in images}, {name: turned[name] for name in labels}
 
 
-def view(images: jax.Array, geometry: Geometry, size: int) -> jax.Array:
-    """Crops, flips and rotates imagery or priors, bilinear, borders reflected.
+def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tuple[Maps, Maps]:
+    """Turns those samples whose angle is not 0; the others are not touched.
 
     Args:
-      images: [B, T, T, K] float32.
-      geometry: one entry a sample.
-      size: H = W, the crop size.
+      images: by name [B, H, H, K] float32.
+      labels: by name [B, H, H, 1] float32.
+      angle: [B] float32.
+      cell: rows and columns are in the order of `packing.order`.
 
     Returns:
-      [B, H, W, K] float32. Samples that are not rotated keep their pixels' exact values.
+      Both, turned, in the same order.
     """
-    rows, columns = _source_coordinates(geometry, size)
-    return _interpolate(images, rows, columns, geometry, size)
 
+    def one(i: jax.Array, maps: tuple[Maps, Maps]) -> tuple[Maps, Maps]:
+        sample = turned[i]
+        images, labels = jax.tree.map(lambda x: packing.in_order(x[sample], cell), maps)
+        own = _rotate(images, labels, angle[sample])
+        own = jax.tree.map(lambda x: packing.in_order(x, x.shape[0] // cell), own)
+        return jax.tree.map(lambda x, y: x.at[sample].set(y), maps, own)
 
-def view_labels(labels: jax.Array, geometry: Geometry, size: int) -> jax.Array:
-    """The same view of a label map, nearest pixel: [B, T, T] of 0..255 -> [B, H, W] int32."""
-    rows, columns = _source_coordinates(geometry, size)
-    rows, columns = jnp.floor(rows + 0.5), jnp.floor(columns + 0.5)
-    values = labels[..., None].astype(jnp.float32)
-    return _interpolate(values, rows, columns, geometry, size)[..., 0].astype(jnp.int32)
+    turned = jnp.flatnonzero(angle, size=angle.size, fill_value=0)
+    return jax.lax.fori_loop(0, jnp.count_nonzero(angle), one, (images, labels))
 
 
 def drawn_labels(records: Records) -> jax.Array:
@@ -275,6 +287,7 @@ def examples(
     crop_size: int,
     num_classes: int,
     prior_kind: str | None,
+    cell: int = 1,
 ) -> dict[str, jax.Array]:
     """What the step works on.
 
@@ -285,25 +298,32 @@ def examples(
       s2_bands: names of the Sentinel-2 bands, in the network's order.
       crop_size: H = W.
       num_classes: C.
-      prior_kind: of `smoothing.smoothing_prior`, made from the whole tile before the crop; None
-        leaves it out.
+      prior_kind: of `smoothing.smoothing_prior`, made from the whole tile; None leaves it out.
+      cell: more than 1 packs images (`packing.pack`) and cuts all else into `packing.planes`.
 
     Returns:
       One [B, H, W, K] float32 in [0, 1] a modality; `labels` [B, H, W] int32, 255 where ignored;
       `truth` likewise where the records have it; `prior` [B, H, W, C] float32.
     """
-    labels = drawn_labels(records)
-    seen = {m: stack_bands(records, m, s2_bands) for m in modalities}
+    shown = geometry.shown(crop_size, cell)
+    drawn = drawn_labels(records)
+    images = {m: stack_bands(records, m, s2_bands, shown) for m in modalities}
     if prior_kind is not None:
-        seen["prior"] = smoothing.smoothing_prior(
-            records["labels"], labels, num_classes, prior_kind
+        images["prior"] = smoothing.smoothing_prior(
+            records["labels"], drawn, num_classes, prior_kind, shown
         )
-    # One view of all bands costs little more than one of a single band.
-    ends = np.cumsum([x.shape[-1] for x in seen.values()])
-    bands = view(jnp.concatenate(list(seen.values()), axis=-1), geometry, crop_size)
-    batch = dict(zip(seen, jnp.split(bands, ends[:-1], axis=-1), strict=True))
-    batch["labels"] = view_labels(labels, geometry, crop_size)
+    labels = {"labels": drawn}
     if "truth" in records:
-        truth = records["truth"].astype(jnp.int32)
-        batch["truth"] = view_labels(truth, geometry, crop_size)
-    return batch
+        labels["truth"] = records["truth"]
+    labels = {name: upsample(x[..., None], 1, shown) for name, x in labels.items()}
+    if geometry.angle is not None:
+        images, labels = rotate_some(images, labels, geometry.angle, cell)
+
+    batch = {m: images[m] / 255.0 for m in modalities}
+    told = {name: x[..., 0].astype(jnp.int32) for name, x in labels.items()}
+    if prior_kind is not None:
+        told["prior"] = images["prior"]
+    if cell > 1:
+        batch = {m: packing.pack(x, cell) for m, x in batch.items()}
+        told = {name: packing.planes(x, cell) for name, x in told.items()}
+    return batch | told

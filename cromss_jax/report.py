@@ -1,25 +1,14 @@
-"""What people see of a run: metric logs, TensorBoard, tables and pictures."""
+"""What people read of a run: metric logs, TensorBoard and tables."""
 
-import io
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
 
-import matplotlib
-import matplotlib.colors
-import matplotlib.figure
-import matplotlib.image
-import matplotlib.patches
 import numpy as np
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cromss_jax import files, sensors
-
-_COLOURS = np.array([matplotlib.colors.to_rgb(c) for c in sensors.CLASS_COLOURS])
-TITLES = {"s1": "Sentinel-1", "s2": "Sentinel-2", "labels": "Noisy label", "prior": "Prior"}
-TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "Label confidence"}
-TITLES |= {"selection_weights": "Selection weights"}
+from cromss_jax import files
 
 
 class MetricLog:
@@ -31,11 +20,15 @@ class MetricLog:
         kept = [entry for entry in files.read_metrics(self._path) if entry["step"] <= step]
         self._text = "".join(json.dumps(entry) + "\n" for entry in kept)
         files.write_whole(self._path, self._text.encode())
-        import tensorboardX  # late, as it imports torch where that is installed: seconds
+        self._workdir, self._step = workdir, step
 
-        self._board = tensorboardX.SummaryWriter(
-            os.path.join(workdir, "tensorboard"), purge_step=step + 1
-        )
+    @functools.cached_property
+    def _board(self):
+        # Late, as it imports torch where that is installed: seconds. A run should train by then.
+        import tensorboardX
+
+        folder = os.path.join(self._workdir, "tensorboard")
+        return tensorboardX.SummaryWriter(folder, purge_step=self._step + 1)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes one line of named numbers; NaN becomes null."""
@@ -59,71 +52,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Ends writing."""
-        self._board.close()
-
-
-def class_colours(labels: np.ndarray) -> np.ndarray:
-    """Dynamic World's colours for [H, W] labels, ignored pixels black: [H, W, 3] in [0, 1]."""
-    table = np.zeros((256, 3))
-    table[: len(_COLOURS)] = _COLOURS
-    return table[np.asarray(labels, np.uint8)]
-
-
-def _stretch(image: np.ndarray) -> np.ndarray:
-    """Stretches [H, W, 3] between its 2nd and 98th percentile, for looking at."""
-    low, high = np.percentile(image, (2, 98), axis=(0, 1))
-    return np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1)
-
-
-def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.ndarray:
-    if name == "s1":
-        return _stretch(values[..., [0, 1, 0]])
-    if name == "s2":
-        colours = [s2_bands.index(band) for band in ("B4", "B3", "B2") if band in s2_bands]
-        # Without all three colours, the first band in grey.
-        return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
-    if name.startswith(("label_confidence", "selection_weights")):
-        return values
-    return class_colours(values)
-
-
-def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> np.ndarray:
-    """Draws samples as rows and what is known of them as columns.
-
-    Args:
-      shown: what the picture step returns, [n, H, W] or [n, H, W, K].
-      s2_bands: names of the bands of `shown["s2"]`.
-
-    Returns:
-      [H, W, 3] uint8.
-    """
-    order = ["s2", "s1", "truth", "labels", "prior"]
-    order = [name for name in order if name in shown]
-    order += sorted(name for name in shown if "/" in name)
-    count = len(shown["labels"])
-    figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), 1.72 * count + 0.75), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(count, len(order), squeeze=False)
-    for row in range(count):
-        for axis, name in zip(axes[row], order, strict=True):
-            drawn = _drawable(name, shown[name][row], s2_bands)
-            axis.imshow(drawn, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                kind, _, modality = name.partition("/")
-                axis.set_title(f"{TITLES[kind]} {modality.upper()}".strip(), fontsize=8)
-    handles = [matplotlib.patches.Patch(color=c) for c in sensors.CLASS_COLOURS]
-    figure.legend(handles, sensors.CLASS_NAMES, loc="lower center", ncols=9, fontsize=8)
-    figure.subplots_adjust(0.005, 0.4 / (1.72 * count + 0.75), 0.995, 0.95, 0.03, 0.03)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def save_picture(path: epath.Path, pixels: np.ndarray) -> None:
-    """Writes [H, W, 3] uint8 as PNG."""
-    buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, pixels, format="png")
-    files.write_whole(path, buffer.getvalue())
+        if "_board" in vars(self):
+            self._board.close()
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -172,37 +102,3 @@ def transfer_table(cells: Mapping[tuple[str, str, str], Mapping[str, Sequence[fl
             shown.append(" / ".join(_percent(values) if values else "–" for values in pair))
         lines.append(f"| {dataset} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
-
-
-def draw_confusion(confusion: np.ndarray, legend: sensors.Legend) -> np.ndarray:
-    """Draws a confusion matrix, each label's row in percent, the classes in their colours.
-
-    Args:
-      confusion: [C, C] integers, rows labels, columns predictions.
-      legend: names and colours.
-
-    Returns:
-      [H, W, 3] uint8.
-    """
-    count = len(legend)
-    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure = matplotlib.figure.Figure(figsize=(0.62 * count + 2.6, 0.5 * count + 2.2), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.imshow(shares, vmin=0, vmax=100, cmap="Greys", aspect="auto")
-    for row, column in np.ndindex(count, count):
-        share = shares[row, column]
-        colour = "white" if share > 55 else "black"
-        axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    for i, colour in enumerate(legend.values()):
-        patch = {"color": colour, "clip_on": False, "lw": 0}
-        axis.add_patch(matplotlib.patches.Rectangle((-0.78, i - 0.5), 0.28, 1, **patch))
-        axis.add_patch(matplotlib.patches.Rectangle((i - 0.5, count - 0.5), 1, 0.28, **patch))
-    axis.set_xticks(range(count), legend, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(count), legend, fontsize=8)
-    axis.tick_params(length=0, pad=12)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("labelled (rows in percent)")
-    figure.tight_layout()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

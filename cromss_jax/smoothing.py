@@ -1,6 +1,6 @@
 """Spatial-temporal label smoothing (paper, Section III-C): what neighbours and other seasons say.
 
-Dimensions: B batch, S seasons, H height, W width, C classes.
+Dimensions: B batch, S seasons, T tile size, H height and W width of what is shown, C classes.
 """
 
 import jax
@@ -11,6 +11,7 @@ SIGMA = 3.0  # pixels
 RADIUS = 12  # truncated at 4 sigma
 
 PRIOR_KINDS = ("ts", "t", "s")
+Shown = tuple[jax.Array, jax.Array] | None
 
 
 def gaussian_matrix(size: int) -> np.ndarray:
@@ -32,58 +33,86 @@ def gaussian_matrix(size: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _filtered(maps: jax.Array) -> jax.Array:
-    """Gaussian filter of [B, H, W, C] along H and W, normalised over the classes."""
-    _, height, width, num_classes = maps.shape
-    # float32 products: TPUs would round to bfloat16 and the prior would not sum to one.
-    blurred = jnp.einsum("hi,biwc->bhwc", gaussian_matrix(height), maps, precision="highest")
-    blurred = jnp.einsum("wj,bhjc->bhwc", gaussian_matrix(width), blurred, precision="highest")
-    total = jnp.sum(blurred, axis=-1, keepdims=True)
-    return jnp.where(total > 0, blurred / jnp.where(total > 0, total, 1.0), 1.0 / num_classes)
+def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
+    """`matrix` times each row or column of maps.
+
+    Args:
+      matrix: [N, n], or [B, N, n] with one for each sample.
+      maps: [B, h, w, C] float32, n long along `axis`.
+      axis: 1 for columns, 2 for rows.
+
+    Returns:
+      [B, H, W, C] float32, N long along `axis`.
+    """
+    batch = "b" if matrix.ndim == 3 else ""
+    equation = {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
+    # float32 products: TPUs would round to bfloat16, and a prior would not sum to one.
+    return jnp.einsum(batch + equation, matrix, maps, precision="highest")
 
 
-def temporal_prior(season_labels: jax.Array, num_classes: int) -> jax.Array:
+def _filtered(maps: jax.Array, shown: Shown) -> jax.Array:
+    """Gaussian filter of [B, T, T, C] along both axes, normalised over the classes."""
+    num_classes = maps.shape[-1]
+    for axis in (1, 2):
+        matrix = gaussian_matrix(maps.shape[axis])
+        if shown is not None:
+            matrix = jnp.take(matrix, shown[axis - 1], axis=0)
+        maps = along_axis(matrix, maps, axis)
+    total = jnp.sum(maps, axis=-1, keepdims=True)
+    return jnp.where(total > 0, maps / jnp.where(total > 0, total, 1.0), 1.0 / num_classes)
+
+
+def temporal_prior(season_labels: jax.Array, num_classes: int, shown: Shown = None) -> jax.Array:
     """Class frequencies over all seasons, filtered in space.
 
     Args:
-      season_labels: [B, S, H, W] integers. Labels outside 0..C-1 are left out of their pixel's
+      season_labels: [B, S, T, T] integers. Labels outside 0..C-1 are left out of their pixel's
         frequencies; a season of nothing else does not count.
       num_classes: C.
+      shown: as for `smoothing_prior`.
 
     Returns:
       [B, H, W, C] float32, summing to one over C; uniform where no label is near.
     """
-    one_hot = jax.nn.one_hot(season_labels, num_classes, dtype=jnp.float32)
-    return _filtered(jnp.mean(one_hot, axis=1))
+    # Their sum does as well as their mean: what is filtered is normalised.
+    seasons = [season_labels[:, season] for season in range(season_labels.shape[1])]
+    counts = sum(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32) for labels in seasons)
+    return _filtered(counts, shown)
 
 
-def spatial_prior(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Class frequencies around each pixel of one season, [B, H, W] -> [B, H, W, C]."""
-    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32))
+def spatial_prior(labels: jax.Array, num_classes: int, shown: Shown = None) -> jax.Array:
+    """Class frequencies around each pixel of one season, [B, T, T] -> [B, H, W, C]."""
+    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), shown)
 
 
 @jax.named_scope("prior")
 def smoothing_prior(
-    season_labels: jax.Array, labels: jax.Array, num_classes: int, kind: str
+    season_labels: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    kind: str,
+    shown: Shown = None,
 ) -> jax.Array:
-    """The prior M of a sample.
+    """The prior M of a sample, of the whole tile whatever is shown of it.
 
     Args:
-      season_labels: [B, S, H, W], the labels of all seasons.
-      labels: [B, H, W], those of the drawn season.
+      season_labels: [B, S, T, T], the labels of all seasons.
+      labels: [B, T, T], those of the drawn season.
       num_classes: C.
       kind: "t" temporal, "s" spatial, "ts" their mean.
+      shown: rows [B, H] and columns [B, W] of the tile to return the prior of, in their order;
+        all of them unless given.
 
     Returns:
       [B, H, W, C] float32, summing to one over C.
     """
     if kind == "ts":
-        temporal = temporal_prior(season_labels, num_classes)
-        return (temporal + spatial_prior(labels, num_classes)) / 2
+        temporal = temporal_prior(season_labels, num_classes, shown)
+        return (temporal + spatial_prior(labels, num_classes, shown)) / 2
     if kind == "t":
-        return temporal_prior(season_labels, num_classes)
+        return temporal_prior(season_labels, num_classes, shown)
     if kind == "s":
-        return spatial_prior(labels, num_classes)
+        return spatial_prior(labels, num_classes, shown)
     raise ValueError(f"smoothing prior {kind!r} is none of {PRIOR_KINDS}")
 
 

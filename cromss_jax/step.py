@@ -4,6 +4,7 @@ The method as a whole stands in `training_loss`. Dimensions: B batch, H height, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -58,7 +59,9 @@ def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformat
     return schedules.plateau(config.schedule.factor, config.schedule.patience)
 
 
-def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+def make_network(
+    config: ml_collections.ConfigDict, rngs: nnx.Rngs, packed: bool = False
+) -> nnx.Module:
     """The networks of the configuration."""
     num_channels = {"s1": len(sensors.S1_BANDS), "s2": len(config.s2_bands)}
     return models.make_network(
@@ -69,6 +72,7 @@ def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Modul
         jnp.dtype(config.network.dtype),
         rngs,
         decoder=config.network.get("decoder", "unet"),
+        packed=packed,
     )
 
 
@@ -88,9 +92,9 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
     )
 
 
-def network_definition(config: ml_collections.ConfigDict) -> nnx.GraphDef:
-    """The networks without their arrays, for `nnx.merge`."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
+def network_definition(config: ml_collections.ConfigDict, packed: bool = False) -> nnx.GraphDef:
+    """The networks without their arrays, for `nnx.merge`; `packed` as for `models.make_network`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), packed)))
 
 
 def others(modality: str, maps: Maps) -> jax.Array | None:
@@ -220,7 +224,7 @@ def training_loss(
     valid = (labels < NUM_CLASSES).astype(jnp.float32)
     report = {"loss": loss, "ramp": ramp, **parts}
     for m, x in log_probs.items():
-        hits = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
+        hits = (losses.argmax(x) == labels).astype(jnp.float32)
         report[f"accuracy/{m}"] = losses.weighted_mean(hits, valid)
         report[f"label_confidence/{m}"] = losses.weighted_mean(confidences[m], valid)
         report[f"selection_weight/{m}"] = losses.weighted_mean(weights[m], valid)
@@ -271,6 +275,7 @@ def make_train_step(
     definition: nnx.GraphDef,
     num_locations: int,
     num_scopes: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step, the same one for all epochs.
 
@@ -279,6 +284,7 @@ def make_train_step(
       definition: of the networks.
       num_locations: number of training locations, which is an epoch's number of samples.
       num_scopes: as for `training_loss`; 1 is the global batch.
+      mesh: over whose devices the batch is cut.
 
     Returns:
       (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
@@ -288,7 +294,11 @@ def make_train_step(
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
         geometry = draw_geometry(config, state, records["labels"].shape[-1])
-        return update(state, make_examples(config, records, geometry, prior_kind(config)))
+        is_packed = nnx.merge(definition, state.params, state.batch_stats).packed
+        cell = models.PACKED_CELL if is_packed else 1
+        return update(
+            state, make_examples(config, records, geometry, prior_kind(config), cell, mesh)
+        )
 
     return train_step
 
@@ -349,17 +359,24 @@ def make_examples(
     records: Maps,
     geometry: preprocess.Geometry,
     kind: str | None,
+    cell: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """`preprocess.examples` as the configuration wants them."""
-    return preprocess.examples(
-        records,
-        geometry,
+    """`preprocess.examples` as the configuration wants them, by each device of its own samples."""
+    make = functools.partial(
+        preprocess.examples,
         modalities=config.modalities,
         s2_bands=config.s2_bands,
         crop_size=config.data.crop_size,
         num_classes=NUM_CLASSES,
         prior_kind=kind,
+        cell=cell,
     )
+    if mesh is not None:
+        # How many samples are rotated differs from device to device.
+        rows = jax.sharding.PartitionSpec(mesh.axis_names)
+        make = jax.shard_map(make, mesh=mesh, in_specs=rows, out_specs=rows)
+    return make(records, geometry)
 
 
 def predict(

@@ -11,7 +11,6 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from cromss_jax import (
     checkpoint,
@@ -78,14 +77,13 @@ def count_scopes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 def jit_train_step(
-    config: ml_collections.ConfigDict,
-    definition: nnx.GraphDef,
-    num_locations: int,
-    mesh: jax.sharding.Mesh,
+    config: ml_collections.ConfigDict, num_locations: int, mesh: jax.sharding.Mesh
 ) -> Callable:
     """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated."""
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    definition = step.network_definition(config, packed=is_tpu and config.network.decoder == "unet")
     scopes = count_scopes(config, mesh)
-    train_step = step.make_train_step(config, definition, num_locations, scopes)
+    train_step = step.make_train_step(config, definition, num_locations, scopes, mesh)
     return sharding.jit_step(train_step, mesh, donate_state=True)
 
 
@@ -213,7 +211,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     definition = step.network_definition(config)
     num_locations = len(train_locations)
     init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
-    train_step = jit_train_step(config, definition, num_locations, mesh)
+    train_step = jit_train_step(config, num_locations, mesh)
     eval_step = sharding.jit_step(step.make_eval_step(config, definition), mesh)
     picture_step = sharding.jit_step(
         step.make_picture_step(config, definition, num_locations), mesh
@@ -344,9 +342,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 )
                 if log:
                     log.scalars(number, "validation", evaluation.scalars())
-                    picture = report.draw_samples(shown, tuple(config.s2_bands))
+                    from cromss_jax import pictures  # late: a second that training needs not wait
+
+                    picture = pictures.draw_samples(shown, tuple(config.s2_bands))
                     log.picture(number, "samples", picture)
-                    report.save_picture(folder / "samples.png", picture)
+                    pictures.save_picture(folder / "samples.png", picture)
                 _log.info("step %d, validation loss %.4f", number, evaluation.loss)
 
             # After the validation, whose result the plateau schedule keeps in the state. The

@@ -18,7 +18,7 @@ from cromss_jax import (
     finetune,
     finetune_step,
     metrics,
-    report,
+    pictures,
     run,
     schedules,
     sensors,
@@ -323,7 +323,7 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
 
 
 def test_a_confusion_matrix_is_drawn_in_its_colours():
-    picture = report.draw_confusion(np.eye(8, dtype=int) * 5, sensors.DFC2020)
+    picture = pictures.draw_confusion(np.eye(8, dtype=int) * 5, sensors.DFC2020)
     colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
     for colour in sensors.DFC2020.values():
         assert tuple(bytes.fromhex(colour[1:])) in colours

@@ -263,16 +263,23 @@ def test_batch_norm_by_hand():
     np.testing.assert_allclose(y.ravel(), [1 / np.sqrt(1.1 + 1e-5)], rtol=1e-6)
 
 
-def test_batch_norm_keeps_float32_statistics_of_offset_bfloat16_values():
-    x = jnp.asarray(np.random.default_rng(0).normal(1000, 8, (4, 16, 16, 3)), jnp.bfloat16)
+@pytest.mark.parametrize(("mean", "tracked_mean"), [(8, 0), (1000, 960)])
+def test_batch_norm_keeps_float32_statistics_of_bfloat16_values(mean, tracked_mean):
+    x = jnp.asarray(np.random.default_rng(0).normal(mean, 8, (4, 16, 16, 3)), jnp.bfloat16)
     norm = layers.BatchNorm(3)
+    norm.running_mean.set_value(jnp.full(3, tracked_mean, jnp.float32))
     y = norm(x, train=True)
     exact = np.asarray(x, np.float64).reshape(-1, 3)
     assert y.dtype == jnp.bfloat16
     assert norm.running_var.dtype == jnp.float32
-    # float32 rounds by 6e-8; E[x^2] - E[x]^2 would lose 1000^2 / 8^2 = 15,625 times that.
-    np.testing.assert_allclose(norm.running_mean[...], 0.1 * exact.mean(0), rtol=1e-6)
+    # float32 rounds by 6e-8, of squares up to 26 times the variance around the tracked mean;
+    # around zero E[x^2] - E[x]^2 would lose 1000^2 / 8^2 = 15,625 times that.
+    expected = 0.9 * tracked_mean + 0.1 * exact.mean(0)
+    np.testing.assert_allclose(norm.running_mean[...], expected, rtol=1e-6)
     np.testing.assert_allclose(norm.running_var[...], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-5)
+    normalised = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    # Rounded to bfloat16's 8 bits.
+    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(-1, 3), normalised, rtol=2**-8)
 
 
 def test_batch_norm_needs_two_values():
@@ -300,7 +307,7 @@ def test_upsample_repeats_each_pixel():
 def test_max_pool_by_hand():
     x = -1.0 - jnp.arange(16.0).reshape(1, 4, 4, 1)
     # Windows around rows and columns 0 and 2; the padding never wins over negative values.
-    np.testing.assert_array_equal(layers.max_pool(x)[0, :, :, 0], [[-1, -2], [-5, -6]])
+    np.testing.assert_array_equal(layers.max_pool(x, 1)[0, :, :, 0], [[-1, -2], [-5, -6]])
 
 
 def test_group_norm_is_torchs(torch):

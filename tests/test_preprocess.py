@@ -1,5 +1,7 @@
 """What the device does to records: PIL's upsampling, band order, one view for all arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ def test_band_order(num_bands):
         resolution = next(r for r, g in sensors.S2_BANDS_BY_RESOLUTION.items() if band in g)
         position = sensors.S2_BANDS_BY_RESOLUTION[resolution].index(band)
         native = records[f"s2_{resolution}m"][..., position : position + 1]
-        alone = preprocess.upsample(native, resolution // 10)[..., 0] / 255.0
+        alone = preprocess.upsample(native, resolution // 10)[..., 0]
         np.testing.assert_array_equal(stacked[..., index], alone)
 
 
@@ -73,27 +75,40 @@ def geometry_of(top=0, left=0, flip_rows=False, flip_columns=False, angle=0.0):
 @pytest.mark.parametrize("flip_rows", [False, True])
 @pytest.mark.parametrize("flip_columns", [False, True])
 def test_crop_and_flip_are_slices(flip_rows, flip_columns):
-    images = jax.random.uniform(jax.random.key(0), (B, T, T, 5))
-    geometry = geometry_of(3, 7, flip_rows, flip_columns)
-    expected = np.asarray(images)[:, 3 : 3 + SIZE, 7 : 7 + SIZE]
-    expected = expected[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-    np.testing.assert_array_equal(preprocess.view(images, geometry, SIZE), expected)
-    labels = (images[..., 0] * 9).astype(jnp.int32)
-    found = preprocess.view_labels(labels, geometry, SIZE)
-    np.testing.assert_array_equal(found, (expected[..., 0] * 9).astype(np.int32))
+    shown = geometry_of(3, 7, flip_rows, flip_columns).shown(SIZE, 1)
+
+    def cut(image):
+        image = np.asarray(image)[:, 3 : 3 + SIZE, 7 : 7 + SIZE]
+        return image[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+    records = {k: jnp.asarray(v) for k, v in make_records().items()}
+    found = preprocess.stack_bands(records, "s2", sensors.S2_BANDS, shown)
+    whole = preprocess.stack_bands(records, "s2", sensors.S2_BANDS)
+    np.testing.assert_array_equal(found, cut(whole))
+    prior = functools.partial(
+        smoothing.smoothing_prior, records["labels"], records["labels"][:, 0], 9, "ts"
+    )
+    # Sums of 25 x 25 products in another order, in float32.
+    np.testing.assert_allclose(prior(shown), cut(prior()), atol=1e-6)
+
+
+def rotated(images, angle):
+    angle = jnp.broadcast_to(jnp.asarray(angle, jnp.float32), (len(images),))
+    labels = jnp.zeros((*images.shape[:3], 1))
+    return preprocess.rotate_some({"images": images}, {"labels": labels}, angle, 1)[0]["images"]
 
 
 def test_quarter_turn_is_rot90():
     images = jax.random.uniform(jax.random.key(1), (B, SIZE, SIZE, 2))
-    turned = preprocess.view(images, geometry_of(angle=np.pi / 2), SIZE)
     # cos(pi/2) is 4e-8 in float32: a coordinate is off by up to 2e-6 pixels.
-    np.testing.assert_allclose(turned, np.rot90(images, axes=(1, 2)), atol=1e-5)
+    expected = np.rot90(images, axes=(1, 2))
+    np.testing.assert_allclose(rotated(images, np.pi / 2), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("degrees", [-70.0, 33.0])
 def test_rotation_is_scipys(degrees):
     images = jax.random.uniform(jax.random.key(2), (B, SIZE, SIZE, 1))
-    found = preprocess.view(images, geometry_of(angle=np.deg2rad(degrees)), SIZE)
+    found = rotated(images, np.deg2rad(degrees))
     expected = [
         scipy.ndimage.rotate(
             np.asarray(i, np.float64), degrees, reshape=False, order=1, mode="mirror"
@@ -102,6 +117,46 @@ def test_rotation_is_scipys(degrees):
     ]
     # Coordinates are float32: off by 2e-6 pixels, times a slope of at most 1 a pixel in each axis.
     np.testing.assert_allclose(found[..., 0], expected, atol=1e-5)
+
+
+def test_samples_are_rotated_one_by_one():
+    images = jax.random.uniform(jax.random.key(2), (B, SIZE, SIZE, 2))
+    angles = np.array([0, 0.3, 0, 0, -1.2, 0], np.float32)
+    found = rotated(images, angles)
+    np.testing.assert_array_equal(found[angles == 0], images[angles == 0])
+    for i in np.flatnonzero(angles):
+        alone = rotated(images[i : i + 1], angles[i])[0]
+        # Coordinates are float32, 2e-6 pixels, and summed in whatever order.
+        np.testing.assert_allclose(found[i], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("prior_kind", ["ts", None])
+def test_packed_examples_are_the_same_pixels(prior_kind):
+    records = {k: jnp.asarray(v) for k, v in make_records().items()}
+    geometry = preprocess.random_geometry(
+        jax.random.key(3), B, T - SIZE, flip_probability=0.5, rotation_probability=0.5, max_angle=90
+    )
+    make = functools.partial(
+        preprocess.examples,
+        records,
+        geometry,
+        modalities=("s1", "s2"),
+        s2_bands=sensors.S2_BANDS,
+        crop_size=SIZE,
+        num_classes=9,
+        prior_kind=prior_kind,
+    )
+    plain, packed = make(), make(cell=4)
+    assert plain.keys() == packed.keys()
+    for name, x in plain.items():
+        # By hand: cells of 4 x 4 pixels.
+        cells = np.asarray(x).reshape(B, SIZE // 4, 4, SIZE // 4, 4, -1)
+        if name in ("s1", "s2"):
+            expected = cells.transpose(0, 1, 3, 2, 4, 5)
+        else:
+            expected = cells.transpose(0, 2, 4, 1, 3, 5)
+        # Products in another order, in float32, of what is rotated and of the prior.
+        np.testing.assert_allclose(packed[name], expected.reshape(packed[name].shape), atol=1e-6)
 
 
 def test_every_array_is_seen_alike():
@@ -132,9 +187,14 @@ def test_every_array_is_seen_alike():
     np.testing.assert_array_equal(np.round(seen)[inside], batch["labels"][inside])
     np.testing.assert_allclose(batch["prior"].sum(-1), 1.0, rtol=1e-5)
     prior = smoothing.smoothing_prior(
-        jnp.asarray(records["labels"]), jnp.asarray(classes).astype(jnp.int32), 9, "ts"
+        jnp.asarray(records["labels"]),
+        jnp.asarray(classes).astype(jnp.int32),
+        9,
+        "ts",
+        geometry.shown(SIZE, 1),
     )
-    np.testing.assert_array_equal(batch["prior"], preprocess.view(prior, geometry, SIZE))
+    expected, _ = preprocess.rotate_some({"prior": prior}, {"x": prior}, geometry.angle, 1)
+    np.testing.assert_array_equal(batch["prior"], expected["prior"])
 
 
 def test_draws_depend_on_the_key_alone_and_have_the_stated_odds():

@@ -56,7 +56,7 @@ def away_from_kinks(state: step.TrainState) -> step.TrainState:
 def compile_step(config, num_devices: int):
     mesh = sharding.make_mesh(num_devices)
     jitted = sharding.jit_step(
-        step.make_train_step(config, step.network_definition(config), 64), mesh
+        step.make_train_step(config, step.network_definition(config), 64, mesh=mesh), mesh
     )
     init = jax.jit(lambda k: step.init_state(config, k), out_shardings=sharding.replicated(mesh))
     state = init(jax.random.key(0))

@@ -196,7 +196,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
     def loss_of(params, inputs):
         network = nnx.merge(definition, params, stats, copy=True)
         if part == "encoder":
-            outputs = network.encode(network.encoder, inputs[0], True)
+            outputs = network.encode([network.encoder], inputs, True)[0]
         else:
             outputs = [network.decode(inputs, True)]
         return sum(jnp.vdot(x, slope) for x, slope in zip(outputs, slopes, strict=True))
@@ -330,8 +330,8 @@ def preprocessing(size: str) -> dict[str, Runner]:
         found = jax.block_until_ready(ours(key, placed))
         return np.asarray(found["s2"]).mean((1, 2))
 
-    stack = jax.jit(lambda r: preprocess.stack_bands(r, "s2", config.s2_bands) * 255)
-    tiles = np.concatenate([records["s1"], np.asarray(stack(records)).round()], -1)
+    stack = jax.jit(lambda r: preprocess.stack_bands(r, "s2", config.s2_bands))
+    tiles = np.concatenate([records["s1"], np.asarray(stack(records))], -1)
     # As the LMDB holds them: a sample's bands in planes.
     tiles = torch.from_numpy(tiles.astype(np.uint8).transpose(0, 3, 1, 2).copy())
     labels = records["labels"][np.arange(batch_size), records["season"]]
