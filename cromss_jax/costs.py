@@ -87,8 +87,8 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
     """What a compiled program communicates, by kind.
 
     The collectives of a loop count once a round where the program says how many rounds there are,
-    as for CPUs, and once in all where it doesn't, as for TPUs. The only loops of the training step,
-    the bisections of `selection.class_thresholds`, exchange 36 bytes a round.
+    as for CPUs, and once in all where it doesn't, as for TPUs. Of the training step's loops only
+    the bisections of `selection.class_thresholds` communicate, 36 bytes a round.
 
     Args:
       hlo: text of the optimised program.
@@ -147,7 +147,7 @@ class Cost:
 
 
 def measure(
-    compiled: jax.stages.Compiled, *, is_tpu: bool = False, unknown_rounds: float = 0.0
+    compiled: jax.stages.Compiled, *, is_tpu: bool = False, unknown_rounds: float = 0
 ) -> Cost:
     """Asks the compiler what a step costs.
 
@@ -168,7 +168,7 @@ def measure(
     return Cost(
         memory={**parts, "peak": sum(parts.values())},
         flops=cost["flops"],
-        hbm_bytes=sum(traffic.by_part(text, (), unknown_rounds).values())
+        hbm_bytes=sum(traffic.by_part(text, unknown_rounds=unknown_rounds).values())
         if is_tpu
         else cost["bytes accessed"],
         collectives=find_collectives(text),

@@ -87,6 +87,7 @@ class UNetBlock(nnx.Module):
     def packed(self, x: jax.Array, skip: jax.Array | None, train: bool) -> jax.Array:
         """The same in cells: of n x n pixels of `x`, 2 n x 2 n pixels of `skip` and of the result.
 
+        Maps [B, h, w, n^2 in_channels] and [B, h, w, 4 n^2 skip] to [B, h, w, 4 n^2 out_channels].
         `x` is not upsampled: the packed kernel sees it as if it were.
         """
         conv, norm = self.conv1

@@ -80,6 +80,8 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, out_channels]."""
         cell = packing.cell_size(x, self.weight.shape[2])
+        if cell > 1 and self.dilation > 1:
+            raise ValueError("a dilated convolution cannot run on packed images")
         if cell > 1:
             kernel = packing.pack_kernel(self.weight[...], cell, stride=self.stride)
             y = convolve(x, kernel.astype(x.dtype))
@@ -131,7 +133,8 @@ class BatchNorm(nnx.Module):
 
     Normalises by the biased variance and moves the unbiased one into the running variance, by
     `MOMENTUM` of the new value. Statistics are float32 whatever the input's dtype and, under
-    `jax.jit`, those of the whole batch however it is sharded.
+    `jax.jit`, those of the whole batch however it is sharded. Of bfloat16 they are computed around
+    the running mean.
     """
 
     MOMENTUM = 0.1
@@ -149,11 +152,10 @@ class BatchNorm(nnx.Module):
         """Normalises [B, H, W, C]; with `train` by the batch's statistics, and tracks them."""
         if train:
             mean, var = self._statistics(x)
-            self._track(mean, var, x.size // mean.size)
+            self.track(mean, var, x.size // mean.size)
         else:
             mean, var = self.running_mean[...], self.running_var[...]
-        scale = jax.lax.rsqrt(var + self.EPSILON) * self.weight[...]
-        mean, scale, bias = (_per_channel(v, x) for v in (mean, scale, self.bias[...]))
+        mean, scale, bias = (_per_channel(v, x) for v in (mean, self.scale(var), self.bias[...]))
         return ((_widened(x) - mean) * scale + bias).astype(x.dtype)
 
     def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,8 +166,8 @@ class BatchNorm(nnx.Module):
 
         wide = _widened(x)
         if x.dtype == jnp.bfloat16:
-            # In one pass. The squares cancel to as many bits as the mean is far from the running
-            # one, of the 16 that float32 has beyond the input's.
+            # In one pass. What cancels is (distance of the mean from the running one / standard
+            # deviation)^2 times float32's rounding, which is 2^16 times finer than the input's.
             centred = wide - _per_channel(self.running_mean[...], x)
             shift, squares = mean_of(centred), mean_of(jnp.square(centred))
             return self.running_mean[...] + shift, jnp.maximum(squares - jnp.square(shift), 0)
@@ -174,7 +176,12 @@ class BatchNorm(nnx.Module):
         centred = wide - _per_channel(jax.lax.stop_gradient(mean), x)
         return mean, mean_of(jnp.square(centred))
 
-    def _track(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+    def scale(self, var: jax.Array) -> jax.Array:
+        """What centred values are multiplied by, [C]."""
+        return jax.lax.rsqrt(var + self.EPSILON) * self.weight[...]
+
+    def track(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+        """Moves the running statistics towards a batch's, [C] each, of `count` pixels."""
         if count < 2:
             raise ValueError(
                 "BatchNorm found one value per channel in training mode and needs at least two: "
@@ -215,17 +222,59 @@ class GroupNorm(nnx.Module):
 
 
 def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
-    """Applies a convolution and its BatchNorm."""
+    """Applies a convolution and its BatchNorm.
+
+    In bfloat16, where memory and not arithmetic is what a step waits for, a 1x1 convolution to more
+    channels trains as one with its BatchNorm in its kernel.
+    """
     conv, norm = layers
+    size, _, in_channels, out_channels = conv.weight.shape
+    widens = size == 1 and in_channels < out_channels and conv.bias is None
+    if train and widens and x.dtype == jnp.bfloat16:
+        return normalised_product(conv, norm, x)
     return norm(conv(x), train)
+
+
+def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
+    """`norm(conv(x), train=True)` of a 1x1 convolution without bias, by a single product.
+
+    The products' mean and variance follow from those of what is multiplied: with mean m and
+    covariance S of the pixels of x, a channel of kernel w has mean w.m and variance w.S w. So the
+    kernel can be scaled first. Of the product before its normalisation, wider than x, nothing is
+    written or read, nor of its gradient.
+    """
+    x = x[:, :: conv.stride, :: conv.stride]
+    kernel = conv.weight[0, 0]
+    pixels = x.reshape(-1, x.shape[-1])
+    mean = _widened(pixels).mean(0)
+    squares = jnp.einsum("nc,nd->cd", pixels, pixels, preferred_element_type=mean.dtype)
+    covariance = squares / len(pixels) - jnp.outer(mean, mean)
+
+    # Of small matrices, in float32 on TPUs too.
+    product = functools.partial(jnp.matmul, precision="highest")
+    # Rounded, a variance of 0 can be less.
+    var = jnp.maximum((kernel * product(covariance, kernel)).sum(0), 0)
+    norm.track(product(mean, kernel), var, len(pixels))
+    scaled = (kernel * norm.scale(var).reshape(1, -1)).astype(x.dtype)
+    # As rounded: what is subtracted is the mean of the very products.
+    shift = norm.bias[...] - product(mean, _widened(scaled))
+    y = _widened(convolve(x, scaled.reshape(1, 1, *scaled.shape)))
+    return (y + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
 def max_pool(x: jax.Array, channels: int) -> jax.Array:
     """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even.
 
-    Of an image in cells of 2 x 2 pixels it makes one that is not packed.
+    Of an image in cells of 2 x 2 pixels it makes one that is not packed. Where pixels tie, as
+    bfloat16's do, the gradient then goes to all of the largest in equal parts; otherwise, as in
+    PyTorch, to the first of them.
+
+    Raises:
+      ValueError: for other cells.
     """
     cell = packing.cell_size(x, channels)
+    if cell > 2:
+        raise ValueError(f"cells of {cell} x {cell} pixels cannot be pooled, only of 2 x 2")
     if cell == 1:
         return jax.lax.reduce_window(
             x,

@@ -21,7 +21,7 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def argmax(values: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the classes, [B, H, W, C] -> [B, H, W] int32, the first of equals.
+    """The class of the largest value, [B, H, W, C] -> [B, H, W] int32, the first of equals.
 
     Two plain reductions: one of pairs needs the classes in a TPU's rows, which are of 128.
     """

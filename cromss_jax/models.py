@@ -94,7 +94,7 @@ class SegmentationNetwork(nnx.Module):
         for encoder, image in zip(encoders, images, strict=True):
             _check_image(image, encoder.conv1.weight.shape[2], self.stride, cell)
         images = [image.astype(self.dtype) for image in images]
-        if self.packed and len(encoders) == 2:
+        if self.packed and len(encoders) == 2:  # TPUs alone gain by it
             return encode_beside(encoders, images, train)
         return [encoder(x, train) for encoder, x in zip(encoders, images, strict=True)]
 
@@ -261,8 +261,9 @@ def make_network(
       decoder: "unet", "pspnet", "deeplabv3plus" or "fpn".
       packed: whether a U-Net computes its layers of few channels on packed images, which spares a
         TPU most of their memory traffic and costs arithmetic. It takes `packing.pack`ed images, in
-        cells of `PACKED_CELL`, and returns logits in the order of `packing.planes`. Parameters and
-        values are the same.
+        cells of `PACKED_CELL` = 4, [B, H / 4, W / 4, 16 K], and returns logits in the order of
+        `packing.planes`, [B, 16, H W / 16, C]. Parameters are the same, values but for the order
+        of sums, and gradients but where `layers.max_pool` meets ties.
 
     Raises:
       ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`, for modalities that do

@@ -14,12 +14,25 @@ import numpy as np
 
 
 def cell_size(x: jax.Array, channels: int) -> int:
-    """Pixels along the side of the cells of an image of so many channels; 1 if it is not packed."""
-    return math.isqrt(x.shape[-1] // channels)
+    """Pixels along the side of the cells of an image of so many channels; 1 if it is not packed.
+
+    Raises:
+      ValueError: if neither so many channels nor square cells of as many lie in `x`.
+    """
+    cell = math.isqrt(x.shape[-1] // channels)
+    if cell**2 * channels != x.shape[-1]:
+        raise ValueError(f"{x.shape[-1]} channels are no square cells of {channels}")
+    return cell
 
 
 def order(size: int, cell: int) -> np.ndarray:
-    """Rows, or columns, of an image: the cells' first ones, then their second ones, [size] int."""
+    """Rows, or columns, of an image: the cells' first ones, then their second ones, [size] int.
+
+    Raises:
+      ValueError: if `size` is no multiple of `cell`.
+    """
+    if size % cell:
+        raise ValueError(f"{size} pixels cannot be packed by {cell}: use a multiple of it")
     return np.arange(size).reshape(-1, cell).T.reshape(-1)
 
 
@@ -51,10 +64,10 @@ def planes(x: jax.Array, cell: int) -> jax.Array:
 
 
 def unpack_planes(x: jax.Array, channels: int) -> jax.Array:
-    """A packed image in the order of `planes`: [B, h, w, n C] -> [B, n, h w, C].
+    """A packed image in the order of `planes`: [B, h, w, cell^2 C] -> [B, cell^2, h w, C].
 
-    In memory the result's channels come first, so that what goes on pixel by pixel fills a TPU's
-    rows of 128; and to get there is to turn matrices, as cells stay apart.
+    The order spares a TPU the costlier half of unpacking: an image's matrix of h w pixels by
+    cell^2 C channels is transposed, and pixels need not be put between each other.
     """
     batch, height, width, lanes = x.shape
     x = x.reshape(batch, height * width, lanes).transpose(0, 2, 1)
@@ -71,6 +84,8 @@ def _taps(size: int, cell: int, stride: int, upsampling: int) -> np.ndarray:
     out_cell = cell * upsampling // stride
     output, tap = np.arange(out_cell)[:, None], np.arange(size)[None]
     position = (output * stride + tap - size // 2) // upsampling
+    if position.min() < -cell or position.max() >= 2 * cell:
+        raise ValueError(f"a kernel of {size} pixels reaches too far for cells of {cell}")
     offsets = np.arange(-cell, 2 * cell).reshape(3, cell, 1, 1)
     return (offsets == position).astype(np.float32)
 
@@ -87,6 +102,9 @@ def pack_kernel(kernel: jax.Array, cell: int, *, stride: int = 1, upsampling: in
     Returns:
       [3, 3, cell^2 C, out_cell^2 D], out_cell = cell * upsampling / stride, for stride 1 and one
       zero around the packed image.
+
+    Raises:
+      ValueError: for a kernel that reaches beyond the cells beside its own.
     """
     size, _, channels, out_channels = kernel.shape
     taps = _taps(size, cell, stride, upsampling)

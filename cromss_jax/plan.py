@@ -7,8 +7,10 @@ compiles the very step that `cromss_jax.main` would run there, which takes minut
 `--topology=cpu:8` compiles for so many simulated devices and needs nothing; there are no times
 then, as no peaks are published. The exit status is 1 if the step does not fit.
 
-All times are bounds. They hold at a chip's published peaks, with arithmetic, memory and network
-perfectly overlapped, and leave out validation and checkpoints.
+Arithmetic and memory are the compiler's figures, a TPU's memory traffic is reckoned from the
+compiled program (`traffic`). All times are bounds as far as these hold: at a chip's published
+peaks, with arithmetic, memory and network perfectly overlapped, validation and checkpoints left
+out.
 """
 
 import bisect
@@ -29,7 +31,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from cromss_jax import command_line, costs, data, run, sensors, step, train
+from cromss_jax import command_line, costs, data, run, sensors, step, traffic, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -450,7 +452,7 @@ def main(arguments: list[str]) -> None:
             tile_size=_TILE_SIZE.value,
             seasons=_SEASONS.value,
         )
-    except (PlanError, data.DataError, run.ConfigError) as error:
+    except (PlanError, data.DataError, run.ConfigError, traffic.UnreadableProgram) as error:
         sys.exit(f"error: {error}")
     print(table(figures), end="\n\n")
     print(json.dumps(figures))

@@ -69,7 +69,7 @@ def upsample(bands: jax.Array, factor: int, shown: smoothing.Shown = None) -> ja
 
 
 def _take(images: jax.Array, names: Sequence[str], chosen: Sequence[str]) -> jax.Array:
-    """Bands of [B, h, w, K] by name. Sliced, where an array of positions is gathered by."""
+    """Bands of [B, h, w, K] by name: slices, which move less than a gather."""
     return jnp.stack([images[..., names.index(name)] for name in chosen], axis=-1)
 
 
@@ -250,7 +250,7 @@ def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tupl
     """Turns those samples whose angle is not 0; the others are not touched.
 
     Args:
-      images: by name [B, H, H, K] float32.
+      images: by name [B, H, H, K], of any float dtype.
       labels: by name [B, H, H, 1] float32.
       angle: [B] float32.
       cell: rows and columns are in the order of `packing.order`.
@@ -261,10 +261,11 @@ def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tupl
 
     def one(i: jax.Array, maps: tuple[Maps, Maps]) -> tuple[Maps, Maps]:
         sample = turned[i]
-        images, labels = jax.tree.map(lambda x: packing.in_order(x[sample], cell), maps)
+        taken = jax.tree.map(lambda x: x[sample].astype(jnp.float32), maps)
+        images, labels = jax.tree.map(lambda x: packing.in_order(x, cell), taken)
         own = _rotate(images, labels, angle[sample])
         own = jax.tree.map(lambda x: packing.in_order(x, x.shape[0] // cell), own)
-        return jax.tree.map(lambda x, y: x.at[sample].set(y), maps, own)
+        return jax.tree.map(lambda x, y: x.at[sample].set(y.astype(x.dtype)), maps, own)
 
     turned = jnp.flatnonzero(angle, size=angle.size, fill_value=0)
     return jax.lax.fori_loop(0, jnp.count_nonzero(angle), one, (images, labels))
@@ -288,6 +289,7 @@ def examples(
     num_classes: int,
     prior_kind: str | None,
     cell: int = 1,
+    dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, jax.Array]:
     """What the step works on.
 
@@ -299,11 +301,14 @@ def examples(
       crop_size: H = W.
       num_classes: C.
       prior_kind: of `smoothing.smoothing_prior`, made from the whole tile; None leaves it out.
-      cell: more than 1 packs images (`packing.pack`) and cuts all else into `packing.planes`.
+      cell: more than 1, which must divide H, packs images (`packing.pack`) and cuts all else into
+        `packing.planes`.
+      dtype: in which images and prior are kept, that of the networks.
 
     Returns:
-      One [B, H, W, K] float32 in [0, 1] a modality; `labels` [B, H, W] int32, 255 where ignored;
-      `truth` likewise where the records have it; `prior` [B, H, W, C] float32.
+      One [B, H, W, K] in [0, 1] a modality; `labels` [B, H, W] int32, 255 where ignored; `truth`
+      likewise where the records have it; `prior` [B, H, W, C]. Packed, images are
+      [B, H / cell, W / cell, cell^2 K], and of all else cell^2 x (H W / cell^2) stands for H x W.
     """
     shown = geometry.shown(crop_size, cell)
     drawn = drawn_labels(records)
@@ -312,6 +317,8 @@ def examples(
         images["prior"] = smoothing.smoothing_prior(
             records["labels"], drawn, num_classes, prior_kind, shown
         )
+    # Grey levels are whole numbers up to 255, of which bfloat16 rounds none.
+    images = {name: x.astype(dtype) for name, x in images.items()}
     labels = {"labels": drawn}
     if "truth" in records:
         labels["truth"] = records["truth"]
@@ -319,11 +326,13 @@ def examples(
     if geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 
-    batch = {m: images[m] / 255.0 for m in modalities}
+    batch = {m: (images[m].astype(jnp.float32) / 255.0).astype(dtype) for m in modalities}
     told = {name: x[..., 0].astype(jnp.int32) for name, x in labels.items()}
     if prior_kind is not None:
         told["prior"] = images["prior"]
     if cell > 1:
         batch = {m: packing.pack(x, cell) for m, x in batch.items()}
         told = {name: packing.planes(x, cell) for name, x in told.items()}
+        # Without the barrier XLA makes float32 targets of a bfloat16 prior first, and then planes.
+        told = jax.lax.optimization_barrier(told)
     return batch | told

@@ -22,9 +22,13 @@ class MetricLog:
         files.write_whole(self._path, self._text.encode())
         self._workdir, self._step = workdir, step
 
+    def open_board(self) -> None:
+        """Opens TensorBoard, which else waits for the first numbers: seconds of importing."""
+        _ = self._board
+
     @functools.cached_property
     def _board(self):
-        # Late, as it imports torch where that is installed: seconds. A run should train by then.
+        # Late, as it imports torch where that is installed. A run should train by then.
         import tensorboardX
 
         folder = os.path.join(self._workdir, "tensorboard")

@@ -58,7 +58,7 @@ class Bottleneck(nnx.Module):
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, 4 channels]."""
         y = jax.nn.relu(self.bn1(self.conv1(x), train))
         y = jax.nn.relu(self.bn2(self.conv2(y), train))
-        y = self.bn3(self.conv3(y), train)
+        y = conv_bn((self.conv3, self.bn3), y, train)
         shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
         return jax.nn.relu(y + shortcut)
 
@@ -155,27 +155,31 @@ class ResNetEncoder(nnx.Module):
 
 def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
     """Two parameters as one that acts on the channels of both: kernels keep to their own."""
-    if a.ndim == 0:  # counts, which are the same
-        return a
+    if a.ndim == 0:  # counts
+        return jnp.stack([a, b])
     if a.ndim == 1:
         return jnp.concatenate([a, b])
-    own = [(0, 0)] * 3
-    a = jnp.pad(a, [*own, (0, b.shape[-1])])
-    return jnp.concatenate([a, jnp.pad(b, [*own, (a.shape[-1] - b.shape[-1], 0)])], axis=2)
+    size, _, _, channels = a.shape
+    zeros = jnp.zeros((size, size, b.shape[2], channels), a.dtype)
+    a = jnp.concatenate([a, zeros], axis=2)
+    zeros = jnp.zeros((size, size, a.shape[2] - b.shape[2], b.shape[3]), b.dtype)
+    return jnp.concatenate([a, jnp.concatenate([zeros, b], axis=2)], axis=3)
 
 
 def _part(values: jax.Array, index: int) -> jax.Array:
     """The channels of the first or second of two, index 0 or 1."""
-    return values if values.ndim == 0 else jnp.split(values, 2, axis=-1)[index]
+    own = jnp.split(values, 2, axis=-1)[index]
+    return own.reshape(()) if jnp.issubdtype(values.dtype, jnp.integer) else own  # counts
 
 
 def encode_beside(
     encoders: Sequence[ResNetEncoder], images: Sequence[jax.Array], train: bool
 ) -> list[list[jax.Array]]:
-    """Two encoders' features, each of its own image.
+    """Two encoders' features, as each would return for its own image [B, H, W, K].
 
     Their first stages run as one, on the channels of both: of 64 channels each, they would fill
-    half a TPU's row of 128. It costs arithmetic, and no number changes.
+    half a TPU's row of 128. It costs arithmetic; numbers that are finite differ by the order of
+    their sums alone.
     """
     features, inputs = [], []
     for encoder, image in zip(encoders, images, strict=True):

@@ -53,12 +53,13 @@ def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
 def _filtered(maps: jax.Array, shown: Shown) -> jax.Array:
     """Gaussian filter of [B, T, T, C] along both axes, normalised over the classes."""
     num_classes = maps.shape[-1]
+    # The filtered sum of the classes, rather than the sum of the filtered: a ninth of it to read.
+    total = jnp.sum(maps, axis=-1, keepdims=True)
     for axis in (1, 2):
         matrix = gaussian_matrix(maps.shape[axis])
         if shown is not None:
             matrix = jnp.take(matrix, shown[axis - 1], axis=0)
-        maps = along_axis(matrix, maps, axis)
-    total = jnp.sum(maps, axis=-1, keepdims=True)
+        maps, total = along_axis(matrix, maps, axis), along_axis(matrix, total, axis)
     return jnp.where(total > 0, maps / jnp.where(total > 0, total, 1.0), 1.0 / num_classes)
 
 
@@ -124,7 +125,7 @@ def smoothed_targets(
 
     Args:
       labels: [B, H, W] integers; those outside 0..C-1 are ignored pixels.
-      prior: [B, H, W, C] float32, M.
+      prior: [B, H, W, C] of any float dtype, M.
       prior_weight: a.
       uniform_weight: b.
 
@@ -134,5 +135,5 @@ def smoothed_targets(
     num_classes = prior.shape[-1]
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     targets = (1.0 - prior_weight - uniform_weight) * one_hot
-    targets += prior_weight * prior + uniform_weight / num_classes
+    targets += prior_weight * prior.astype(jnp.float32) + uniform_weight / num_classes
     return jnp.where(jnp.sum(one_hot, axis=-1, keepdims=True) > 0, targets, 0.0)

@@ -195,7 +195,8 @@ def training_loss(
 
     Args:
       config: the configuration.
-      logits: [B, H, W, C] float32 a modality.
+      logits: [B, H, W, C] float32 a modality; of packed networks, here and in all that follows,
+        [B, 16, H W / 16, C].
       batch: `preprocess.examples`, with a prior if the configuration has one.
       epoch: scalar from 0, drives the ramp.
       num_scopes: number of equal parts of the batch with class thresholds of their own.
@@ -362,7 +363,17 @@ def make_examples(
     cell: int = 1,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """`preprocess.examples` as the configuration wants them, by each device of its own samples."""
+    """`preprocess.examples` as the configuration wants them.
+
+    Args:
+      config: the configuration.
+      records: of B samples.
+      geometry: theirs.
+      kind: of the prior, if one is wanted.
+      cell: as for `preprocess.examples`.
+      mesh: over whose devices the samples are cut, to be made by each on its own. Without it a
+        batch that is cut is brought together to be rotated.
+    """
     make = functools.partial(
         preprocess.examples,
         modalities=config.modalities,
@@ -371,6 +382,7 @@ def make_examples(
         num_classes=NUM_CLASSES,
         prior_kind=kind,
         cell=cell,
+        dtype=jnp.dtype(config.network.dtype),
     )
     if mesh is not None:
         # How many samples are rotated differs from device to device.

@@ -44,6 +44,10 @@ class Instruction:
 Computation = Mapping[str, Instruction]
 
 
+class UnreadableProgram(ValueError):
+    """A compiled program whose traffic cannot be counted."""
+
+
 def hbm_bytes(shape: str) -> int:
     """Bytes that a shape takes of HBM, padded to its tiles; of a tuple all of them.
 
@@ -104,38 +108,59 @@ def _in_hbm(shape: str) -> str:
     return re.sub(r"S\(\d+\)", "", shape)
 
 
+def _written_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
+    """Of what an instruction writes; of an array that it updates in place, the update."""
+    root = next((i for i in fused.values() if i.is_root), instruction)
+    inside = fused or computation
+    roots, shapes = [root], [instruction.shape]
+    if root.opcode == "tuple":  # of a fusion that makes several arrays
+        roots = [inside[name] for name in root.operands]
+        shapes = [found[0] for found in re.finditer(_SHAPE, instruction.shape)]
+    total = 0
+    for result, shape in zip(roots, shapes, strict=True):
+        size = hbm_bytes(shape)
+        if result.opcode == "dynamic-update-slice":
+            update = inside[result.operands[1]].shape
+            size = min(size, hbm_bytes(_in_hbm(update)))
+            if not fused:
+                size += hbm_bytes(update)  # read
+        total += size
+    return total
+
+
 def _moved_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
     """Read and written by an instruction that is no loop."""
-    written = hbm_bytes(instruction.shape)
-    if instruction.opcode in ("copy-done", "slice-done"):
-        # Its operand is a tuple: of a copy (to, from, context), of a slice ((from), to, context).
+    if instruction.opcode.endswith("-done"):
+        # Its operand is a tuple: of a copy (to, from, context), else ((from), to, context).
         operand = computation[instruction.operands[0]].shape
         shapes = [found[0] for found in re.finditer(_SHAPE, operand)]
-        source = shapes[instruction.opcode == "copy-done"]
-        return written + min(hbm_bytes(source), hbm_bytes(_in_hbm(instruction.shape)))
+        read = hbm_bytes(shapes[instruction.opcode == "copy-done"])
+        if instruction.opcode in ("copy-done", "slice-done"):
+            read = min(read, hbm_bytes(_in_hbm(instruction.shape)))
+        return hbm_bytes(instruction.shape) + read
     if instruction.opcode == "dynamic-slice":
         source = computation[instruction.operands[0]].shape
-        return written + min(hbm_bytes(source), hbm_bytes(_in_hbm(instruction.shape)))
-    root = next((i for i in fused.values() if i.is_root), instruction)
-    if root.opcode == "dynamic-update-slice":
-        # In place: it moves the update alone.
-        update = (fused or computation)[root.operands[1]].shape
-        written = min(written, hbm_bytes(_in_hbm(update)))
-        if not fused:
-            return written + hbm_bytes(update)
+        size = min(hbm_bytes(source), hbm_bytes(_in_hbm(instruction.shape)))
+        return hbm_bytes(instruction.shape) + size
+    written = _written_bytes(instruction, computation, fused)
+    if instruction.opcode == "dynamic-update-slice":
+        return written
     return written + _read_bytes(instruction, computation, fused)
 
 
-def _part(name: str, computation: Computation, parts: Sequence[str]) -> str:
-    """Which of `parts` an instruction is of: by its own name or that of what it reads first."""
-    while instruction := computation.get(name):
-        # Such as "jit(train_step)/transpose(jvp(encoder))/dot_general".
+def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
+    """Which of `parts` each instruction is of, "" of none.
+
+    By its own name, such as "jit(train_step)/transpose(jvp(encoder))/dot_general", or else by what
+    it reads first, which comes before it.
+    """
+    found: dict[str, str] = {}
+    for name, instruction in computation.items():
         words = re.findall(r"\w+", instruction.attribute("op_name"))
-        found = [word for word in words if word in parts]
-        if found or not instruction.operands:
-            return found[-1] if found else ""
-        name = instruction.operands[0]
-    return ""
+        own = [word for word in words if word in parts]
+        first = instruction.operands[0] if instruction.operands else ""
+        found[name] = own[-1] if own else found.get(first, "")
+    return found
 
 
 def _rounds(loop: Instruction, computations: Mapping[str, Computation], unknown: float) -> float:
@@ -145,7 +170,7 @@ def _rounds(loop: Instruction, computations: Mapping[str, Computation], unknown:
     return max((int(bound) for bound in bounds if bound.isdigit()), default=unknown)
 
 
-def by_part(hlo: str, parts: Sequence[str] = (), unknown_rounds: float = 0.0) -> dict[str, float]:
+def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> dict[str, float]:
     """Bytes of HBM that a program moves.
 
     Args:
@@ -157,25 +182,35 @@ def by_part(hlo: str, parts: Sequence[str] = (), unknown_rounds: float = 0.0) ->
       Bytes by part, and "others" of none.
 
     Raises:
-      ValueError: for a program with branches.
+      UnreadableProgram: for a program with branches, or written otherwise than is known here.
     """
     computations = parse(hlo)
     found = collections.Counter(dict.fromkeys((*parts, "others"), 0.0))
 
     def walk(name: str, times: float, outer: str) -> None:
         computation = computations[name]
+        part_of = _parts(computation, parts)
         for instruction in computation.values():
-            part = _part(instruction.name, computation, parts) or outer
+            part = part_of[instruction.name] or outer
             if instruction.opcode == "while":
                 rounds = _rounds(instruction, computations, unknown_rounds)
                 walk(instruction.attribute("body"), times * rounds, part)
             elif instruction.opcode == "call":
                 walk(instruction.attribute("to_apply"), times, part)
             elif instruction.opcode == "conditional":
-                raise ValueError(f"{instruction.name}: which branch is taken is not known")
+                raise UnreadableProgram(
+                    f"the compiled program has a branch, {instruction.name}, and which way it "
+                    "goes is not known: its memory traffic can't be counted"
+                )
             elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
                 fused = computations.get(instruction.attribute("calls"), {})
                 found[part] += times * _moved_bytes(instruction, computation, fused)
 
-    walk(list(computations)[-1], 1, "others")
+    try:
+        walk(list(computations)[-1], 1, "others")
+    except (KeyError, IndexError) as error:
+        raise UnreadableProgram(
+            f"the compiled program's text is not as this version of libtpu's was ({error}): its "
+            "memory traffic can't be counted; install libtpu==0.0.52"
+        ) from error
     return dict(found)

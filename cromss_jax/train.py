@@ -79,7 +79,10 @@ def count_scopes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 def jit_train_step(
     config: ml_collections.ConfigDict, num_locations: int, mesh: jax.sharding.Mesh
 ) -> Callable:
-    """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated."""
+    """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated.
+
+    On TPUs a U-Net trains packed (`models.make_network`); elsewhere that costs more than it saves.
+    """
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     definition = step.network_definition(config, packed=is_tpu and config.network.decoder == "unet")
     scopes = count_scopes(config, mesh)
@@ -303,6 +306,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 sharding.wait(pending[-3]["loss"])
             if number == start_step:  # compiled by now: speed is measured from here
                 sharding.wait(step_metrics["loss"])
+                # Seconds of importing that the first step need not wait for, nor speed count.
+                from cromss_jax import pictures
+
+                if log:
+                    log.open_board()
                 started, waited = time.perf_counter(), 0.0
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
@@ -342,8 +350,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                 )
                 if log:
                     log.scalars(number, "validation", evaluation.scalars())
-                    from cromss_jax import pictures  # late: a second that training needs not wait
-
                     picture = pictures.draw_samples(shown, tuple(config.s2_bands))
                     log.picture(number, "samples", picture)
                     pictures.save_picture(folder / "samples.png", picture)

@@ -80,6 +80,20 @@ def test_gradient_of_equal_pixels_is_shared():
     np.testing.assert_allclose(gradient, pack(expected[None, ..., None], 2), atol=1e-12)
 
 
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="30 pixels cannot be packed by 4"):
+        packing.order(30, 4)
+    with pytest.raises(ValueError, match="7 pixels reaches too far for cells of 2"):
+        packing.pack_kernel(jnp.ones((7, 7, 1, 1)), 2, stride=2)
+    with pytest.raises(ValueError, match="4 x 4 pixels cannot be pooled"):
+        layers.max_pool(jnp.ones((1, 2, 2, 16)), 1)
+    with pytest.raises(ValueError, match="12 channels are no square cells of 5"):
+        packing.cell_size(jnp.ones((1, 2, 2, 12)), 5)
+    dilated = layers.Conv(1, 1, 3, dilation=2, init=layers.TORCH_INIT)
+    with pytest.raises(ValueError, match="dilated"):
+        dilated(jnp.ones((1, 2, 2, 4)))
+
+
 def both_ways(make, plain, packed):
     """Gradients and BatchNorm statistics of a module, as it is and packed.
 
@@ -121,6 +135,7 @@ def test_encoders_beside_each_other():
 
     def make():
         encoders = [resnet.ResNetEncoder(50, bands, num_features=2) for bands in (2, 3)]
+        encoders[1].layer1[0].bn1.num_batches_tracked.set_value(jnp.int32(5))
         return nnx.List(encoders)
 
     slopes = [

@@ -94,5 +94,40 @@ def test_traffic_by_part():
 
 def test_branches_are_refused():
     line = "  %either = f32[8] conditional(%p, %p, %p), branch_computations={%a, %b}\n"
-    with pytest.raises(ValueError, match="either: which branch"):
-        traffic.by_part(HLO.replace("  ROOT %out", line + "  ROOT %out"))
+    with pytest.raises(traffic.UnreadableProgram, match="a branch, either"):
+        traffic.by_part(HLO.replace("  ROOT %out", line + "  ROOT %out"), unknown_rounds=1)
+
+
+def test_updates_in_place_and_what_others_send():
+    # Two arrays of 32,768 bytes of which a fusion updates eight rows each, 4,096 bytes that it
+    # reads first; then one of 4,096 bytes gathered from two devices into one of 8,192.
+    hlo = """\
+%fused (p.0: f32[64,128], p.1: f32[64,128], p.2: f32[8,128], p.3: s32[]) -> (f32[], f32[]) {
+  %p.0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[64,128]{1,0:T(8,128)} parameter(1)
+  %p.2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %p.3 = s32[]{:T(128)S(6)} parameter(3)
+  %one = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%p.0, %p.2, %p.3)
+  %two = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%p.1, %p.2, %p.3)
+  ROOT %both = (f32[64,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)}) tuple(%one, %two)
+}
+
+ENTRY %main (a: f32[64,128], b: f32[64,128], c: f32[8,128], i: s32[]) -> f32[16,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[64,128]{1,0:T(8,128)} parameter(1)
+  %c = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %i = s32[]{:T(128)S(6)} parameter(3)
+  %new = (f32[64,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)}) fusion(%a, %b, %c, %i), \
+kind=kLoop, calls=%fused
+  %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%c)
+  ROOT %all = f32[16,128]{1,0:T(8,128)} all-gather-done(%start)
+}
+"""
+    expected = 2 * 4096 + 4096 + (4096 + 8192)
+    assert traffic.by_part(hlo, unknown_rounds=1) == {"others": expected}
+
+
+def test_a_text_of_another_form_is_refused():
+    unknown = HLO.replace("  %near = ", "  near: ")
+    with pytest.raises(traffic.UnreadableProgram, match="near.*install libtpu"):
+        traffic.by_part(unknown, unknown_rounds=1)

@@ -37,7 +37,7 @@ class Way:
     """A way to pretrain.
 
     Attributes:
-      variant: of configs/pretrain.py.
+      variant: of configs/pretrain.py; "" if encoders are drawn anew.
       changes: fields beside it.
       modalities: whose encoders are transferred.
       encoders: how the downstream task treats them.
@@ -78,7 +78,7 @@ def few_places(variant: str, changes: dict, against: str, decoders=("pspnet",)) 
 
 
 WAYS = {
-    "random": Way("", decoders=BOTH_DECODERS),
+    "random": Way(""),
     "CromSS mid": Way(),
     "noisy labels + consistency": Way("sample,selection=off"),
     "noisy labels": Way("sample,selection=off", {"loss.consistency": "none"}),
@@ -86,10 +86,11 @@ WAYS = {
     "CromSS S2 alone": Way("sample,modality=s2", modalities=("s2",)),
     "CromSS S1 alone": Way("sample,modality=s1", modalities=("s1",)),
     "clean labels": Way("sample,selection=off", {"data.dir": "clean"}),
+    "random by both decoders": few_places("", {}, "random", BOTH_DECODERS),
     "no selection (few places)": few_places("sample,selection=off", OVERFITTING, "random"),
     "CromSS mid (few places)": few_places("sample", OVERFITTING, "no selection (few places)"),
     "no selection S2 alone (by heart)": few_places(
-        "sample,modality=s2,selection=off", BY_HEART, "random", BOTH_DECODERS
+        "sample,modality=s2,selection=off", BY_HEART, "random by both decoders", BOTH_DECODERS
     ),
     "CromSS S2 alone (by heart)": few_places(
         "sample,modality=s2", BY_HEART, "no selection S2 alone (by heart)", BOTH_DECODERS
@@ -160,7 +161,7 @@ def transfer(
         changes = {
             "data.dir": str(folder / "data" / "tiles"),
             "data.num_train_tiles": _TRAIN_TILES.value,
-            "init_from": "" if way == "random" else str(folder / way / "{seed}"),
+            "init_from": str(folder / way / "{seed}") if WAYS[way].variant else "",
             "weights_name": way,
             "network.decoder": decoder,
         }
@@ -197,7 +198,7 @@ def main(_) -> None:
     ways = _ONLY.value or list(WAYS)
     mious: dict[tuple[str, str, str, str], list[float]] = {}
     for way in ways:
-        for seed in range(_SEEDS.value) if way != "random" else ():
+        for seed in range(_SEEDS.value) if WAYS[way].variant else ():
             pretrain(way, seed, folder)
         kinds = itertools.product(WAYS[way].modalities, WAYS[way].encoders, WAYS[way].decoders)
         for modality, encoder, decoder in kinds:
@@ -209,19 +210,19 @@ def main(_) -> None:
         cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
         for (way, input_, encoder, decoder), found in mious.items():
             if input_ == modality:
-                cells.setdefault((decoder, modality, way), {})[encoder] = np.divide(found, 100)
+                cells.setdefault((decoder, modality, way), {})[encoder] = [x / 100 for x in found]
         if cells:
             print(report.transfer_table(cells))
     for (way, *kind), found in mious.items():
         other = mious.get((WAYS[way].against, *kind))
-        if other and way != "random":
+        if other and way != WAYS[way].against:
             gain = np.subtract(found, other)
             print(
                 f"{way}, {', '.join(kind)}, minus {WAYS[way].against}: {gain.mean():.1f} ± "
                 f"{gain.std(ddof=1):.1f} {np.round(gain, 1)}"
             )
     for way in ways:
-        if way == "random":
+        if not WAYS[way].variant:
             continue
         for modality, shares in wrong_share(way, folder).items():
             mean = 100 * shares.mean(0)

@@ -45,7 +45,7 @@ def measure(images: int) -> dict[str, object]:
     text = compiled.as_text()
     if _HLO.value:
         pathlib.Path(f"{_HLO.value}.{images}").write_text(text)
-    moved = traffic.by_part(text, PARTS, rotated)
+    moved = traffic.by_part(text, PARTS, unknown_rounds=rotated)
     total = sum(moved.values())
     return {
         "images": images,
