@@ -228,10 +228,11 @@ def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
     channels trains as one with its BatchNorm in its kernel.
     """
     conv, norm = layers
-    size, _, in_channels, out_channels = conv.weight.shape
-    widens = size == 1 and in_channels < out_channels and conv.bias is None
-    if train and widens and x.dtype == jnp.bfloat16:
-        return normalised_product(conv, norm, x)
+    # Separable ones are not a single product.
+    if train and isinstance(conv, Conv) and x.dtype == jnp.bfloat16:
+        size, _, in_channels, out_channels = conv.weight.shape
+        if size == 1 and in_channels < out_channels and conv.bias is None:
+            return normalised_product(conv, norm, x)
     return norm(conv(x), train)
 
 
