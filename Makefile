@@ -38,13 +38,13 @@ lint: .venv/.test
 .venv/.run: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q uv==$(UV_VERSION)
-	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@
 
 # PyTorch from the disk where pip is told to look there.
 .venv/.test: requirements-test.lock .venv/.run
-	$(BIN)/uv pip install -q --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
 		-r requirements-test.lock
 	touch $@
 
