@@ -67,7 +67,6 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 # "... = (f32[8]{0:T(256)}, s32[]) all-reduce(", or its -done: of what runs in two parts, the second
 # has the result alone.
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\(")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -97,7 +96,7 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
     own = collections.defaultdict(list)  # by computation, (kind, bytes)
     called = collections.defaultdict(list)  # by computation, (other computation, times)
     for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
+        if header := traffic.COMPUTATION.match(line):
             name = header[2]
             entry = name if header[1] else entry
             continue

@@ -202,7 +202,6 @@ class LateFusion(nnx.Module):
         decoder: str = "unet",
         packed: bool = False,
     ):
-        self.packed = packed
         self.model1, self.model2 = (
             SegmentationNetwork(depth, num_channels[m], num_classes, dtype, decoder, packed)
             for m in MODALITIES

@@ -235,7 +235,9 @@ def compile_step(
     Raises:
       OutOfMemory: if it does not fit.
     """
-    train_step = train.jit_train_step(config, num_train_locations(config, described), mesh)
+    train_step = train.jit_train_step(
+        config, step.network_definition(config), num_train_locations(config, described), mesh
+    )
     records = record_shapes(described, config.modalities, config.batch_size)
     lowered = train_step.lower(abstract_state(config), records)
     # Nothing is run on simulated devices: their machine code needs no care, which takes minutes.

@@ -13,7 +13,17 @@ import ml_collections
 import optax
 from flax import nnx
 
-from cromss_jax import losses, metrics, models, preprocess, schedules, selection, sensors, smoothing
+from cromss_jax import (
+    losses,
+    metrics,
+    models,
+    preprocess,
+    schedules,
+    selection,
+    sensors,
+    sharding,
+    smoothing,
+)
 
 NUM_CLASSES = sensors.NUM_CLASSES
 Maps = Mapping[str, jax.Array]
@@ -277,6 +287,7 @@ def make_train_step(
     num_locations: int,
     num_scopes: int = 1,
     mesh: jax.sharding.Mesh | None = None,
+    cell: int = 1,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step, the same one for all epochs.
 
@@ -286,6 +297,7 @@ def make_train_step(
       num_locations: number of training locations, which is an epoch's number of samples.
       num_scopes: as for `training_loss`; 1 is the global batch.
       mesh: over whose devices the batch is cut.
+      cell: `models.PACKED_CELL` if the networks are packed.
 
     Returns:
       (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
@@ -295,11 +307,8 @@ def make_train_step(
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
         geometry = draw_geometry(config, state, records["labels"].shape[-1])
-        is_packed = nnx.merge(definition, state.params, state.batch_stats).packed
-        cell = models.PACKED_CELL if is_packed else 1
-        return update(
-            state, make_examples(config, records, geometry, prior_kind(config), cell, mesh)
-        )
+        batch = make_examples(config, records, geometry, prior_kind(config), cell, mesh)
+        return update(state, batch)
 
     return train_step
 
@@ -386,7 +395,7 @@ def make_examples(
     )
     if mesh is not None:
         # How many samples are rotated differs from device to device.
-        rows = jax.sharding.PartitionSpec(mesh.axis_names)
+        rows = sharding.batch_sharded(mesh).spec
         make = jax.shard_map(make, mesh=mesh, in_specs=rows, out_specs=rows)
     return make(records, geometry)
 

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)((?::[^}]*)?)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+# The line that a computation begins with: whether it is the program's first, and its name.
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # "%name = shape opcode(%operand, ...), attributes"
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)$")
 # These move nothing. Custom calls allocate, or name parts of an array as a whole.
@@ -77,8 +78,8 @@ def parse(hlo: str) -> dict[str, dict[str, Instruction]]:
     """The computations of a compiled program's text, by name; the last is where it begins."""
     computations = {}
     for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = computations.setdefault(header[1], {})
+        if header := COMPUTATION.match(line):
+            current = computations.setdefault(header[2], {})
         elif found := _INSTRUCTION.match(line):
             root, name, shape, opcode, operands, attributes = found.groups()
             names = re.findall(r"%([\w.-]+)", operands)

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from cromss_jax import (
     checkpoint,
@@ -77,16 +78,21 @@ def count_scopes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 def jit_train_step(
-    config: ml_collections.ConfigDict, num_locations: int, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    mesh: jax.sharding.Mesh,
 ) -> Callable:
     """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated.
 
-    On TPUs a U-Net trains packed (`models.make_network`); elsewhere that costs more than it saves.
+    On TPUs a U-Net, of whose plain networks `definition` is, trains packed (`models.make_network`);
+    elsewhere that costs more than it saves.
     """
-    is_tpu = mesh.devices.flat[0].platform == "tpu"
-    definition = step.network_definition(config, packed=is_tpu and config.network.decoder == "unet")
+    cell = 1
+    if mesh.devices.flat[0].platform == "tpu" and config.network.decoder == "unet":
+        definition, cell = step.network_definition(config, packed=True), models.PACKED_CELL
     scopes = count_scopes(config, mesh)
-    train_step = step.make_train_step(config, definition, num_locations, scopes, mesh)
+    train_step = step.make_train_step(config, definition, num_locations, scopes, mesh, cell)
     return sharding.jit_step(train_step, mesh, donate_state=True)
 
 
@@ -214,7 +220,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
     definition = step.network_definition(config)
     num_locations = len(train_locations)
     init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
-    train_step = jit_train_step(config, num_locations, mesh)
+    train_step = jit_train_step(config, definition, num_locations, mesh)
     eval_step = sharding.jit_step(step.make_eval_step(config, definition), mesh)
     picture_step = sharding.jit_step(
         step.make_picture_step(config, definition, num_locations), mesh

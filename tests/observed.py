@@ -32,8 +32,8 @@ def read_batch(dataset, modalities, records):
     return _read_batch(dataset, modalities, records)
 
 
-def jit_train_step(config, num_locations, mesh):
-    train_step = _jit_train_step(config, num_locations, mesh)
+def jit_train_step(config, definition, num_locations, mesh):
+    train_step = _jit_train_step(config, definition, num_locations, mesh)
 
     def see(state, records):
         geometry = step.draw_geometry(config, state, records["labels"].shape[-1])

@@ -222,7 +222,7 @@ def toy(monkeypatch):
     The real step is that of `train.jit_train_step`; `tests.bench.scaling` compiles it.
     """
 
-    def jit_train_step(config, num_locations, mesh):
+    def jit_train_step(config, definition, num_locations, mesh):
         def add(state, records):
             total = sum(jnp.sum(x, dtype=jnp.float32) for x in records.values())
             return jax.tree.map(lambda x: x + 1, state), total

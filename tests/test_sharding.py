@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cromss_jax import sharding, step, torch_keys
+from cromss_jax import models, sharding, step, torch_keys
 from tests import runs
 
 B, S, T = 8, 2, 36
@@ -70,7 +70,9 @@ def compile_step(config, num_devices: int):
 
 def jit_step(config, mesh, *, packed):
     definition = step.network_definition(config, packed=packed)
-    return sharding.jit_step(step.make_train_step(config, definition, 64, mesh=mesh), mesh)
+    cell = models.PACKED_CELL if packed else 1
+    train_step = step.make_train_step(config, definition, 64, mesh=mesh, cell=cell)
+    return sharding.jit_step(train_step, mesh)
 
 
 def test_no_pixel_is_gathered(compiled):
