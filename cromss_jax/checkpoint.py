@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -85,7 +86,9 @@ class Checkpoints:
             ),
         )
         # A copy of XLA's own making: restored buffers on CPU may be borrowed, and are donated.
-        return jax.tree.map(lambda x: x.copy(), restored.state), restored.host
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
+        return copy(restored.state), restored.host
 
     def __enter__(self) -> "Checkpoints":
         """Starts nothing."""

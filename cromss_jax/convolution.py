@@ -6,9 +6,12 @@ matrix products here: the same sums in another order. Elsewhere nothing changes.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
+
+from cromss_jax import packing
 
 # With fewer channels a patch is so narrow that copying it costs more than its product spares.
 _MIN_CHANNELS = 32
@@ -138,3 +141,98 @@ def _backward(stride, dilation, residuals, slope):
 
 
 convolve.defvjp(_forward, _backward)
+
+
+# Which of the two pixels that one becomes, and which of two that one sees, by rows and columns.
+_PIXELS = tuple(itertools.product(range(2), repeat=4))
+
+
+def _summed_kernels(kernel: jax.Array) -> jax.Array:
+    """Kernels for the pixels that one becomes: [3, 3, C, D] to [C, 2, 2, 2, 2, D] (`_PIXELS`)."""
+
+    def along_first_axis(taps: jax.Array) -> jax.Array:
+        # The former pixel sees the one before once and its own twice, the latter the other way.
+        before, own, after = taps
+        former, latter = [before, own + after], [before + own, after]
+        return jnp.stack([jnp.stack(former), jnp.stack(latter)])
+
+    by_rows = along_first_axis(kernel).transpose(2, 3, 0, 1, 4)  # [3, C, 2, 2, D]
+    return along_first_axis(by_rows).transpose(2, 3, 4, 0, 1, 5)
+
+
+def _upsampled_by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, height, width, _ = x.shape
+    y = _convolve(x, packing.pack_kernel(kernel, 1, upsampling=2).astype(x.dtype), 1, 1)
+    y = y.reshape(batch, height, width, 2, 2, -1).swapaxes(2, 3)
+    return y.reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _upsampled_by_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Products of each pixel with all kernels, then moved to the pixels that they add to."""
+    batch, height, width, in_channels = x.shape
+    products = x @ _summed_kernels(kernel).astype(x.dtype).reshape(in_channels, -1)
+    products = products.reshape(batch, height, width, 2, 2, 2, 2, -1)
+    products = jnp.pad(products, [(0, 0), (1, 1), (1, 1), *[(0, 0)] * 5])
+
+    def pixel(i: int, j: int) -> jax.Array:
+        return sum(
+            products[:, i + m : i + m + height, j + n : j + n + width, i, m, j, n]
+            for m in range(2)
+            for n in range(2)
+        )
+
+    rows = [jnp.stack([pixel(i, 0), pixel(i, 1)], axis=3) for i in range(2)]
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _upsampled_gradients(
+    x: jax.Array, kernel: jax.Array, slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients by image and kernel, both from the slopes that each pixel's products meet."""
+    batch, height, width, in_channels = x.shape
+    kernels, pull = jax.vjp(_summed_kernels, kernel)
+    slope = slope.reshape(batch, height, 2, width, 2, -1)
+    slope = jnp.pad(slope, [(0, 0), (1, 1), (0, 0), (1, 1), (0, 0), (0, 0)])
+    seen = [
+        slope[:, 2 - i - m : 2 - i - m + height, i, 2 - j - n : 2 - j - n + width, j]
+        for i, m, j, n in _PIXELS
+    ]
+    seen = jnp.concatenate(seen, axis=-1)
+    by_kernels = _outer(x, seen).astype(kernel.dtype).reshape(kernels.shape)
+    return seen @ kernels.astype(x.dtype).reshape(in_channels, -1).T, *pull(by_kernels)
+
+
+@jax.custom_vjp
+def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """3x3 convolution of an image upsampled by two to the nearest pixel, without making that.
+
+    A pixel becomes four, each of which sees 2x2 of the pixels through sums of the kernel's taps:
+    on CPUs 16 products a pixel in place of 36.
+
+    Args:
+      x: [B, H, W, in_channels].
+      kernel: [3, 3, in_channels, out_channels] float32, for one zero around the upsampled image.
+
+    Returns:
+      [B, 2 H, 2 W, out_channels] of x's dtype.
+    """
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=_upsampled_by_products, default=_upsampled_by_convolution
+    )
+
+
+def _upsampled_forward(x, kernel):
+    return convolve_upsampled(x, kernel), (x, kernel)
+
+
+def _upsampled_backward(residuals, slope):
+    def by_convolutions(x, kernel, slope):
+        _, pull = jax.vjp(_upsampled_by_convolution, x, kernel)
+        return pull(slope)
+
+    return jax.lax.platform_dependent(
+        *residuals, slope, cpu=_upsampled_gradients, default=by_convolutions
+    )
+
+
+convolve_upsampled.defvjp(_upsampled_forward, _upsampled_backward)

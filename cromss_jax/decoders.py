@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cromss_jax.convolution import convolve
+from cromss_jax.convolution import convolve, convolve_upsampled
 from cromss_jax.layers import (
     TORCH_INIT,
     BatchNorm,
@@ -65,7 +65,10 @@ class Decoder(nnx.Module):
 
 
 class UNetBlock(nnx.Module):
-    """Upsampling, concatenation with the skipped features, two 3x3 conv-BatchNorm-ReLU."""
+    """Upsampling, concatenation with the skipped features, two 3x3 conv-BatchNorm-ReLU.
+
+    Neither the upsampled nor the concatenated features are made.
+    """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
         def conv_bn(in_channels: int) -> nnx.List:
@@ -78,28 +81,37 @@ class UNetBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, skip: jax.Array | None, train: bool) -> jax.Array:
         """Maps [B, H, W, in_channels] and [B, 2 H, 2 W, skip] to [B, 2 H, 2 W, out_channels]."""
-        x = upsample(x)
+        own, skipped = self._kernels()
+        y = convolve_upsampled(x, own)
         if skip is not None:
-            x = jnp.concatenate([x, skip], axis=-1)
-        x = jax.nn.relu(conv_bn(self.conv1, x, train))
-        return jax.nn.relu(conv_bn(self.conv2, x, train))
+            y += convolve(skip, skipped.astype(x.dtype))
+        return self._rest(y, train)
 
     def packed(self, x: jax.Array, skip: jax.Array | None, train: bool) -> jax.Array:
         """The same in cells: of n x n pixels of `x`, 2 n x 2 n pixels of `skip` and of the result.
 
         Maps [B, h, w, n^2 in_channels] and [B, h, w, 4 n^2 skip] to [B, h, w, 4 n^2 out_channels].
-        `x` is not upsampled: the packed kernel sees it as if it were.
         """
-        conv, norm = self.conv1
-        in_channels = conv.weight.shape[2] - self.skip_channels
-        kernel = conv.weight[...]
-        cell = cell_size(x, in_channels)
-        parts = [pack_kernel(kernel[:, :, :in_channels], cell, upsampling=2)]
+        own, skipped = self._kernels()
+        cell = cell_size(x, own.shape[2])
+        y = convolve(x, pack_kernel(own, cell, upsampling=2).astype(x.dtype))
         if skip is not None:
-            parts.append(pack_kernel(kernel[:, :, in_channels:], 2 * cell))
-            x = jnp.concatenate([x, skip], axis=-1)
-        x = convolve(x, jnp.concatenate(parts, axis=2).astype(x.dtype))
-        x = jax.nn.relu(norm(x, train))
+            y += convolve(skip, pack_kernel(skipped, 2 * cell).astype(x.dtype))
+        return self._rest(y, train)
+
+    def _kernels(self) -> tuple[jax.Array, jax.Array]:
+        """The first convolution's, for what is upsampled and for the skipped features.
+
+        The sum of both convolutions is the one of what is concatenated, which would have to be
+        written first, and its gradient cut.
+        """
+        kernel = self.conv1[0].weight[...]
+        in_channels = kernel.shape[2] - self.skip_channels
+        return kernel[:, :, :in_channels], kernel[:, :, in_channels:]
+
+    def _rest(self, y: jax.Array, train: bool) -> jax.Array:
+        """What follows the first convolution."""
+        x = jax.nn.relu(self.conv1[1](y, train))
         return jax.nn.relu(conv_bn(self.conv2, x, train))
 
 

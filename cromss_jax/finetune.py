@@ -332,8 +332,6 @@ def _train(
                 pending = []
                 run.stop_if_bad(state, tiles, records, checkpoints.latest_step, "tiles")
                 seconds = (time.perf_counter() - started) / (number - start_step)
-                if log:
-                    log.scalars(number, "train", means)
                 _log.info(
                     "seed %d, step %d/%d, loss %.4f, %s left",
                     seed,
@@ -342,6 +340,8 @@ def _train(
                     means["loss"],
                     datetime.timedelta(seconds=round((num_steps - number) * seconds)),
                 )
+                if log:
+                    log.scalars(number, "train", means)
             # Counted over all seeds: the processes agree on a step by its number.
             leave = preemption.reached(index * num_steps + number)
             if number in checkpoint_steps or leave:

@@ -96,7 +96,9 @@ class Conv(nnx.Module):
 
 def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
     """[C] for every channel of an image, of a packed one each cell's n pixels: [1, 1, 1, n C]."""
-    return jnp.tile(values, x.shape[-1] // values.size).reshape(1, 1, 1, -1)
+    if x.shape[-1] > values.size:
+        values = jnp.tile(values, x.shape[-1] // values.size)
+    return values.reshape(1, 1, 1, -1)
 
 
 def _widened(x: jax.Array) -> jax.Array:
@@ -162,7 +164,10 @@ class BatchNorm(nnx.Module):
         """Mean and biased variance of each channel of the batch, [C] each."""
 
         def mean_of(values: jax.Array) -> jax.Array:
-            return values.mean((0, 1, 2)).reshape(-1, self.weight.size).mean(0)
+            means = values.mean((0, 1, 2))
+            if means.size > self.weight.size:
+                means = means.reshape(-1, self.weight.size).mean(0)
+            return means
 
         wide = _widened(x)
         if x.dtype == jnp.bfloat16:

@@ -59,8 +59,9 @@ def planes(x: jax.Array, cell: int) -> jax.Array:
     batch, height, width, *more = x.shape
     x = x.reshape(batch, cell, height // cell, width, *more)
     # Rather than transposed, which moves twice as much as compiled for v5e.
-    x = jnp.stack(jnp.split(x, cell, axis=3), axis=2)
-    return x.reshape(batch, cell**2, height * width // cell**2, *more)
+    columns = jnp.split(x, cell, axis=3)
+    columns = [c.reshape(batch, cell, height * width // cell**2, *more) for c in columns]
+    return jnp.stack(columns, axis=2).reshape(batch, cell**2, -1, *more)
 
 
 def unpack_planes(x: jax.Array, channels: int) -> jax.Array:

@@ -43,18 +43,24 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def upsample(bands: jax.Array, factor: int, shown: smoothing.Shown = None) -> jax.Array:
+def upsample(
+    bands: jax.Array,
+    factor: int,
+    shown: smoothing.Shown = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
     """Brings bands to 10 m, to the grey level PIL's `resize(..., BICUBIC)` of uint8 images.
 
     Args:
       bands: [B, h, w, K] uint8.
       factor: whole number of output pixels a pixel.
       shown: rows [B, H] and columns [B, W] of the upsampled image to return; all unless given.
+      dtype: a float one; bfloat16 has all whole numbers up to 256, too.
 
     Returns:
-      [B, H, W, K] float32, whole numbers in 0..255.
+      [B, H, W, K] of `dtype`, whole numbers in 0..255.
     """
-    values = bands.astype(jnp.float32)
+    values = bands.astype(dtype)
     if factor == 1 and shown is None:
         return values
     # PIL filters along rows first and rounds to 8 bits after each pass.
@@ -64,7 +70,7 @@ def upsample(bands: jax.Array, factor: int, shown: smoothing.Shown = None) -> ja
         if shown is not None:
             matrix = jnp.take(matrix, shown[axis - 1], axis=0)
         values = smoothing.along_axis(matrix, values, axis)
-        values = jnp.clip(jnp.floor(values + 0.5), 0.0, 255.0)
+        values = jnp.clip(jnp.floor(values + 0.5), 0.0, 255.0).astype(dtype)
     return values
 
 
@@ -74,22 +80,27 @@ def _take(images: jax.Array, names: Sequence[str], chosen: Sequence[str]) -> jax
 
 
 def stack_bands(
-    records: Records, modality: str, s2_bands: Sequence[str], shown: smoothing.Shown = None
+    records: Records,
+    modality: str,
+    s2_bands: Sequence[str],
+    shown: smoothing.Shown = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """Grey levels of a modality at 10 m, [B, H, W, K] float32, bands as asked for.
+    """Grey levels of a modality at 10 m, [B, H, W, K], bands as asked for.
 
-    Whole numbers in 0..255; the networks see them divided by 255. `shown` as for `upsample`.
+    Whole numbers in 0..255; the networks see them divided by 255. `shown` and `dtype` as for
+    `upsample`.
     """
     if modality == "s1":
-        return upsample(records["s1"], 1, shown)
+        return upsample(records["s1"], 1, shown, dtype)
     if "s2" in records:
-        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, shown)
+        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, shown, dtype)
     stacked, names = [], []
     for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
         used = [band for band in group if band in s2_bands]
         if used:
             chosen = _take(records[f"s2_{resolution}m"], group, used)
-            stacked.append(upsample(chosen, resolution // 10, shown))
+            stacked.append(upsample(chosen, resolution // 10, shown, dtype))
             names += used
     return _take(jnp.concatenate(stacked, axis=-1), names, s2_bands)
 
@@ -186,7 +197,7 @@ def _source_coordinates(angle: jax.Array, size: int) -> tuple[jax.Array, jax.Arr
     return _reflect(source_rows, size), _reflect(source_columns, size)
 
 
-def _rotate(images: Maps, labels: Maps, angle: jax.Array) -> tuple[Maps, Maps]:
+def _rotate(images: Maps, labels: Maps, angle: jax.Array, dtype: jnp.dtype) -> tuple[Maps, Maps]:
     """Turns a sample about its centre, its border reflected.
 
     Block by block: a block's pixels come from one small square of the crop, and are that square's
@@ -197,6 +208,7 @@ def _rotate(images: Maps, labels: Maps, angle: jax.Array) -> tuple[Maps, Maps]:
       images: by name [H, H, K] float32, turned bilinearly.
       labels: by name [H, H, 1] float32, turned to the nearest pixel.
       angle: radians, counter-clockwise.
+      dtype: of what returns.
 
     Returns:
       Both, turned.
@@ -236,7 +248,8 @@ def _rotate(images: Maps, labels: Maps, angle: jax.Array) -> tuple[Maps, Maps]:
         squares, num_images = cut(*first), ends[len(images) - 1]
         turned = [seen(source, squares[..., :num_images])]
         turned.append(seen([jnp.floor(x + 0.5) for x in source], squares[..., num_images:]))
-        turned = jnp.concatenate(turned, axis=-1).reshape(-1, block, block, ends[-1])
+        turned = jnp.concatenate(turned, axis=-1).astype(dtype)
+        turned = turned.reshape(-1, block, block, ends[-1])
         return turned.swapaxes(0, 1).reshape(block, size, ends[-1])
 
     # A row at a time: what it needs stays on the chip.
@@ -250,8 +263,8 @@ def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tupl
     """Turns those samples whose angle is not 0; the others are not touched.
 
     Args:
-      images: by name [B, H, H, K], of any float dtype.
-      labels: by name [B, H, H, 1] float32.
+      images: by name [B, H, H, K], of one float dtype.
+      labels: by name [B, H, H, 1] of the same.
       angle: [B] float32.
       cell: rows and columns are in the order of `packing.order`.
 
@@ -261,12 +274,14 @@ def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tupl
 
     def one(i: jax.Array, maps: tuple[Maps, Maps]) -> tuple[Maps, Maps]:
         sample = turned[i]
+        # Widened at once: else XLA brings all samples of a band to the chip for each of them.
         taken = jax.tree.map(lambda x: x[sample].astype(jnp.float32), maps)
         images, labels = jax.tree.map(lambda x: packing.in_order(x, cell), taken)
-        own = _rotate(images, labels, angle[sample])
+        own = _rotate(images, labels, angle[sample], dtype)
         own = jax.tree.map(lambda x: packing.in_order(x, x.shape[0] // cell), own)
-        return jax.tree.map(lambda x, y: x.at[sample].set(y.astype(x.dtype)), maps, own)
+        return jax.tree.map(lambda x, y: x.at[sample].set(y), maps, own)
 
+    dtype = jnp.result_type(*images.values())
     turned = jnp.flatnonzero(angle, size=angle.size, fill_value=0)
     return jax.lax.fori_loop(0, jnp.count_nonzero(angle), one, (images, labels))
 
@@ -312,17 +327,16 @@ def examples(
     """
     shown = geometry.shown(crop_size, cell)
     drawn = drawn_labels(records)
-    images = {m: stack_bands(records, m, s2_bands, shown) for m in modalities}
+    images = {m: stack_bands(records, m, s2_bands, shown, dtype) for m in modalities}
     if prior_kind is not None:
-        images["prior"] = smoothing.smoothing_prior(
-            records["labels"], drawn, num_classes, prior_kind, shown
+        prior = smoothing.smoothing_prior(
+            records["labels"], drawn, num_classes, prior_kind, shown, dtype
         )
-    # Grey levels are whole numbers up to 255, of which bfloat16 rounds none.
-    images = {name: x.astype(dtype) for name, x in images.items()}
+        images["prior"] = prior.astype(dtype)
     labels = {"labels": drawn}
     if "truth" in records:
         labels["truth"] = records["truth"]
-    labels = {name: upsample(x[..., None], 1, shown) for name, x in labels.items()}
+    labels = {name: upsample(x[..., None], 1, shown, dtype) for name, x in labels.items()}
     if geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 

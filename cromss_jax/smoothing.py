@@ -38,7 +38,7 @@ def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
 
     Args:
       matrix: [N, n], or [B, N, n] with one for each sample.
-      maps: [B, h, w, C] float32, n long along `axis`.
+      maps: [B, h, w, C] of any float dtype, n long along `axis`.
       axis: 1 for columns, 2 for rows.
 
     Returns:
@@ -47,23 +47,32 @@ def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
     batch = "b" if matrix.ndim == 3 else ""
     equation = {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
     # float32 products: TPUs would round to bfloat16, and a prior would not sum to one.
+    maps = maps.astype(jnp.float32)
     return jnp.einsum(batch + equation, matrix, maps, precision="highest")
 
 
 def _filtered(maps: jax.Array, shown: Shown) -> jax.Array:
-    """Gaussian filter of [B, T, T, C] along both axes, normalised over the classes."""
-    num_classes = maps.shape[-1]
+    """Gaussian filter of [B, T, T, C] along both axes, normalised over the classes.
+
+    Between the axes maps are kept in their dtype; what returns is float32.
+    """
+    num_classes, dtype = maps.shape[-1], maps.dtype
     # The filtered sum of the classes, rather than the sum of the filtered: a ninth of it to read.
-    total = jnp.sum(maps, axis=-1, keepdims=True)
+    total = jnp.sum(maps.astype(jnp.float32), axis=-1, keepdims=True)
     for axis in (1, 2):
         matrix = gaussian_matrix(maps.shape[axis])
         if shown is not None:
             matrix = jnp.take(matrix, shown[axis - 1], axis=0)
-        maps, total = along_axis(matrix, maps, axis), along_axis(matrix, total, axis)
+        maps, total = along_axis(matrix, maps.astype(dtype), axis), along_axis(matrix, total, axis)
     return jnp.where(total > 0, maps / jnp.where(total > 0, total, 1.0), 1.0 / num_classes)
 
 
-def temporal_prior(season_labels: jax.Array, num_classes: int, shown: Shown = None) -> jax.Array:
+def temporal_prior(
+    season_labels: jax.Array,
+    num_classes: int,
+    shown: Shown = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
     """Class frequencies over all seasons, filtered in space.
 
     Args:
@@ -71,19 +80,22 @@ def temporal_prior(season_labels: jax.Array, num_classes: int, shown: Shown = No
         frequencies; a season of nothing else does not count.
       num_classes: C.
       shown: as for `smoothing_prior`.
+      dtype: likewise.
 
     Returns:
       [B, H, W, C] float32, summing to one over C; uniform where no label is near.
     """
     # Their sum does as well as their mean: what is filtered is normalised.
     seasons = [season_labels[:, season] for season in range(season_labels.shape[1])]
-    counts = sum(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32) for labels in seasons)
+    counts = sum(jax.nn.one_hot(labels, num_classes, dtype=dtype) for labels in seasons)
     return _filtered(counts, shown)
 
 
-def spatial_prior(labels: jax.Array, num_classes: int, shown: Shown = None) -> jax.Array:
+def spatial_prior(
+    labels: jax.Array, num_classes: int, shown: Shown = None, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """Class frequencies around each pixel of one season, [B, T, T] -> [B, H, W, C]."""
-    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), shown)
+    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=dtype), shown)
 
 
 @jax.named_scope("prior")
@@ -93,6 +105,7 @@ def smoothing_prior(
     num_classes: int,
     kind: str,
     shown: Shown = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """The prior M of a sample, of the whole tile whatever is shown of it.
 
@@ -103,17 +116,18 @@ def smoothing_prior(
       kind: "t" temporal, "s" spatial, "ts" their mean.
       shown: rows [B, H] and columns [B, W] of the tile to return the prior of, in their order;
         all of them unless given.
+      dtype: in which frequencies are kept between the filter's two axes.
 
     Returns:
       [B, H, W, C] float32, summing to one over C.
     """
     if kind == "ts":
-        temporal = temporal_prior(season_labels, num_classes, shown)
-        return (temporal + spatial_prior(labels, num_classes, shown)) / 2
+        temporal = temporal_prior(season_labels, num_classes, shown, dtype)
+        return (temporal + spatial_prior(labels, num_classes, shown, dtype)) / 2
     if kind == "t":
-        return temporal_prior(season_labels, num_classes, shown)
+        return temporal_prior(season_labels, num_classes, shown, dtype)
     if kind == "s":
-        return spatial_prior(labels, num_classes, shown)
+        return spatial_prior(labels, num_classes, shown, dtype)
     raise ValueError(f"smoothing prior {kind!r} is none of {PRIOR_KINDS}")
 
 

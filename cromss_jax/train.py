@@ -310,14 +310,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             # Lets the device be two steps behind, so that waiting batches don't fill its memory.
             if len(pending) > 2:
                 sharding.wait(pending[-3]["loss"])
-            if number == start_step:  # compiled by now: speed is measured from here
+            if number == start_step:
                 sharding.wait(step_metrics["loss"])
-                # Seconds of importing that the first step need not wait for, nor speed count.
-                from cromss_jax import pictures
-
-                if log:
-                    log.open_board()
-                started, waited = time.perf_counter(), 0.0
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
                 means = {
@@ -334,8 +328,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     speed = f"{config.batch_size / seconds:.1f} samples/s, {left} left"
                     means["samples_per_second"] = config.batch_size / seconds
                     means["wait_for_data"] = waited / elapsed
-                if log:
-                    log.scalars(number, "train", means)
                 _log.info(
                     "step %d/%d, epoch %.1f, loss %.4f, %s",
                     number,
@@ -344,6 +336,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     means["loss"],
                     speed,
                 )
+                if log:
+                    log.scalars(number, "train", means)
+
+            if number == start_step:
+                # Seconds of importing that nobody need wait for before the first step.
+                from cromss_jax import pictures
+
+                if log:
+                    log.open_board()
+                # Compiled by now: speed is measured from here.
+                started, waited = time.perf_counter(), 0.0
 
             if number in eval_steps:
                 evaluation = evaluate(eval_step, state, map(read, validation), mesh)

@@ -27,7 +27,8 @@ LAYERS = (
     ("models", "sharding", "preprocess", "torch_keys", "files", "traffic"),
     ("decoders", "resnet"),
     ("layers",),
-    ("convolution", "packing"),
+    ("convolution",),
+    ("packing",),
     ("losses", "selection", "smoothing", "metrics", "schedules"),
     ("sensors",),
 )

@@ -130,15 +130,14 @@ def test_samples_are_rotated_one_by_one():
         np.testing.assert_allclose(found[i], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("prior_kind", ["ts", None])
-def test_packed_examples_are_the_same_pixels(prior_kind):
-    records = {k: jnp.asarray(v) for k, v in make_records().items()}
+def viewed(prior_kind):
+    """Random views of records, and what makes their examples."""
     geometry = preprocess.random_geometry(
         jax.random.key(3), B, T - SIZE, flip_probability=0.5, rotation_probability=0.5, max_angle=90
     )
     make = functools.partial(
         preprocess.examples,
-        records,
+        {k: jnp.asarray(v) for k, v in make_records().items()},
         geometry,
         modalities=("s1", "s2"),
         s2_bands=sensors.S2_BANDS,
@@ -146,6 +145,12 @@ def test_packed_examples_are_the_same_pixels(prior_kind):
         num_classes=9,
         prior_kind=prior_kind,
     )
+    return geometry, make
+
+
+@pytest.mark.parametrize("prior_kind", ["ts", None])
+def test_packed_examples_are_the_same_pixels(prior_kind):
+    _, make = viewed(prior_kind)
     plain, packed = make(), make(cell=4)
     assert plain.keys() == packed.keys()
     for name, x in plain.items():
@@ -157,6 +162,25 @@ def test_packed_examples_are_the_same_pixels(prior_kind):
             expected = cells.transpose(0, 2, 4, 1, 3, 5)
         # Products in another order, in float32, of what is rotated and of the prior.
         np.testing.assert_allclose(packed[name], expected.reshape(packed[name].shape), atol=1e-6)
+
+
+def test_examples_in_bfloat16_are_those_in_float32_rounded():
+    geometry, make = viewed("ts")
+    exact, rounded = make(), make(dtype=jnp.bfloat16)
+    for name in ("labels", "truth"):
+        np.testing.assert_array_equal(rounded[name], exact[name])
+    still = np.asarray(geometry.angle) == 0
+    assert 0 < still.sum() < B
+    for name in ("s1", "s2"):
+        # Grey levels are exact, so is what is resampled of them to them.
+        expected = exact[name][still].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(rounded[name][still], expected)
+    for name, roundings in (("s1", 2), ("s2", 2), ("prior", 3)):
+        # By up to 2^-8 each: turned, divided; of the prior filtered along rows, as it is, turned.
+        assert rounded[name].dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            rounded[name].astype(jnp.float32), exact[name], rtol=1.01 * roundings * 2**-8
+        )
 
 
 def test_every_array_is_seen_alike():
