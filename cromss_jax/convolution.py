@@ -2,7 +2,7 @@
 
 XLA's CPU backend computes the gradients of a convolution as convolutions with windows as large as
 the image, at a third of the speed of its matrix products. On CPUs, wide convolutions are therefore
-matrix products here: the same sums in another order. Elsewhere nothing changes.
+matrix products here: the same sums in another order. Elsewhere they stay convolutions.
 """
 
 import functools
@@ -148,7 +148,10 @@ _PIXELS = tuple(itertools.product(range(2), repeat=4))
 
 
 def _summed_kernels(kernel: jax.Array) -> jax.Array:
-    """Kernels for the pixels that one becomes: [3, 3, C, D] to [C, 2, 2, 2, 2, D] (`_PIXELS`)."""
+    """Kernels for the pixels that one becomes: [3, 3, C, D] to [C, 2, 2, 2, 2, D] (`_PIXELS`).
+
+    What is not zero in `packing.pack_kernel`'s; its products take CPUs longer than these sums.
+    """
 
     def along_first_axis(taps: jax.Array) -> jax.Array:
         # The former pixel sees the one before once and its own twice, the latter the other way.

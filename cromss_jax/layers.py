@@ -96,7 +96,7 @@ class Conv(nnx.Module):
 
 def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
     """[C] for every channel of an image, of a packed one each cell's n pixels: [1, 1, 1, n C]."""
-    if x.shape[-1] > values.size:
+    if x.shape[-1] > values.size:  # what changes nothing would be traced, too
         values = jnp.tile(values, x.shape[-1] // values.size)
     return values.reshape(1, 1, 1, -1)
 

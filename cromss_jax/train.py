@@ -310,8 +310,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             # Lets the device be two steps behind, so that waiting batches don't fill its memory.
             if len(pending) > 2:
                 sharding.wait(pending[-3]["loss"])
-            if number == start_step:
-                sharding.wait(step_metrics["loss"])
 
             if number % config.log_every_steps == 0 or number in eval_steps | checkpoint_steps:
                 means = {
@@ -340,6 +338,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
                     log.scalars(number, "train", means)
 
             if number == start_step:
+                sharding.wait(step_metrics["loss"])
                 # Seconds of importing that nobody need wait for before the first step.
                 from cromss_jax import pictures
 
