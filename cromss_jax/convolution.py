@@ -7,6 +7,7 @@ matrix products here: the same sums in another order. Elsewhere they stay convol
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from cromss_jax import packing
 
 # With fewer channels a patch is so narrow that copying it costs more than its product spares.
 _MIN_CHANNELS = 32
+
+# With fewer pixels the sum over samples takes longer than is gained by summing for each first.
+_MIN_PIXELS = 1024
 
 
 def patches(x: jax.Array, size: int, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -44,7 +48,10 @@ def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
     # XLA transposes the first one in memory: the narrower one, for that is less to move.
     if x.shape[-1] > y.shape[-1]:
         return _outer(y, x).T
-    return jax.lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))
+    if math.prod(x.shape[1:3]) < _MIN_PIXELS:
+        return jax.lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))
+    # It sums over pixels on one thread. By samples it does so on all of them.
+    return jax.lax.dot_general(x, y, (((1, 2), (1, 2)), ((0,), (0,)))).sum(0)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
@@ -84,9 +91,13 @@ def _unstrided_gradients(
     size, _, in_channels, out_channels = kernel.shape
     # A pixel reaches outputs on its other side, hence windows that begin with their last pixel.
     seen = patches(slope, size, dilation=dilation)
-    turned = kernel.transpose(0, 1, 3, 2).reshape(size**2 * out_channels, in_channels)
     by_kernel = _outer(x, seen).reshape(in_channels, size, size, out_channels)
-    return seen @ turned, by_kernel.transpose(1, 2, 0, 3)
+    by_kernel = by_kernel.transpose(1, 2, 0, 3)
+    if size == 1:
+        # A matrix XLA multiplies as it lies, a larger kernel it would turn in memory in any case.
+        return jax.lax.dot_general(slope, kernel[0, 0], (((3,), (1,)), ((), ()))), by_kernel
+    turned = kernel.transpose(0, 1, 3, 2).reshape(size**2 * out_channels, in_channels)
+    return seen @ turned, by_kernel
 
 
 def _gradients_by_products(
@@ -143,24 +154,37 @@ def _backward(stride, dilation, residuals, slope):
 convolve.defvjp(_forward, _backward)
 
 
-# Which of the two pixels that one becomes, and which of two that one sees, by rows and columns.
-_PIXELS = tuple(itertools.product(range(2), repeat=4))
+# Along an axis, the kernel's taps through which the pixels that one becomes, the former (0) and the
+# latter (1), see the first (0) and second (1) of two pixels: the one before and its own, its own
+# and the one after.
+_TAPS = {(0, 0): (0,), (0, 1): (1, 2), (1, 0): (0, 1), (1, 1): (2,)}
+# By rows and columns: which of the pixels that one becomes sees which.
+_SIGHTS = tuple((*rows, *columns) for rows in _TAPS for columns in _TAPS)
+
+
+def _has_tap(sight: tuple[int, int, int, int], row: int, column: int) -> bool:
+    return row in _TAPS[sight[:2]] and column in _TAPS[sight[2:]]
 
 
 def _summed_kernels(kernel: jax.Array) -> jax.Array:
-    """Kernels for the pixels that one becomes: [3, 3, C, D] to [C, 2, 2, 2, 2, D] (`_PIXELS`).
+    """A kernel for each of `_SIGHTS`, the sum of its taps: [3, 3, C, D] to [C, 16 D].
 
     What is not zero in `packing.pack_kernel`'s; its products take CPUs longer than these sums.
     """
+    taps = list(itertools.product(range(3), repeat=2))
+    sums = [sum(kernel[tap] for tap in taps if _has_tap(sight, *tap)) for sight in _SIGHTS]
+    return jnp.concatenate(sums, axis=-1)
 
-    def along_first_axis(taps: jax.Array) -> jax.Array:
-        # The former pixel sees the one before once and its own twice, the latter the other way.
-        before, own, after = taps
-        former, latter = [before, own + after], [before + own, after]
-        return jnp.stack([jnp.stack(former), jnp.stack(latter)])
 
-    by_rows = along_first_axis(kernel).transpose(2, 3, 0, 1, 4)  # [3, C, 2, 2, D]
-    return along_first_axis(by_rows).transpose(2, 3, 4, 0, 1, 5)
+def _by_taps(by_kernels: jax.Array) -> jax.Array:
+    """The gradient of the kernel from that of `_summed_kernels`: [C, 16 D] to [3, 3, C, D]."""
+    parts = jnp.split(by_kernels, len(_SIGHTS), axis=-1)
+
+    def by_tap(row: int, column: int) -> jax.Array:
+        sights = zip(_SIGHTS, parts, strict=True)
+        return sum(part for sight, part in sights if _has_tap(sight, row, column))
+
+    return jnp.stack([jnp.stack([by_tap(i, j) for j in range(3)]) for i in range(3)])
 
 
 def _upsampled_by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -172,8 +196,8 @@ def _upsampled_by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _upsampled_by_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Products of each pixel with all kernels, then moved to the pixels that they add to."""
-    batch, height, width, in_channels = x.shape
-    products = x @ _summed_kernels(kernel).astype(x.dtype).reshape(in_channels, -1)
+    batch, height, width, _ = x.shape
+    products = x @ _summed_kernels(kernel).astype(x.dtype)
     products = products.reshape(batch, height, width, 2, 2, 2, 2, -1)
     products = jnp.pad(products, [(0, 0), (1, 1), (1, 1), *[(0, 0)] * 5])
 
@@ -192,17 +216,16 @@ def _upsampled_gradients(
     x: jax.Array, kernel: jax.Array, slope: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients by image and kernel, both from the slopes that each pixel's products meet."""
-    batch, height, width, in_channels = x.shape
-    kernels, pull = jax.vjp(_summed_kernels, kernel)
+    batch, height, width, _ = x.shape
     slope = slope.reshape(batch, height, 2, width, 2, -1)
     slope = jnp.pad(slope, [(0, 0), (1, 1), (0, 0), (1, 1), (0, 0), (0, 0)])
     seen = [
         slope[:, 2 - i - m : 2 - i - m + height, i, 2 - j - n : 2 - j - n + width, j]
-        for i, m, j, n in _PIXELS
+        for i, m, j, n in _SIGHTS
     ]
     seen = jnp.concatenate(seen, axis=-1)
-    by_kernels = _outer(x, seen).astype(kernel.dtype).reshape(kernels.shape)
-    return seen @ kernels.astype(x.dtype).reshape(in_channels, -1).T, *pull(by_kernels)
+    by_kernels = _outer(x, seen).astype(kernel.dtype)
+    return seen @ _summed_kernels(kernel).astype(x.dtype).T, _by_taps(by_kernels)
 
 
 @jax.custom_vjp

@@ -106,8 +106,7 @@ class UNetBlock(nnx.Module):
         written first, and its gradient cut.
         """
         kernel = self.conv1[0].weight[...]
-        in_channels = kernel.shape[2] - self.skip_channels
-        return kernel[:, :, :in_channels], kernel[:, :, in_channels:]
+        return tuple(jnp.split(kernel, [kernel.shape[2] - self.skip_channels], axis=2))
 
     def _rest(self, y: jax.Array, train: bool) -> jax.Array:
         """What follows the first convolution."""

@@ -268,6 +268,16 @@ def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
     return (y + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
+def materialised(x: jax.Array) -> jax.Array:
+    """x, which CPUs write to memory before they use it.
+
+    XLA's CPU backend computes what several operations read again in each of them, and with it what
+    that was computed from: the output of a residual block from those of all blocks before it. It
+    heeds this where `sharding.compiler_options` are given; the other backends need it not.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
 def max_pool(x: jax.Array, channels: int) -> jax.Array:
     """3x3 maximum with stride 2 and padding 1: [B, H, W, C] to [B, H / 2, W / 2, C], H, W even.
 
@@ -281,17 +291,11 @@ def max_pool(x: jax.Array, channels: int) -> jax.Array:
     cell = packing.cell_size(x, channels)
     if cell > 2:
         raise ValueError(f"cells of {cell} x {cell} pixels cannot be pooled, only of 2 x 2")
-    if cell == 1:
-        return jax.lax.reduce_window(
-            x,
-            -jnp.inf,
-            jax.lax.max,
-            window_dimensions=(1, 3, 3, 1),
-            window_strides=(1, 2, 2, 1),
-            padding=((0, 0), (1, 1), (1, 1), (0, 0)),
-        )
-    # Along the rows of cells, then along their columns.
-    return _max_of_pairs(_max_of_pairs(x, 1), 2)
+    if cell == 2:
+        # Along the rows of cells, then along their columns.
+        return _max_of_pairs(_max_of_pairs(x, 1), 2)
+    # Along a row first: of pixels that tie the first one is in the first of the rows.
+    return _max_along(_max_along(x, 2), 1)
 
 
 def _moved(x: jax.Array, axis: int, by: int) -> jax.Array:
@@ -299,6 +303,45 @@ def _moved(x: jax.Array, axis: int, by: int) -> jax.Array:
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (by, -by, 0)
     return jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), padding)
+
+
+def _pairs(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The pixels at even positions along an axis, and those at odd ones."""
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    first, second = jnp.split(pairs, 2, axis + 1)
+    return first.squeeze(axis + 1), second.squeeze(axis + 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_along(x: jax.Array, axis: int) -> jax.Array:
+    """Maximum of three pixels along an axis with stride 2 and padding 1.
+
+    Its gradient takes XLA's CPU backend a fifth of the time of a `reduce_window`'s.
+    """
+    first, second = _pairs(x, axis)
+    return jnp.maximum(jnp.maximum(_moved(second, axis, 1), first), second)
+
+
+def _max_along_forward(x: jax.Array, axis: int) -> tuple[jax.Array, tuple]:
+    largest = _max_along(x, axis)
+    return largest, (x, largest)
+
+
+def _max_along_backward(axis: int, residuals: tuple, slope: jax.Array) -> tuple[jax.Array]:
+    """The gradient goes to the first of the largest ones."""
+    x, largest = residuals
+    first, second = _pairs(x, axis)
+    before_is = _moved(second, axis, 1) == largest
+    first_is = ~before_is & (first == largest)
+    by_first = jnp.where(first_is, slope, 0)
+    by_second = jnp.where(before_is | first_is, 0, slope)
+    # The one before the next two, too.
+    next_largest, next_slope = _moved(largest, axis, -1), _moved(slope, axis, -1)
+    by_second += jnp.where(second == next_largest, next_slope, 0)
+    return (jnp.stack([by_first, by_second], axis + 1).reshape(x.shape),)
+
+
+_max_along.defvjp(_max_along_forward, _max_along_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cromss_jax.layers import TORCH_INIT, BatchNorm, Conv, KernelInit, conv_bn, max_pool
+from cromss_jax.layers import (
+    TORCH_INIT,
+    BatchNorm,
+    Conv,
+    KernelInit,
+    conv_bn,
+    materialised,
+    max_pool,
+)
 
 # What torchvision leaves: kaiming_normal_(mode="fan_out", nonlinearity="relu").
 ENCODER_INIT = KernelInit("normal", 2.0, "out")
@@ -36,7 +44,7 @@ class BasicBlock(nnx.Module):
         y = jax.nn.relu(self.bn1(self.conv1(x), train))
         y = self.bn2(self.conv2(y), train)
         shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
-        return jax.nn.relu(y + shortcut)
+        return materialised(jax.nn.relu(y + shortcut))
 
 
 class Bottleneck(nnx.Module):
@@ -60,7 +68,7 @@ class Bottleneck(nnx.Module):
         y = jax.nn.relu(self.bn2(self.conv2(y), train))
         y = conv_bn((self.conv3, self.bn3), y, train)
         shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
-        return jax.nn.relu(y + shortcut)
+        return materialised(jax.nn.relu(y + shortcut))
 
 
 def _encoder_conv(

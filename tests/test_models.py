@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax import decoders, layers, models, torch_keys
+from cromss_jax import decoders, layers, models, sharding, torch_keys
 
 NUM_CLASSES = 9
 OTHER_DECODERS = ("pspnet", "deeplabv3plus", "fpn")
@@ -364,6 +364,33 @@ def test_max_pool_by_hand():
     x = -1.0 - jnp.arange(16.0).reshape(1, 4, 4, 1)
     # Windows around rows and columns 0 and 2; the padding never wins over negative values.
     np.testing.assert_array_equal(layers.max_pool(x, 1)[0, :, :, 0], [[-1, -2], [-5, -6]])
+
+
+def test_max_pool_is_torchs_where_pixels_tie(torch, parity):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 3, (2, 8, 6, 5)).astype(np.float32)
+    slope = rng.integers(-3, 4, (2, 4, 3, 5)).astype(np.float32)  # sums are exact in any order
+    theirs = parity.to_torch_image(x).requires_grad_()
+    out = torch.nn.functional.max_pool2d(theirs, 3, stride=2, padding=1)
+    out.backward(parity.to_torch_image(slope))
+    found, pull = jax.vjp(lambda x: layers.max_pool(x, 5), x)
+    np.testing.assert_array_equal(found, parity.from_torch_image(out.detach()))
+    np.testing.assert_array_equal(pull(slope)[0], parity.from_torch_image(theirs.grad))
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 2), ("tpu", 0)])
+def test_a_cpu_writes_what_several_operations_read(platform, barriers):
+    def chain(x):
+        for _ in range(2):
+            x = layers.materialised(jax.nn.relu(x * x - 1))
+        return x.sum(0), x.T
+
+    lowered = jax.jit(chain).trace(jnp.ones((8, 8))).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("optimization_barrier ") == barriers
+    if platform == "cpu":
+        # XLA must know the option, and still does what it is there for.
+        options = sharding.compiler_options(sharding.make_mesh(1))
+        assert lowered.compile(options).as_text().count(" opt-barrier(") == barriers
 
 
 def test_group_norm_is_torchs(torch):

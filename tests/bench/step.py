@@ -29,7 +29,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from absl import app, flags
 from flax import nnx
 
-from cromss_jax import models, preprocess, run, sensors, smoothing, step, torch_keys
+from cromss_jax import models, preprocess, run, sensors, sharding, smoothing, step, torch_keys
 from tests import torch_oracle, torch_parity
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each case", lower_bound=1)
@@ -57,6 +57,12 @@ TOLERANCE = 1e-4
 
 # What runs a case once, to the end, and returns a number or array that both sides must agree on.
 Runner = Callable[[], np.ndarray | float]
+
+
+def jit(function: Callable, donate_argnums: Sequence[int] = ()) -> Callable:
+    """Compiles for one device, as `main` compiles its steps."""
+    options = sharding.compiler_options(sharding.make_mesh(1))
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
 
 
 def tile_size(crop: int) -> int:
@@ -134,7 +140,7 @@ def whole_step(fusion: str, depth: int, size: str) -> dict[str, Runner]:
     # Copied: the step gives its state's memory away.
     state = jax.tree.map(jnp.array, dataclasses.replace(state, step=jnp.int32(EPOCH), **parts))
     update = step.make_update(config, step.network_definition(config), config.batch_size)
-    update = jax.jit(update, donate_argnums=0)
+    update = jit(update, donate_argnums=(0,))
     ours = {"state": state, "batch": jax.device_put(batch)}
 
     def our_step() -> float:
@@ -191,7 +197,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
     inputs = [image] if part == "encoder" else features
     classes = (batch_size, crop, crop, sensors.NUM_CLASSES)
     shapes = [x.shape for x in features] if part == "encoder" else [classes]
-    slopes = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    slopes = [rng.random(shape, np.float32) for shape in shapes]
 
     def loss_of(params, inputs):
         network = nnx.merge(definition, params, stats, copy=True)
@@ -202,7 +208,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
         return sum(jnp.vdot(x, slope) for x, slope in zip(outputs, slopes, strict=True))
 
     wanted = 0 if part == "encoder" else (0, 1)
-    differentiate = jax.jit(jax.value_and_grad(loss_of, argnums=wanted))
+    differentiate = jit(jax.value_and_grad(loss_of, argnums=wanted))
     params, inputs = jax.device_put(params), jax.device_put(inputs)
 
     def our_part() -> float:
