@@ -106,7 +106,8 @@ class UNetBlock(nnx.Module):
         written first, and its gradient cut.
         """
         kernel = self.conv1[0].weight[...]
-        return tuple(jnp.split(kernel, [kernel.shape[2] - self.skip_channels], axis=2))
+        in_channels = kernel.shape[2] - self.skip_channels
+        return kernel[:, :, :in_channels], kernel[:, :, in_channels:]
 
     def _rest(self, y: jax.Array, train: bool) -> jax.Array:
         """What follows the first convolution."""

@@ -1,5 +1,6 @@
 """Pretraining, read from top to bottom: data, networks, loop, results."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -246,7 +247,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         )
-        state, host_state = checkpoints.restore(abstract)
+        record = data.read_batch(dataset, config.modalities, records[0][:1])
+        batch = {
+            name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype)
+            for name, value in record.items()
+        }
+        # For seconds XLA reads what it compiled before: meanwhile the state is read.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            compiled = thread.submit(train_step.lower(abstract, batch).compile)
+            state, host_state = checkpoints.restore(abstract)
+        train_step = compiled.result()
         if host_state["data"] != identity:
             raise run.ConfigError(
                 f"the run in {folder} was on other data, or on another number of devices with "
