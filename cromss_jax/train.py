@@ -216,10 +216,35 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         seasons = np.arange(len(held_back)) % dataset.season_counts[held_back]
         return read(np.resize(dataset.starts[held_back] + seasons, config.batch_size))
 
+    def batch_shapes() -> dict[str, jax.ShapeDtypeStruct]:
+        """Of a global batch."""
+        record = data.read_batch(dataset, config.modalities, records[0][:1])
+        return {
+            name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype)
+            for name, value in record.items()
+        }
+
+    # ---------------------------------------------------------------- when to do what
+    num_locations = len(train_locations)
+
+    def last_step(epoch: int) -> int:
+        """Number of steps after which `epoch` epochs of samples have been taken."""
+        return -(-epoch * num_locations // config.batch_size)
+
+    def steps_at(every: int) -> set[int]:
+        epochs = {*range(every, config.num_epochs + 1, every), config.num_epochs}
+        return {last_step(epoch) for epoch in epochs}
+
+    num_steps = last_step(config.num_epochs)
+    checkpoints = checkpoint.Checkpoints(str(folder / "checkpoints"), config.checkpoints_to_keep)
+    done = checkpoints.latest_step or 0
+    run.check_progress(done, num_steps, folder)
+    eval_steps = steps_at(config.eval_every_epochs) if len(held_back) else set()
+    checkpoint_steps = steps_at(config.checkpoint_every_epochs)
+
     # ---------------------------------------------------------------- state and steps
     replicated = sharding.replicated(mesh)
     definition = step.network_definition(config)
-    num_locations = len(train_locations)
     init = jax.jit(lambda key: step.init_state(config, key), out_shardings=replicated)
     train_step = jit_train_step(config, definition, num_locations, mesh)
     eval_step = sharding.jit_step(step.make_eval_step(config, definition), mesh)
@@ -235,10 +260,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         _, new = plateau.update({}, state.plateau, value=loss)
         return dataclasses.replace(state, plateau=new)
 
-    checkpoints = checkpoint.Checkpoints(str(folder / "checkpoints"), config.checkpoints_to_keep)
     key = jax.random.key(config.seed)
     if checkpoints.latest_step is None:
-        state, done = init(key), 0
+        state = init(key)
         if config.init_from:
             network = weights.Network.of_config(config)
             state = run.start_from(config.init_from, network, state, replicated)
@@ -247,38 +271,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         )
-        record = data.read_batch(dataset, config.modalities, records[0][:1])
-        batch = {
-            name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype)
-            for name, value in record.items()
-        }
-        # For seconds XLA reads what it compiled before: meanwhile the state is read.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            compiled = thread.submit(train_step.lower(abstract, batch).compile)
+            if done < num_steps:
+                # It takes seconds to read even what was compiled before: the state is read, too.
+                compiling = thread.submit(train_step.lower(abstract, batch_shapes()).compile)
             state, host_state = checkpoints.restore(abstract)
-        train_step = compiled.result()
+        if done < num_steps:
+            train_step = compiling.result()
         if host_state["data"] != identity:
             raise run.ConfigError(
                 f"the run in {folder} was on other data, or on another number of devices with "
                 "config.selection.scope per_device: use those again, or another --workdir"
             )
         batches.set_state(host_state["iterator"])
-        done = checkpoints.latest_step
         _log.info("continuing from %s at step %d", folder / "checkpoints", done)
 
-    # ---------------------------------------------------------------- when to do what
-    def last_step(epoch: int) -> int:
-        """Number of steps after which `epoch` epochs of samples have been taken."""
-        return -(-epoch * num_locations // config.batch_size)
-
-    def steps_at(every: int) -> set[int]:
-        epochs = {*range(every, config.num_epochs + 1, every), config.num_epochs}
-        return {last_step(epoch) for epoch in epochs}
-
-    num_steps = last_step(config.num_epochs)
-    run.check_progress(done, num_steps, folder)
-    eval_steps = steps_at(config.eval_every_epochs) if len(held_back) else set()
-    checkpoint_steps = steps_at(config.checkpoint_every_epochs)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     _log.info(
         "%d locations to train on, %d held back; %d epochs of %.1f steps of %d samples on %d "

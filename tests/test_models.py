@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax import decoders, layers, models, sharding, torch_keys
+from cromss_jax import decoders, layers, models, resnet, sharding, torch_keys
 
 NUM_CLASSES = 9
 OTHER_DECODERS = ("pspnet", "deeplabv3plus", "fpn")
@@ -387,10 +387,18 @@ def test_a_cpu_writes_what_several_operations_read(platform, barriers):
 
     lowered = jax.jit(chain).trace(jnp.ones((8, 8))).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("optimization_barrier ") == barriers
-    if platform == "cpu":
-        # XLA must know the option, and still does what it is there for.
-        options = sharding.compiler_options(sharding.make_mesh(1))
-        assert lowered.compile(options).as_text().count(" opt-barrier(") == barriers
+
+
+def test_a_compiled_step_computes_each_residual_block_once():
+    encoder = nnx.eval_shape(lambda: resnet.ResNetEncoder(18, 3))
+    definition, state = nnx.split(encoder)
+    jitted = sharding.jit_step(
+        lambda state, image: nnx.merge(definition, state)(image, False), sharding.make_mesh(1)
+    )
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    # XLA must know the option by which it leaves these alone, and still do so.
+    text = jitted.lower(state, image).compile(FAST_COMPILE).as_text()
+    assert text.count(" opt-barrier(") == 8
 
 
 def test_group_norm_is_torchs(torch):
