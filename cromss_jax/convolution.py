@@ -17,7 +17,8 @@ from cromss_jax import packing
 # With fewer channels a patch is so narrow that copying it costs more than its product spares.
 _MIN_CHANNELS = 32
 
-# With fewer pixels the sum over samples takes longer than is gained by summing for each first.
+# With fewer pixels a sample, summing over samples takes longer than is gained by summing for each
+# of them first.
 _MIN_PIXELS = 1024
 
 

@@ -13,7 +13,17 @@ import ml_collections
 import optax
 from flax import nnx
 
-from cromss_jax import decoders, losses, metrics, models, preprocess, schedules, sensors, step
+from cromss_jax import (
+    decoders,
+    losses,
+    metrics,
+    models,
+    optimizers,
+    preprocess,
+    schedules,
+    sensors,
+    step,
+)
 from cromss_jax.step import Maps, Metrics, TrainState
 
 ENCODERS = ("frozen", "trained", "late")
@@ -56,7 +66,7 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
     init_key, draw_key = jax.random.split(key)
     network = make_network(config, nnx.Rngs(init_key))
     params, batch_stats = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
-    optimizer = step.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -104,7 +114,7 @@ def make_train_step(
     Returns:
       (state, records) -> (state, metrics), to be jitted, its state donated.
     """
-    optimizer = step.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
     (modality,) = config.modalities
     trained_parts = ("encoder", "decoder") if train_encoder else ("decoder",)
     num_classes = config.network.num_classes

@@ -17,6 +17,7 @@ from cromss_jax import (
     losses,
     metrics,
     models,
+    optimizers,
     preprocess,
     schedules,
     selection,
@@ -54,16 +55,6 @@ class TrainState:
     first_bad_step: jax.Array
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam or SGD without the learning rate, which the step applies. L2 joins the gradient."""
-    l2 = optax.add_decayed_weights(config.optimizer.l2)
-    if config.optimizer.name == "adam":
-        return optax.chain(l2, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
-    if config.optimizer.name == "sgd":
-        return optax.chain(l2, optax.trace(decay=config.optimizer.momentum))
-    raise ValueError(f"optimizer {config.optimizer.name!r} must be 'adam' or 'sgd'")
-
-
 def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
     """The plateau schedule of the configuration."""
     return schedules.plateau(config.schedule.factor, config.schedule.patience)
@@ -95,7 +86,7 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
         step=jnp.int32(0),
         params=params,
         batch_stats=batch_stats,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=optimizers.make_optimizer(config).init(params),
         plateau=make_plateau(config).init(params),
         rng=jax.random.key_data(augmentation_key),
         first_bad_step=jnp.int32(-1),
@@ -262,7 +253,7 @@ def prior_kind(config: ml_collections.ConfigDict) -> str | None:
 
 
 def first_bad_step(
-    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: nnx.State
+    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: optax.Params
 ) -> jax.Array:
     """`TrainState.first_bad_step` after a step of that loss and gradient that leads to `params`."""
     is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
@@ -324,7 +315,7 @@ def make_update(
     Returns:
       (state, examples) -> (state, metrics), `examples` as `preprocess.examples` makes them.
     """
-    optimizer = make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config)
 
     def update(state: TrainState, batch: Maps) -> tuple[TrainState, Metrics]:
         # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
@@ -347,17 +338,20 @@ def make_update(
             state.plateau.scale,
         )
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            own = {"params": state.params, "opt_state": state.opt_state}
+            old, grads = optimizers.join((own, grads))
+            updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"])
+            params = jax.tree.map(lambda p, u: p - rate * u, old["params"], updates)
             norm = optax.tree.norm(grads)
+            bad_step = first_bad_step(state, loss, norm, params)
+            new = optimizers.split({"params": params, "opt_state": opt_state}, like=own)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=params,
             batch_stats=batch_stats,
-            opt_state=opt_state,
-            first_bad_step=first_bad_step(state, loss, norm, params),
+            first_bad_step=bad_step,
+            **new,
         )
         return new_state, report
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("layers",),
     ("convolution",),
     ("packing",),
-    ("losses", "selection", "smoothing", "metrics", "schedules"),
+    ("losses", "selection", "smoothing", "metrics", "schedules", "optimizers"),
     ("sensors",),
 )
 # The method sees arrays and scalars only.

@@ -1,0 +1,50 @@
+"""Joined vectors: nothing is lost on the way there and back, and an optimizer steps them alike."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+
+from cromss_jax import layers, optimizers
+
+
+def params(key: int) -> nnx.State:
+    """Of two convolutions, one with a bias, and a BatchNorm, at random."""
+    network = nnx.List(
+        [
+            layers.Conv(3, 4, 3, init=layers.TORCH_INIT),
+            layers.BatchNorm(4),
+            layers.Conv(4, 2, 1, use_bias=True, init=layers.TORCH_INIT),
+        ]
+    )
+    state = nnx.state(network, nnx.Param)
+    arrays, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(key), len(arrays))
+    return structure.unflatten(
+        [jax.random.normal(k, x.shape) for k, x in zip(keys, arrays, strict=True)]
+    )
+
+
+def test_vectors_are_joined_in_their_order_and_come_back():
+    state = params(0)
+    joined = optimizers.join(state)
+    norm, conv = state[1], state[2]
+    expected = np.concatenate([norm["bias"][...], norm["weight"][...], conv["bias"][...]])
+    np.testing.assert_array_equal(joined.vectors, expected)
+    assert [x.shape for x in joined.others] == [(3, 3, 3, 4), (1, 1, 4, 2)]
+    jax.tree.map(np.testing.assert_array_equal, optimizers.split(joined, like=state), state)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
+    config = ml_collections.ConfigDict({"optimizer": {"name": name, "l2": 0.1, "momentum": 0.9}})
+    optimizer = optimizers.make_optimizer(config)
+    state, grads = params(0), params(1)
+    _, before = optimizer.update(params(2), optimizer.init(state), state)
+    expected = optimizer.update(grads, before, state)
+    old, joined_grads, joined_state = optimizers.join((before, grads, state))
+    updates, after = optimizer.update(joined_grads, old, joined_state)
+    # Number by number, so not a bit differs.
+    found = optimizers.split((updates, after), like=(state, before))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
