@@ -17,8 +17,7 @@ from cromss_jax import packing
 # With fewer channels a patch is so narrow that copying it costs more than its product spares.
 _MIN_CHANNELS = 32
 
-# With fewer pixels a sample, summing over samples takes longer than is gained by summing for each
-# of them first.
+# Of samples with fewer pixels, the sum over samples takes longer than summing each first spares.
 _MIN_PIXELS = 1024
 
 

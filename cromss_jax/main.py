@@ -1,6 +1,5 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
-import gc
 import logging
 import os
 import sys
@@ -43,9 +42,6 @@ def main(arguments: list[str]) -> None:
         # Dozens of small programs start a run; by default those compiled in a second are not kept.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     run.keep_freed_memory()
-    # Python looks for garbage after 700 new objects, of which tracing a step makes a million: it
-    # took a quarter of that time and found next to none.
-    gc.set_threshold(100_000)
     try:
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value

@@ -1,4 +1,4 @@
-"""Optimizers, and a network's many vectors as one, which is what they are applied to."""
+"""Optimizers, and a network's vectors joined into one, so that an update has few operations."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 class Joined(NamedTuple):
-    """A network's arrays, for what is done to each number of them by itself.
+    """A network's arrays, for what is done to each number by itself, and for norms of all.
 
-    Two thirds of the arrays are vectors, of biases and BatchNorms, and 1 % of the numbers. One by
-    one they would have an optimizer's two dozen operations each, which take a second to trace and
-    another to read where they were compiled before.
+    Two thirds of the arrays are vectors, of biases and BatchNorms, with 0.2 % of the numbers. Adam
+    and the norms need 30 operations an array: on joined vectors a third of them is left to trace,
+    compile and read where they were compiled before.
 
     Attributes:
-      vectors: all vectors, one after another.
+      vectors: all vectors, one after another; there is one at least, and all are of one dtype.
       others: the other arrays.
     """
 
@@ -36,32 +36,37 @@ class Joined(NamedTuple):
     others: list[jax.Array]
 
 
-def _is_network(tree: Any) -> bool:
+def _is_state(tree: Any) -> bool:
     return isinstance(tree, nnx.State)
 
 
 def join(tree: Any) -> Any:
     """`tree` with a `Joined` in place of every `nnx.State`: parameters, gradients or moments."""
 
-    def joined(part: Any) -> Any:
-        if not _is_network(part):
+    def join_state(part: Any) -> Any:
+        if not _is_state(part):
             return part
         arrays = jax.tree.leaves(part)
         vectors = jnp.concatenate([x for x in arrays if x.ndim == 1])
         return Joined(vectors, [x for x in arrays if x.ndim != 1])
 
-    return jax.tree.map(joined, tree, is_leaf=_is_network)
+    return jax.tree.map(join_state, tree, is_leaf=_is_state)
 
 
 def split(tree: Any, like: Any) -> Any:
-    """Undoes `join`: `tree` as `like` was before it."""
+    """Undoes `join`.
 
-    def parted(part: Any, joined: Any) -> Any:
-        if not _is_network(part):
+    Args:
+      tree: what became of a joined tree.
+      like: that tree before it was joined, of whose structure and shapes the result is.
+    """
+
+    def split_state(part: Any, joined: Any) -> Any:
+        if not _is_state(part):
             return joined
         arrays, structure = jax.tree.flatten(part)
         ends = list(itertools.accumulate(x.size for x in arrays if x.ndim == 1))
         vectors, others = iter(jnp.split(joined.vectors, ends[:-1])), iter(joined.others)
         return structure.unflatten([next(vectors if x.ndim == 1 else others) for x in arrays])
 
-    return jax.tree.map(parted, like, tree, is_leaf=_is_network)
+    return jax.tree.map(split_state, like, tree, is_leaf=_is_state)

@@ -337,21 +337,22 @@ def make_update(
             config.schedule.decay,
             state.plateau.scale,
         )
+        before = (state.params, state.opt_state)
         with jax.named_scope("optimizer"):
-            own = {"params": state.params, "opt_state": state.opt_state}
-            old, grads = optimizers.join((own, grads))
-            updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"])
-            params = jax.tree.map(lambda p, u: p - rate * u, old["params"], updates)
+            (params, opt_state), grads = optimizers.join((before, grads))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             norm = optax.tree.norm(grads)
-            bad_step = first_bad_step(state, loss, norm, params)
-            new = optimizers.split({"params": params, "opt_state": opt_state}, like=own)
+        bad_step = first_bad_step(state, loss, norm, params)
+        params, opt_state = optimizers.split((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
+            params=params,
             batch_stats=batch_stats,
+            opt_state=opt_state,
             first_bad_step=bad_step,
-            **new,
         )
         return new_state, report
 

@@ -267,16 +267,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> step.TrainState:
             network = weights.Network.of_config(config)
             state = run.start_from(config.init_from, network, state, replicated)
     else:
-        shapes = jax.eval_shape(init, key)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
-        )
+        with run.garbage_kept():
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+                jax.eval_shape(init, key),
+            )
+            # A run that is complete takes no step.
+            lowered = train_step.lower(abstract, batch_shapes()) if done < num_steps else None
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            if done < num_steps:
-                # It takes seconds to read even what was compiled before: the state is read, too.
-                compiling = thread.submit(train_step.lower(abstract, batch_shapes()).compile)
+            # It takes seconds to read even what was compiled before: the state is read meanwhile.
+            compiling = thread.submit(lowered.compile) if lowered else None
             state, host_state = checkpoints.restore(abstract)
-        if done < num_steps:
+        if compiling:
             train_step = compiling.result()
         if host_state["data"] != identity:
             raise run.ConfigError(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax import layers, optimizers
+from cromss_jax import layers, optimizers, step
+from tests import runs
 
 
 def params(key: int) -> nnx.State:
@@ -48,3 +49,18 @@ def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
     # Number by number, so not a bit differs.
     found = optimizers.split((updates, after), like=(state, before))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_state_keeps_its_structure(name):
+    """What earlier checkpoints hold can be restored."""
+    config = runs.tiny_config("none", **{"optimizer.name": name})
+
+    def updated(key):
+        state = step.init_state(config, key)
+        before = (state.params, state.opt_state)
+        return before, optimizers.split(optimizers.join(before), like=before)
+
+    before, after = jax.eval_shape(updated, jax.random.key(0))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert jax.tree.leaves(after) == jax.tree.leaves(before)

@@ -1,5 +1,6 @@
 """Whole runs on a tiny data set made from GeoTIFFs: results, resuming, refusing, stopping."""
 
+import gc
 import json
 import logging
 import signal
@@ -200,3 +201,14 @@ def test_a_stray_folder_is_named(finished, data_dir):
     with pytest.raises(checkpoint.CheckpointError, match="none"):
         train_here(tiny_config(data_dir), finished)
     stray.rmdir()
+
+
+def test_garbage_is_looked_for_again_whatever_happened():
+    def fail():
+        with run.garbage_kept():
+            assert not gc.isenabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert gc.isenabled()
