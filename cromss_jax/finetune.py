@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 _COUNTS = ("num_epochs", "batch_size", "log_every_steps", "checkpoint_every_epochs")
 _COUNTS += ("checkpoints_to_keep", "data.num_threads", "schedule.epochs")
+_SHARES = ("augmentation.flip_probability", "augmentation.rotation_probability")
 _CHOICES = {
     "modalities": sensors.MODALITIES,
     "s2_bands": sensors.S2_BANDS,
@@ -85,7 +86,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
     Raises:
       data.DataError, run.ConfigError: with a sentence for the user.
     """
-    run.check_fields(config, _COUNTS, _CHOICES)
+    run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
     if len(config.modalities) != 1:
         raise run.ConfigError(
             f"config.modalities is {config.modalities}; finetuning takes one, as in input=s2"

@@ -77,13 +77,17 @@ def garbage_kept() -> Iterator[None]:
 
 
 def check_fields(
-    config: ml_collections.ConfigDict, counts: Iterable[str], choices: Mapping[str, Iterable]
+    config: ml_collections.ConfigDict,
+    counts: Iterable[str],
+    shares: Iterable[str],
+    choices: Mapping[str, Iterable],
 ) -> None:
     """Checks single fields of a configuration.
 
     Args:
       config: the configuration.
       counts: fields that must be at least 1, as in "data.num_threads".
+      shares: fields that must be from 0 to 1, such as probabilities.
       choices: by field, what it may be; of a tuple, each of its values.
 
     Raises:
@@ -96,6 +100,9 @@ def check_fields(
     for name in counts:
         if field(name) < 1:
             raise ConfigError(f"config.{name} is {field(name)}; it must be at least 1")
+    for name in shares:
+        if not 0 <= field(name) <= 1:
+            raise ConfigError(f"config.{name} is {field(name)}; it must be from 0 to 1")
     for name, known in choices.items():
         value = field(name)
         values = value if isinstance(value, tuple) else (value,)

@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 _COUNTS = ("num_epochs", "batch_size", "log_every_steps", "eval_every_epochs", "num_pictures")
 _COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads")
+_SHARES = ("augmentation.flip_probability", "augmentation.rotation_probability")
+_SHARES += ("data.validation_fraction", "loss.prior_weight", "loss.uniform_weight")
+_SHARES += ("selection.final_keep_fraction",)
 
 _CHOICES = {
     "modalities": sensors.MODALITIES,
@@ -59,11 +62,17 @@ _CHOICES = {
 
 def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
     """Raises run.ConfigError for what would fail late or silently do something else."""
-    run.check_fields(config, _COUNTS, _CHOICES)
+    run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
         raise run.ConfigError(
             f"config.network.fusion is {config.network.fusion!r} with the modalities "
             f"{', '.join(config.modalities)}; use 'none' for one modality, 'mid' or 'late' for two"
+        )
+    smoothed = config.loss.prior_weight + config.loss.uniform_weight
+    if smoothed > 1 + 1e-9:  # but for rounding
+        raise run.ConfigError(
+            f"config.loss.prior_weight and config.loss.uniform_weight are {smoothed:g} together; "
+            "make them at most 1: the rest is the labels' own"
         )
     run.check_sizes(config.data.crop_size, tile_size, decoders.STRIDES[config.network.decoder])
     if config.schedule.name == "plateau" and config.data.validation_fraction == 0:

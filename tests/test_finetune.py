@@ -274,6 +274,7 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"seeds": (1, 1)}, "none twice"),
         ({"optimizer.learning_rate": 1e-6}, "can't fall"),
         ({"network.fusion": "mid"}, "choose from none"),
+        ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
         ({"data.test_split": "exam"}, "no split 'exam'; it has"),
         ({"data.name": "ssl4eo_s12_dw"}, "--dataset=ssl4eo_s12_dw"),
     ],
