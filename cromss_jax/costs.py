@@ -87,7 +87,7 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
 
     The collectives of a loop count once a round where the program says how many rounds there are,
     as for CPUs, and once in all where it doesn't, as for TPUs. Of the training step's loops only
-    the bisections of `selection.class_thresholds` communicate, 36 bytes a round.
+    the searches of `selection.class_thresholds` communicate, 108 bytes a round.
 
     Args:
       hlo: text of the optimised program.

@@ -321,7 +321,7 @@ def examples(
       dtype: in which images and prior are kept, that of the networks.
 
     Returns:
-      One [B, H, W, K] in [0, 1] a modality; `labels` [B, H, W] int32, 255 where ignored; `truth`
+      One [B, H, W, K] in [0, 1] a modality; `labels` [B, H, W] uint8, 255 where ignored; `truth`
       likewise where the records have it; `prior` [B, H, W, C]. Packed, images are
       [B, H / cell, W / cell, cell^2 K], and of all else cell^2 x (H W / cell^2) stands for H x W.
     """
@@ -340,13 +340,12 @@ def examples(
     if geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 
-    batch = {m: (images[m].astype(jnp.float32) / 255.0).astype(dtype) for m in modalities}
-    told = {name: x[..., 0].astype(jnp.int32) for name, x in labels.items()}
+    told = {name: x[..., 0].astype(jnp.uint8) for name, x in labels.items()}
     if prior_kind is not None:
-        told["prior"] = images["prior"]
+        told["prior"] = images.pop("prior")
     if cell > 1:
-        batch = {m: packing.pack(x, cell) for m, x in batch.items()}
+        images = {m: packing.pack(x, cell) for m, x in images.items()}
         told = {name: packing.planes(x, cell) for name, x in told.items()}
-        # Without the barrier XLA makes float32 targets of a bfloat16 prior first, and then planes.
-        told = jax.lax.optimization_barrier(told)
-    return batch | told
+        # Without the barrier XLA makes float32 of bfloat16 first, and then cells and planes of it.
+        images, told = jax.lax.optimization_barrier((images, told))
+    return {m: (x.astype(jnp.float32) / 255.0).astype(dtype) for m, x in images.items()} | told

@@ -255,3 +255,5 @@ def test_the_drawn_seasons_labels_are_taken():
         expected = records["labels"][i, season, middle, middle]
         np.testing.assert_array_equal(batch["labels"][i], expected)
     assert set(batch) == {"s2", "labels", "truth"}
+    # A quarter of an int32's traffic.
+    assert batch["labels"].dtype == batch["truth"].dtype == jnp.uint8

@@ -161,7 +161,7 @@ def example_batch(num_channels: Mapping[str, int]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(6)
     batch = {m: rng.random((2, 64, 96, k), np.float32) for m, k in num_channels.items()}
     parcels = rng.integers(0, NUM_CLASSES, (2, 8, 12))
-    batch["labels"] = np.kron(parcels, np.ones((1, 8, 8), np.int64)).astype(np.int32)
+    batch["labels"] = np.kron(parcels, np.ones((1, 8, 8), np.int64)).astype(np.uint8)
     prior = rng.random((2, 64, 96, NUM_CLASSES), np.float32)
     return batch | {"prior": prior / prior.sum(-1, keepdims=True)}
 

@@ -266,7 +266,7 @@ def selection_losses_priors(size: str) -> dict[str, Runner]:
     top = (records["labels"].shape[-1] - crop) // 2
     inside = (slice(top, top + crop),) * 2
     rng = np.random.default_rng(2)
-    labels = records["labels"][np.arange(config.batch_size), records["season"]].astype(np.int32)
+    labels = records["labels"][np.arange(config.batch_size), records["season"]]
     shape = (config.batch_size, crop, crop, sensors.NUM_CLASSES)
     logits = {m: rng.normal(0, 2, shape).astype(np.float32) for m in NUM_CHANNELS}
 
