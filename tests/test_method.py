@@ -161,18 +161,18 @@ def test_prior_with_ignored_pixels():
 
 
 # Images of an odd number of pixels, of as many as one sum counts, of more, of a prime number.
-@pytest.mark.parametrize("shape", [(3, 31, 17), (2, 1023, 128), (2, 64, 2048), (1, 1031, 1)])
+@pytest.mark.parametrize("shape", [(4, 31, 17), (2, 1023, 128), (2, 64, 2048), (2, 1031, 1)])
 def test_thresholds_equal_a_sort(shape):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, C + 1, shape, np.uint8)
     labels[labels == C] = 255
-    labels[0] = 4
+    labels[0] = 4  # of one class, every pixel counts: the largest sums
     # Ties, zeros, ones and subnormals among them.
     values = np.array([0, 1e-42, 1e-20, 0.25, 0.5, 1], np.float32)
     confidence = np.where(
         rng.random(labels.shape) < 0.5, rng.random(labels.shape), rng.choice(values, labels.shape)
     ).astype(np.float32)
-    confidence[0] = 1  # counts in full
+    confidence[0] = 1
     for keep in (0.01, 0.3, 0.5, 0.999, 1.0):
         counts = np.bincount(labels[labels != 255], minlength=C)
         k = np.floor(np.float32(keep) * counts).astype(np.int32)
