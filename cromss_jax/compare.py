@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 from absl import app
 
-from cromss_jax import metrics, report
+from cromss_jax.method import metrics
+from cromss_jax.results import report
 
 # What runs in one table have in common.
 _SAME = ("resnet", "num_train_tiles")

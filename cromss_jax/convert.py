@@ -17,7 +17,11 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import cards, sensors, weight_files, weights
+from cromss_jax import sensors
+from cromss_jax.weights import cards, folders
+from cromss_jax.weights import files as weight_files
+from cromss_jax.weights.layouts import LAYOUTS, check_bands, to_layout
+from cromss_jax.weights.network import WeightsError
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "to_torch: folder of a run (its newest checkpoint), or of one checkpoint"
@@ -26,7 +30,7 @@ _INPUT = flags.DEFINE_string("input", None, "from_torch: file of PyTorch weights
 _OUTPUT = flags.DEFINE_string(
     "output", None, "File (to_torch; .safetensors, .pt, .ckpt) or folder (from_torch) to write"
 )
-_LAYOUT = flags.DEFINE_enum("layout", None, weights.LAYOUTS, "to_torch: keys of which network")
+_LAYOUT = flags.DEFINE_enum("layout", None, LAYOUTS, "to_torch: keys of which network")
 _MODALITY = flags.DEFINE_enum(
     "modality", None, sensors.MODALITIES, "to_torch: which one, where the layout holds one"
 )
@@ -58,9 +62,9 @@ def to_torch(
     Raises:
       weights.WeightsError: a sentence for the user.
     """
-    step = weight_files.find_checkpoint(checkpoint)
-    found = weight_files.load_run(step)
-    network, arrays = weights.to_layout(found, layout, modality)
+    step = folders.find_checkpoint(checkpoint)
+    found = folders.load_run(step)
+    network, arrays = to_layout(found, layout, modality)
     converted = {
         key: array if array.dtype.kind in "iu" else array.astype(jnp.dtype(dtype))
         for key, array in arrays.items()
@@ -68,7 +72,7 @@ def to_torch(
     for what, held in ((f"{step} holds", arrays), (f"{dtype} would make", converted)):
         bad = [key for key, array in held.items() if not np.isfinite(array).all()]
         if bad:
-            raise weights.WeightsError(f"{what} NaN or infinite values in {', '.join(bad)}")
+            raise WeightsError(f"{what} NaN or infinite values in {', '.join(bad)}")
     path = epath.Path(output)
     weight_files.write(path, converted, cards.make(found, network, layout))
     return f"{path}: {network}, {len(arrays)} tensors, {dtype}, from {step}"
@@ -86,15 +90,15 @@ def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> 
       weights.WeightsError: a sentence for the user.
     """
     if epath.Path(output).exists():
-        raise weights.WeightsError(f"{output} is there already; choose another --output")
+        raise WeightsError(f"{output} is there already; choose another --output")
     known = None
     if bands:
         modality = "s1" if set(bands) <= set(sensors.S1_BANDS) else "s2"
-        known = weights.check_bands({modality: bands})
+        known = check_bands({modality: bands})
     found = weight_files.load(path, known)
     if not found.card:
         found = dataclasses.replace(found, card={"source": path})
-    weight_files.write_folder(epath.Path(output), found)
+    folders.write_folder(epath.Path(output), found)
     return "\n".join(
         [f"{output}: {found.network}, {len(found.arrays)} tensors, from {path}", *found.notes]
     )
@@ -125,7 +129,7 @@ def main(arguments: list[str]) -> None:
                 _INPUT.value, _OUTPUT.value, tuple(_BANDS.value) if _BANDS.value else None
             )
         print(summary)
-    except (weights.WeightsError, OSError) as error:
+    except (WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -8,7 +8,10 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import checkpoint, command_line, data, distributed, finetune, run, train, weights
+from cromss_jax import command_line
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import checkpoint, distributed, finetune, pretrain, run
+from cromss_jax.weights.network import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -46,7 +49,7 @@ def main(arguments: list[str]) -> None:
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )
-        modes = {"pretrain": train.train, "finetune": finetune.finetune}
+        modes = {"pretrain": pretrain.train, "finetune": finetune.finetune}
         modes["evaluate"] = finetune.evaluate
         if _CONFIG.value.mode not in modes:
             raise run.ConfigError(
@@ -62,11 +65,11 @@ def main(arguments: list[str]) -> None:
         distributed.leave(distributed.lost(error), distributed.LOST_STATUS)
     except (
         checkpoint.CheckpointError,
-        data.DataError,
+        input_pipeline.DataError,
         distributed.DistributedError,
         run.ConfigError,
         run.NonFiniteLossError,
-        weights.WeightsError,
+        WeightsError,
         OSError,
     ) as error:
         distributed.leave(f"error: {error}", 1)

@@ -31,7 +31,11 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from cromss_jax import command_line, costs, data, run, sensors, step, traffic, train
+from cromss_jax import command_line, sensors
+from cromss_jax.costs import costs, traffic
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import pretrain, pretrain_step, run
+from cromss_jax.training.state import TrainState
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
@@ -103,7 +107,7 @@ def find_data(config: ml_collections.ConfigDict, **overrides: int | None) -> Dat
     found = _PUBLISHED
     folder = epath.Path(config.data.dir) / config.data.name
     if folder.exists():
-        dataset = data.open_dataset(config.data.dir, config.data.name)
+        dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
         found = Data(
             source=str(folder),
             num_locations=dataset.num_locations,
@@ -136,7 +140,10 @@ def record_shapes(
     for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
         side = size * 10 // metres
         shapes[f"s2_{metres}m"] = (side, side, len(bands))
-    names = [name for m in modalities for name in data.IMAGE_FEATURES[m]] + ["labels", "truth"]
+    names = [name for m in modalities for name in input_pipeline.IMAGE_FEATURES[m]] + [
+        "labels",
+        "truth",
+    ]
     records = {
         name: jax.ShapeDtypeStruct((batch_size, *shapes[name]), jnp.uint8)
         for name in names
@@ -211,7 +218,7 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 def num_train_locations(config: ml_collections.ConfigDict, described: Data) -> int:
     """Without those held back."""
-    locations, _ = data.split_locations(
+    locations, _ = input_pipeline.split_locations(
         described.num_locations, config.data.validation_fraction, config.seed
     )
     return len(locations)
@@ -222,9 +229,9 @@ def num_rotated(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> f
     return config.augmentation.rotation_probability * config.batch_size / mesh.size
 
 
-def abstract_state(config: ml_collections.ConfigDict) -> step.TrainState:
+def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
     """Shapes of the training state."""
-    return jax.eval_shape(lambda: step.init_state(config, jax.random.key(config.seed)))
+    return jax.eval_shape(lambda: pretrain_step.init_state(config, jax.random.key(config.seed)))
 
 
 def compile_step(
@@ -235,8 +242,11 @@ def compile_step(
     Raises:
       OutOfMemory: if it does not fit.
     """
-    train_step = train.jit_train_step(
-        config, step.network_definition(config), num_train_locations(config, described), mesh
+    train_step = pretrain.jit_train_step(
+        config,
+        pretrain_step.network_definition(config),
+        num_train_locations(config, described),
+        mesh,
     )
     records = record_shapes(described, config.modalities, config.batch_size)
     lowered = train_step.lower(abstract_state(config), records)
@@ -305,7 +315,7 @@ def make_plan(
         )
     config = ml_collections.FrozenConfigDict(config)
     described = find_data(config, **overrides)
-    train.check_config(config, described.tile_size)
+    pretrain.check_config(config, described.tile_size)
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     chip = costs.CHIPS.get(topology.partition(":")[0])
     train_locations = num_train_locations(config, described)
@@ -454,7 +464,12 @@ def main(arguments: list[str]) -> None:
             tile_size=_TILE_SIZE.value,
             seasons=_SEASONS.value,
         )
-    except (PlanError, data.DataError, run.ConfigError, traffic.UnreadableProgram) as error:
+    except (
+        PlanError,
+        input_pipeline.DataError,
+        run.ConfigError,
+        traffic.UnreadableProgram,
+    ) as error:
         sys.exit(f"error: {error}")
     print(table(figures), end="\n\n")
     print(json.dumps(figures))

@@ -23,8 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The slowest files, which workers must take up first: one begun last is waited for.
 SLOW = (
-    "test_train",
-    "test_models",
+    "test_pretrain",
+    "test_fusion",
     "test_sharding",
     "test_oracle",
     "test_finetune",

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from cromss_jax import command_line, data, main, sharding, step, train
+from cromss_jax import command_line, main
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import pretrain, pretrain_step, sharding
 
 _lock = threading.Lock()
-_jit_train_step, _read_batch = train.jit_train_step, data.read_batch
+_jit_train_step, _read_batch = pretrain.jit_train_step, input_pipeline.read_batch
 
 
 def write(line: dict) -> None:
@@ -36,7 +38,7 @@ def jit_train_step(config, definition, num_locations, mesh):
     train_step = _jit_train_step(config, definition, num_locations, mesh)
 
     def see(state, records):
-        geometry = step.draw_geometry(config, state, records["labels"].shape[-1])
+        geometry = pretrain_step.draw_geometry(config, state, records["labels"].shape[-1])
         pixels = records["s2"] if "s2" in records else records["s2_10m"]
         place = jnp.arange(1, pixels[0].size + 1, dtype=jnp.uint32).reshape(1, *pixels.shape[1:])
         checksums = jnp.sum(pixels.astype(jnp.uint32) * place, axis=(1, 2, 3))
@@ -56,6 +58,6 @@ def jit_train_step(config, definition, num_locations, mesh):
 
 
 if __name__ == "__main__":
-    train.jit_train_step, data.read_batch = jit_train_step, read_batch
+    pretrain.jit_train_step, input_pipeline.read_batch = jit_train_step, read_batch
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main.main, flags_parser=command_line.parse)

@@ -1,44 +1,20 @@
-"""Imports go one way, and heavy or foreign libraries stay where they belong."""
+"""Imports go one way between rooms, and heavy or foreign libraries stay where they belong."""
 
 import ast
+import functools
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Who may import whom inside cromss_jax: only what stands further down.
-LAYERS = (
-    ("launch_tpu", "main", "plan", "convert", "compare"),
-    ("train", "finetune"),
-    ("run",),
-    ("weight_files",),
-    ("cards",),
-    ("weights", "finetune_step"),
-    (
-        "step",
-        "data",
-        "checkpoint",
-        "report",
-        "pictures",
-        "maps",
-        "distributed",
-        "costs",
-        "command_line",
-    ),
-    ("models", "sharding", "preprocess", "torch_keys", "files", "traffic"),
-    ("decoders", "resnet"),
-    ("layers",),
-    ("convolution",),
-    ("packing",),
-    ("losses", "selection", "smoothing", "metrics", "schedules", "optimizers"),
-    ("sensors",),
-)
-# The method sees arrays and scalars only.
-PURE = {"losses", "selection", "smoothing", "metrics"}
-# The host side of the data pipeline knows no device.
-HOST = {"data", "sensors"}
+# Rooms of cromss_jax: each imports only what stands further down. `costs` stands beside them, for
+# the commands alone. A module at the top level that is not in GROUND is a command.
+ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
+GROUND = {"sensors", "files"}
+BESIDE = "costs"
 
 
-def imports_of(path: pathlib.Path) -> set[str]:
+@functools.cache
+def imports_of(path: pathlib.Path) -> frozenset[str]:
     """Full names of everything a file imports, `from a import b` as a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -47,49 +23,103 @@ def imports_of(path: pathlib.Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
-def inner(names: set[str]) -> set[str]:
-    """Modules of cromss_jax among imports."""
-    return {n.split(".")[1] for n in names if n.startswith("cromss_jax.")}
-
-
-def modules() -> dict[str, set[str]]:
-    found = {p.stem: imports_of(p) for p in (ROOT / "cromss_jax").glob("*.py")}
-    del found["__init__"]
+def modules(package: str) -> dict[str, pathlib.Path]:
+    """Files of a package by their full name, as in "cromss_jax.method.losses"."""
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def test_every_module_has_a_layer_and_imports_downwards():
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for name, names in modules().items():
-        assert name in rank, f"{name} has no layer"
-        for other in inner(names):
-            assert rank[other] > rank[name], f"{name} imports {other}"
+def inner(path: pathlib.Path, package: str) -> set[str]:
+    """The modules of a package that a file imports, by full name."""
+    known = modules(package)
+    found = set()
+    for name in imports_of(path):
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} - {"", package}
+    return found
+
+
+def room(module: str) -> str:
+    """The room of a module of cromss_jax, by full name."""
+    parts = module.split(".")[1:] or ["__init__"]
+    if (ROOT / "cromss_jax" / parts[0]).is_dir():
+        return parts[0]
+    return "ground" if parts[0] in GROUND else "commands"
+
+
+def edges() -> set[tuple[str, str]]:
+    """Imports between modules of different rooms."""
+    return {
+        (name, other)
+        for name, path in modules("cromss_jax").items()
+        if name != "cromss_jax"
+        for other in inner(path, "cromss_jax")
+        if room(name) != room(other)
+    }
+
+
+def test_rooms_import_downwards():
+    for name, other in edges():
+        if BESIDE in (room(name), room(other)):
+            assert room(name) == "commands", f"{name} imports {other}"
+        else:
+            rank = ROOMS.index
+            assert rank(room(other)) > rank(room(name)), f"{name} imports {other}"
+
+
+def test_modules_import_in_no_circle():
+    graph = {name: inner(path, "cromss_jax") for name, path in modules("cromss_jax").items()}
+    while graph:
+        free = {name for name, others in graph.items() if not others & graph.keys() - {name}}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in free}
+
+
+def test_every_room_says_what_it_is():
+    for name, path in modules("cromss_jax").items():
+        if path.name == "__init__.py" and name != "cromss_jax":
+            tree = ast.parse(path.read_text())
+            assert len(tree.body) == 1, f"{path} is more than a docstring"
+            assert "Begin with" in ast.get_docstring(tree), path
 
 
 def test_the_method_knows_no_config_and_no_networks():
-    for name in PURE:
-        names = modules()[name]
-        assert inner(names) <= {"sensors"}, name
-        assert not {n for n in names if n.startswith(("flax", "ml_collections", "absl"))}, name
+    for name, path in modules("cromss_jax").items():
+        if room(name) == "method":
+            names = imports_of(path)
+            assert not {n for n in names if n.startswith(("flax", "ml_collections", "absl"))}, name
 
 
 def test_the_host_side_imports_no_jax():
-    for name in HOST:
-        names = {n for n in modules()[name] if n.split(".")[0] in ("jax", "flax", "orbax")}
-        assert not names, f"{name} imports {names}"
+    for name in ("data.input_pipeline", "sensors", "files"):
+        names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
+        foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
+        assert not foreign, f"{name} imports {foreign}"
 
 
 def test_torch_and_tensorflow_stay_outside():
-    for name, names in modules().items():
+    for name, path in modules("cromss_jax").items():
+        names = imports_of(path)
         foreign = {n for n in names if n.split(".")[0] in ("torch", "tensorflow", "smp")}
-        assert not foreign or name == "weight_files", f"{name} imports {foreign}"
+        assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
 def test_nothing_imports_data_prep_and_it_knows_the_constants_only():
-    for path in [*(ROOT / "cromss_jax").glob("*.py"), *(ROOT / "configs").glob("*.py")]:
-        assert not {n for n in imports_of(path) if n.startswith("data_prep")}, path
-    for path in (ROOT / "data_prep").glob("*.py"):
-        assert inner(imports_of(path)) <= {"sensors"}, path
+    for path in [*modules("cromss_jax").values(), *modules("configs").values()]:
+        assert not inner(path, "data_prep"), path
+    for path in modules("data_prep").values():
+        assert inner(path, "cromss_jax") <= {"cromss_jax.sensors"}, path
+
+
+def test_builders_know_no_sample():
+    for name, path in modules("data_prep").items():
+        if not name.startswith("data_prep.sample"):
+            samples = {n for n in inner(path, "data_prep") if n.startswith("data_prep.sample")}
+            assert not samples, f"{name} imports {samples}"

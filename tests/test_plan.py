@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cromss_jax import costs, data, plan, run, sensors, sharding
+from cromss_jax import plan, sensors
+from cromss_jax.costs import costs
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import run, sharding
 from tests import runs
 
 # As XLA prints for a TPU and for CPUs, shortened: a loop of 30 rounds, an all-reduce of two halves,
@@ -124,10 +127,12 @@ def test_shapes_are_those_that_are_read():
         "season": np.int32(0),
         "crs": b"",
     }
-    dataset = data.TileDataset([record], tuple(record), T, np.ones(1), True, sensors.DYNAMIC_WORLD)
+    dataset = input_pipeline.TileDataset(
+        [record], tuple(record), T, np.ones(1), True, sensors.DYNAMIC_WORLD
+    )
     described = plan.Data("here", 1, T, S, tuple(record))
     for modalities in (("s1", "s2"), ("s1",), ("s2",)):
-        read = data.read_batch(dataset, modalities, np.zeros(5, int))
+        read = input_pipeline.read_batch(dataset, modalities, np.zeros(5, int))
         expected = {name: (x.shape, x.dtype) for name, x in read.items()}
         planned = plan.record_shapes(described, modalities, 5)
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == expected

@@ -12,7 +12,8 @@ import torch
 from flax import nnx
 
 from configs import pretrain
-from cromss_jax import step, torch_keys
+from cromss_jax.training import objective, pretrain_step
+from cromss_jax.weights import torch_keys
 from tests import torch_oracle
 
 NUM_CLASSES = torch_oracle.NUM_CLASSES
@@ -216,8 +217,8 @@ def errors(
     theirs = torch_network(fusion, depth, num_channels, NUM_CLASSES, seed=4, decoder=decoder)
     without_dropout(theirs)
     randomise_norms(theirs, seed=5)
-    definition = step.network_definition(config)
-    abstract = nnx.state(nnx.eval_shape(lambda: step.make_network(config, nnx.Rngs(0))))
+    definition = pretrain_step.network_definition(config)
+    abstract = nnx.state(nnx.eval_shape(lambda: pretrain_step.make_network(config, nnx.Rngs(0))))
     batch = example_batch(num_channels)
     images = {m: batch[m] for m in num_channels}
     torch_images = {m: to_torch_image(x) for m, x in images.items()}
@@ -232,7 +233,7 @@ def errors(
     def loss_of(params, batch_stats):
         network = nnx.merge(definition, params, batch_stats, copy=True)
         logits = network(images, train=True)
-        loss, _ = step.training_loss(config, logits, batch, EPOCH)
+        loss, _ = objective.training_loss(config, logits, batch, EPOCH)
         return loss, (logits, nnx.state(network, nnx.BatchStat))
 
     evaluate = jax.jit(evaluate, compiler_options=compiler_options)

@@ -19,7 +19,11 @@ from absl import app, flags, logging
 
 from configs import finetune as finetune_config
 from configs import pretrain as pretrain_config
-from cromss_jax import files, finetune, metrics, report, run, train
+from cromss_jax import files
+from cromss_jax.method import metrics
+from cromss_jax.results import report
+from cromss_jax.training import finetune, run
+from cromss_jax.training import pretrain as pretraining
 from tests import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs go", required=True)
@@ -146,7 +150,7 @@ def pretrain(way: str, seed: int, folder: pathlib.Path) -> None:
     changes["data.dir"] = str(folder / "data" / changes["data.dir"])
     config = pretrain_config.get_config(WAYS[way].variant)
     config.update_from_flattened_dict(changes)
-    train.train(config, str(workdir))
+    pretraining.train(config, str(workdir))
     jax.clear_caches()
 
 

@@ -25,7 +25,9 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from cromss_jax import data, run, sensors
+from cromss_jax import sensors
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import run
 from tests import runs
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "A prepared data set; none: make a sample")
@@ -41,7 +43,9 @@ _LMDB_DIR = flags.DEFINE_string("lmdb_dir", None, "Where --measure=lmdb finds it
 LMDB_NAMES = ("s1", "s2", "labels")
 
 
-def write_lmdb(dataset: data.TileDataset, folder: pathlib.Path, num_locations: int) -> None:
+def write_lmdb(
+    dataset: input_pipeline.TileDataset, folder: pathlib.Path, num_locations: int
+) -> None:
     """Writes locations as the published code does: every band at 10 m, all seasons together."""
     import lmdb
     from PIL import Image
@@ -188,12 +192,12 @@ def measure(start: Callable, num_batches: int) -> dict[str, float]:
 def measure_ours() -> dict[str, float]:
     """Figures of our pipeline."""
     run.keep_freed_memory()  # as `main` does
-    dataset = data.open_dataset(_DATA_DIR.value, _NAME.value)
-    train, _ = data.split_locations(dataset.num_locations, 0.01, 0)
-    records = data.training_records(dataset, train, _BATCH_SIZE.value, 0)
+    dataset = input_pipeline.open_dataset(_DATA_DIR.value, _NAME.value)
+    train, _ = input_pipeline.split_locations(dataset.num_locations, 0.01, 0)
+    records = input_pipeline.training_records(dataset, train, _BATCH_SIZE.value, 0)
 
     def start():
-        return data.training_batches(
+        return input_pipeline.training_batches(
             dataset, sensors.MODALITIES, records, num_threads=_THREADS.value
         )
 
@@ -204,7 +208,7 @@ def measure_lmdb() -> dict[str, float]:
     """Figures of the published pipeline."""
     import torch
 
-    dataset = data.open_dataset(_DATA_DIR.value, _NAME.value)
+    dataset = input_pipeline.open_dataset(_DATA_DIR.value, _NAME.value)
     # The crop of the paper's tiles of 264 pixels.
     crop_size = dataset.tile_size - 8
     length = _BATCH_SIZE.value * (_LMDB_BATCHES.value + 1)
@@ -246,7 +250,7 @@ def main(_) -> None:
         data_dir = _DATA_DIR.value or runs.make_data(
             folder, locations=_LOCATIONS.value, seasons=4, tile_size=264, seed=0
         )
-        dataset = data.open_dataset(data_dir, _NAME.value)
+        dataset = input_pipeline.open_dataset(data_dir, _NAME.value)
         num_locations = min(_LOCATIONS.value, dataset.num_locations)
         lmdb_dir = folder / "lmdb"
         lmdb_dir.mkdir()

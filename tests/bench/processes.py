@@ -33,14 +33,16 @@ def make_start(folder: pathlib.Path) -> pathlib.Path:
 import sys
 import jax
 from etils import epath
-from cromss_jax import step, torch_keys, weight_files, weights
+from cromss_jax.training import pretrain_step
+from cromss_jax.weights import folders, torch_keys
+from cromss_jax.weights.network import Network, Weights
 from tests import runs
-from tests.test_sharding import away_from_kinks
+from tests.training.test_sharding import away_from_kinks
 config = runs.tiny_config("unused")
-state = away_from_kinks(jax.jit(lambda k: step.init_state(config, k))(jax.random.key(0)))
+state = away_from_kinks(jax.jit(lambda k: pretrain_step.init_state(config, k))(jax.random.key(0)))
 arrays = torch_keys.to_torch_state(state.params) | torch_keys.to_torch_state(state.batch_stats)
-found = weights.Weights(weights.Network.of_config(config), arrays)
-weight_files.write_folder(epath.Path(sys.argv[1]), found)
+found = Weights(Network.of_config(config), arrays)
+folders.write_folder(epath.Path(sys.argv[1]), found)
 """
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=runs.ROOT)
     return folder

@@ -41,7 +41,12 @@ import torch.nn.functional as F
 from absl import app, flags
 from flax import nnx
 
-from cromss_jax import models, preprocess, run, sensors, sharding, smoothing, step, torch_keys
+from cromss_jax import sensors
+from cromss_jax.data import preprocess
+from cromss_jax.method import smoothing
+from cromss_jax.networks import fusion as networks
+from cromss_jax.training import objective, pretrain_step, run, sharding
+from cromss_jax.weights import torch_keys
 from tests import torch_oracle, torch_parity
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each case", lower_bound=1)
@@ -112,7 +117,9 @@ def make_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     records = make_records(config.batch_size, config.data.crop_size)
     margin = records["labels"].shape[-1] - config.data.crop_size
     geometry = preprocess.centre_geometry(config.batch_size, margin)
-    make = jax.jit(lambda r: step.make_examples(config, r, geometry, step.prior_kind(config)))
+    make = jax.jit(
+        lambda r: pretrain_step.make_examples(config, r, geometry, objective.prior_kind(config))
+    )
     # Copied: torch warns of arrays that cannot be written.
     return {name: np.array(value) for name, value in make(records).items()}
 
@@ -132,14 +139,16 @@ def whole_step(fusion: str, depth: int, size: str) -> dict[str, Runner]:
     ).train()
     start = torch_parity.torch_arrays(network)
 
-    state = jax.jit(lambda key: step.init_state(config, key))(jax.random.key(0))
+    state = jax.jit(lambda key: pretrain_step.init_state(config, key))(jax.random.key(0))
     parts = {
         name: torch_keys.from_torch_state({k: start[k] for k in torch_keys.keys(part)}, part)
         for name, part in (("params", state.params), ("batch_stats", state.batch_stats))
     }
     # Copied: the step gives its state's memory away.
     state = jax.tree.map(jnp.array, dataclasses.replace(state, step=jnp.int32(EPOCH), **parts))
-    update = step.make_update(config, step.network_definition(config), config.batch_size)
+    update = pretrain_step.make_update(
+        config, pretrain_step.network_definition(config), config.batch_size
+    )
     update = jit(update, donate_argnums=(0,))
     ours = {"state": state, "batch": jax.device_put(batch)}
 
@@ -177,7 +186,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
     rng = np.random.default_rng(1)
     theirs = torch_parity.torch_model(50, NUM_CHANNELS["s2"], sensors.NUM_CLASSES).train()
     definition, params, stats = nnx.split(
-        models.make_network(
+        networks.make_network(
             "none", 50, {"s2": NUM_CHANNELS["s2"]}, sensors.NUM_CLASSES, "float32", nnx.Rngs(0)
         ),
         nnx.Param,
@@ -274,7 +283,7 @@ def selection_losses_priors(size: str) -> dict[str, Runner]:
     def differentiate(logits, season_labels, labels):
         prior = smoothing.smoothing_prior(season_labels, labels, sensors.NUM_CLASSES, "ts")
         batch = {"labels": labels[:, *inside], "prior": prior[:, *inside]}
-        loss_of = lambda x: step.training_loss(config, x, batch, EPOCH)[0]
+        loss_of = lambda x: objective.training_loss(config, x, batch, EPOCH)[0]
         return jax.value_and_grad(loss_of)(logits)
 
     arguments = jax.device_put((logits, records["labels"], labels))
@@ -328,7 +337,7 @@ def preprocessing(size: str) -> dict[str, Runner]:
 
     @jax.jit
     def ours(key, records):
-        return step.make_examples(config, records, draw(key), None)
+        return pretrain_step.make_examples(config, records, draw(key), None)
 
     key, placed = jax.random.key(seed), jax.device_put(records)
 

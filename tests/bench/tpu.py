@@ -14,7 +14,9 @@ import ml_collections
 from absl import app, flags
 
 from configs import pretrain
-from cromss_jax import costs, plan, run, traffic
+from cromss_jax import plan
+from cromss_jax.costs import costs, traffic
+from cromss_jax.training import run
 
 _IMAGES = flags.DEFINE_list("images", ["16", "32", "64", "128"], "A chip")
 _VARIANT = flags.DEFINE_string("variant", "", "Of configs/pretrain.py, such as fusion=late")

@@ -1,0 +1,206 @@
+"""torchvision's ResNets as encoders, parameter for parameter.
+
+Every attribute path is the key of the corresponding tensor in the `state_dict` of
+segmentation_models_pytorch's encoders, which are torchvision's ResNets without `fc`.
+
+Source: He et al., "Deep residual learning" (2016).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cromss_jax.networks.layers import (
+    TORCH_INIT,
+    BatchNorm,
+    Conv,
+    KernelInit,
+    conv_bn,
+    materialised,
+    max_pool,
+)
+
+# What torchvision leaves: kaiming_normal_(mode="fan_out", nonlinearity="relu").
+ENCODER_INIT = KernelInit("normal", 2.0, "out")
+
+
+class BasicBlock(nnx.Module):
+    """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
+        self.conv1 = _encoder_conv(in_channels, channels, 3, stride, dilation)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = _encoder_conv(channels, channels, 3, 1, dilation)
+        self.bn2 = BatchNorm(channels)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, channels]."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
+        return materialised(jax.nn.relu(y + shortcut))
+
+
+class Bottleneck(nnx.Module):
+    """The residual block of ResNet-50: 1x1, 3x3 (which carries the stride), 1x1."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
+        out_channels = channels * self.expansion
+        self.conv1 = _encoder_conv(in_channels, channels, 1, 1)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = _encoder_conv(channels, channels, 3, stride, dilation)
+        self.bn2 = BatchNorm(channels)
+        self.conv3 = _encoder_conv(channels, out_channels, 1, 1)
+        self.bn3 = BatchNorm(out_channels)
+        self.downsample = _downsample(in_channels, out_channels, stride)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, 4 channels]."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = conv_bn((self.conv3, self.bn3), y, train)
+        shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
+        return materialised(jax.nn.relu(y + shortcut))
+
+
+def _encoder_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, dilation: int = 1
+) -> Conv:
+    return Conv(
+        in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, init=ENCODER_INIT
+    )
+
+
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | None:
+    """The shortcut's projection, where its shape changes."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = _encoder_conv(in_channels, out_channels, 1, stride)
+    return nnx.List([conv, BatchNorm(out_channels)])
+
+
+# Block and number of blocks per stage, by depth.
+RESNETS = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNetEncoder(nnx.Module):
+    """torchvision's ResNet without its classifier.
+
+    [B, H, W, K] -> features at strides 2, 4, 8, 16, 32:
+    [B, H/2, W/2, 64], [B, H/4, W/4, 64 e], [B, H/8, W/8, 128 e], [B, H/16, W/16, 256 e],
+    [B, H/32, W/32, 512 e], with e = 1 for ResNet-18 and 34 and e = 4 for ResNet-50.
+
+    Args:
+      depth: 18, 34 or 50.
+      in_channels: number of bands K.
+      num_features: how many of the five feature maps are computed. The later stages' parameters
+        are held all the same, as smp does.
+      output_stride: stages that would go beyond this stride are dilated instead: with 16, the
+        last features have stride 16, from convolutions of dilation 2.
+    """
+
+    def __init__(
+        self, depth: int, in_channels: int, num_features: int = 5, output_stride: int = 32
+    ):
+        block, num_blocks = RESNETS[depth]
+        # smp replaces a first convolution of other than 3 bands, and leaves torch's default there.
+        init = ENCODER_INIT if in_channels == 3 else TORCH_INIT
+        self.conv1 = Conv(in_channels, 64, 7, stride=2, init=init)
+        self.bn1 = BatchNorm(64)
+        channels = 64
+        for stage in range(4):
+            width = 64 * 2**stage
+            dilation = max(1, 4 * 2**stage // output_stride)
+            blocks = nnx.List()
+            for index in range(num_blocks[stage]):
+                stride = 2 if stage > 0 and index == 0 and dilation == 1 else 1
+                blocks.append(block(channels, width, stride, dilation))
+                channels = width * block.expansion
+            setattr(self, f"layer{stage + 1}", blocks)
+        out_channels = (64, *(64 * 2**stage * block.expansion for stage in range(4)))
+        self.out_channels = out_channels[:num_features]
+
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
+        """Returns the feature maps, finest first.
+
+        Of an image in cells of 4 x 4 pixels the first is in cells of 2 x 2, the others not packed.
+        """
+        first, x = self._stem(x, train)
+        return [first, *self._run(self._stages(), x, train)]
+
+    def _stages(self) -> list[nnx.List]:
+        """Those whose features are computed."""
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return list(stages[: len(self.out_channels) - 1])
+
+    def _stem(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """The first features, and what the stages get of them."""
+        x = jax.nn.relu(self.bn1(self.conv1(x), train))
+        return x, max_pool(x, self.bn1.weight.size)
+
+    @staticmethod
+    def _run(stages: Sequence[nnx.List], x: jax.Array, train: bool) -> list[jax.Array]:
+        """What each of the stages makes of the one before it."""
+        features = []
+        for stage in stages:
+            for block in stage:
+                x = block(x, train)
+            features.append(x)
+        return features
+
+
+def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Two parameters as one that acts on the channels of both: kernels keep to their own."""
+    if a.ndim == 0:  # counts
+        return jnp.stack([a, b])
+    if a.ndim == 1:
+        return jnp.concatenate([a, b])
+    size, _, _, channels = a.shape
+    zeros = jnp.zeros((size, size, b.shape[2], channels), a.dtype)
+    a = jnp.concatenate([a, zeros], axis=2)
+    zeros = jnp.zeros((size, size, a.shape[2] - b.shape[2], b.shape[3]), b.dtype)
+    return jnp.concatenate([a, jnp.concatenate([zeros, b], axis=2)], axis=3)
+
+
+def _part(values: jax.Array, index: int) -> jax.Array:
+    """The channels of the first or second of two, index 0 or 1."""
+    own = jnp.split(values, 2, axis=-1)[index]
+    return own.reshape(()) if jnp.issubdtype(values.dtype, jnp.integer) else own  # counts
+
+
+def encode_beside(
+    encoders: Sequence[ResNetEncoder], images: Sequence[jax.Array], train: bool
+) -> list[list[jax.Array]]:
+    """Two encoders' features, as each would return for its own image [B, H, W, K].
+
+    Their first stages run as one, on the channels of both: of 64 channels each, they would fill
+    half a TPU's row of 128. It costs arithmetic; numbers that are finite differ by the order of
+    their sums alone.
+    """
+    features, inputs = [], []
+    for encoder, image in zip(encoders, images, strict=True):
+        first, x = encoder._stem(image, train)
+        features.append([first])
+        inputs.append(x)
+
+    stages = [encoder.layer1 for encoder in encoders]
+    both = nnx.merge(nnx.graphdef(stages[0]), jax.tree.map(_beside, *map(nnx.state, stages)))
+    (x,) = ResNetEncoder._run([both], jnp.concatenate(inputs, axis=-1), train)
+    statistics = nnx.state(both, nnx.BatchStat)
+    for index, encoder in enumerate(encoders):
+        nnx.update(encoder.layer1, jax.tree.map(functools.partial(_part, index=index), statistics))
+        own = _part(x, index)
+        features[index] += [own, *ResNetEncoder._run(encoder._stages()[1:], own, train)]
+    return features

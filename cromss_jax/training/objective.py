@@ -1,0 +1,169 @@
+"""The method as a whole, as a configuration wants it: `training_loss` is what is minimised.
+
+Every equation is a function of `cromss_jax.method`; here they are put together. Dimensions: B
+batch, H height, W width, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from cromss_jax import sensors
+from cromss_jax.method import losses, schedules, selection, smoothing
+from cromss_jax.training.state import Maps, Metrics
+
+NUM_CLASSES = sensors.NUM_CLASSES
+
+
+def others(modality: str, maps: Maps) -> jax.Array | None:
+    """The other modality's entry, None where there is a single one."""
+    return next((value for name, value in maps.items() if name != modality), None)
+
+
+def entangled(confidences: Maps) -> dict[str, jax.Array]:
+    """Each modality's confidence tempered by the other's; a single modality's as it is."""
+    return {
+        modality: own
+        if len(confidences) == 1
+        else selection.entangle(own, others(modality, confidences))
+        for modality, own in confidences.items()
+    }
+
+
+@jax.named_scope("selection")
+def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array]:
+    """P[y] of each modality, [B, H, W], no gradient."""
+    return {
+        modality: selection.label_confidence(jnp.exp(jax.lax.stop_gradient(x)), labels)
+        for modality, x in log_probs.items()
+    }
+
+
+@jax.named_scope("selection")
+def selection_weights(
+    config: ml_collections.ConfigDict,
+    confidences: Maps,
+    labels: jax.Array,
+    ramp: jax.Array,
+    num_scopes: int,
+) -> dict[str, jax.Array]:
+    """Weights of the segmentation loss by modality, [B, H, W]; 0 at ignored pixels."""
+    if not config.selection.enabled:
+        return dict.fromkeys(confidences, (labels < NUM_CLASSES).astype(jnp.float32))
+    keep = selection.keep_fraction(ramp, config.selection.final_keep_fraction)
+    return {
+        modality: selection.selection_weights(
+            confidence,
+            labels,
+            keep,
+            num_classes=NUM_CLASSES,
+            num_scopes=num_scopes,
+        )
+        for modality, confidence in entangled(confidences).items()
+    }
+
+
+@jax.named_scope("selection")
+def consistency_weights(
+    config: ml_collections.ConfigDict, log_probs: Maps, ramp: jax.Array
+) -> dict[str, jax.Array]:
+    """Weights of the consistency loss by teaching modality, [B, H, W], no gradient."""
+    kind = config.selection.confidence
+    if not config.selection.enabled:
+        return {modality: jnp.ones(x.shape[:-1]) for modality, x in log_probs.items()}
+    confidences = {
+        modality: selection.prediction_confidence(jax.lax.stop_gradient(x), kind)
+        for modality, x in log_probs.items()
+    }
+    return {
+        modality: selection.consistency_weights(confidence, ramp)
+        for modality, confidence in entangled(confidences).items()
+    }
+
+
+def consistency_losses(
+    config: ml_collections.ConfigDict, log_probs: Maps, weights: Maps
+) -> Metrics:
+    """Both directions, each with its teacher's weights; none for a single modality."""
+    return {
+        f"consistency/{teacher}_to_{student}": losses.consistency_loss(
+            log_probs[teacher], log_probs[student], weights[teacher], config.loss.consistency
+        )
+        for teacher in log_probs
+        for student in log_probs
+        if teacher != student
+    }
+
+
+def total_loss(config: ml_collections.ConfigDict, parts: Metrics) -> jax.Array:
+    """Sum of the segmentation losses + lambda times that of the consistency losses."""
+    weight = {"segmentation": 1.0, "consistency": config.loss.consistency_weight}
+    return sum(weight[name.split("/")[0]] * value for name, value in parts.items())
+
+
+@jax.named_scope("losses")
+def training_loss(
+    config: ml_collections.ConfigDict,
+    logits: Maps,
+    batch: Maps,
+    epoch: jax.Array,
+    num_scopes: int = 1,
+) -> tuple[jax.Array, Metrics]:
+    """The loss that is minimised, and what to report of it (paper, Section III).
+
+    Args:
+      config: the configuration.
+      logits: [B, H, W, C] float32 a modality; of packed networks, here and in all that follows,
+        [B, 16, H W / 16, C].
+      batch: `preprocess.examples`, with a prior if the configuration has one.
+      epoch: scalar from 0, drives the ramp.
+      num_scopes: number of equal parts of the batch with class thresholds of their own.
+
+    Returns:
+      Scalar loss; scalar metrics by name.
+    """
+    labels = batch["labels"]
+    # In float32: the networks return logits so, whatever they compute in.
+    log_probs = {m: jax.nn.log_softmax(x) for m, x in logits.items()}
+    ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
+
+    confidences = label_confidences(log_probs, labels)
+    weights = selection_weights(config, confidences, labels, ramp, num_scopes)
+    targets = smoothed_targets(config, batch)
+    parts = {
+        f"segmentation/{m}": losses.segmentation_loss(
+            x, targets, weights[m], config.loss.segmentation
+        )
+        for m, x in log_probs.items()
+    }
+    teachers = consistency_weights(config, log_probs, ramp)
+    parts |= consistency_losses(config, log_probs, teachers)
+    loss = total_loss(config, parts)
+
+    valid = (labels < NUM_CLASSES).astype(jnp.float32)
+    report = {"loss": loss, "ramp": ramp, **parts}
+    for m, x in log_probs.items():
+        hits = (losses.argmax(x) == labels).astype(jnp.float32)
+        report[f"accuracy/{m}"] = losses.weighted_mean(hits, valid)
+        report[f"label_confidence/{m}"] = losses.weighted_mean(confidences[m], valid)
+        report[f"selection_weight/{m}"] = losses.weighted_mean(weights[m], valid)
+        if "truth" in batch:
+            wrong = (labels != batch["truth"]).astype(jnp.float32)
+            known = valid * (batch["truth"] < NUM_CLASSES)
+            report[f"wrong_labels_selected/{m}"] = losses.weighted_mean(wrong, known * weights[m])
+    return loss, report
+
+
+def smoothed_targets(config: ml_collections.ConfigDict, batch: Maps) -> jax.Array:
+    """Targets y' of a batch, [B, H, W, C]; plain one-hot labels without a prior."""
+    if "prior" not in batch:
+        return jax.nn.one_hot(batch["labels"], NUM_CLASSES, dtype=jnp.float32)
+    return smoothing.smoothed_targets(
+        batch["labels"], batch["prior"], config.loss.prior_weight, config.loss.uniform_weight
+    )
+
+
+def prior_kind(config: ml_collections.ConfigDict) -> str | None:
+    """The smoothing prior that the configuration needs; None without label smoothing."""
+    smooths = config.loss.prior_weight > 0 or config.loss.uniform_weight > 0
+    return config.loss.prior if smooths else None

@@ -1,0 +1,295 @@
+"""The compiled steps of pretraining: training, validation, pictures.
+
+Pure functions of (state, records). What they minimise stands in `objective.training_loss`.
+Dimensions: B batch, H height, W width, C classes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+
+from cromss_jax import sensors
+from cromss_jax.data import preprocess
+from cromss_jax.method import losses, metrics, schedules
+from cromss_jax.networks import fusion
+from cromss_jax.training import objective, optimizers, sharding
+from cromss_jax.training.state import Maps, Metrics, TrainState, first_bad_step
+
+NUM_CLASSES = sensors.NUM_CLASSES
+
+
+def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """The plateau schedule of the configuration."""
+    return schedules.plateau(config.schedule.factor, config.schedule.patience)
+
+
+def make_network(
+    config: ml_collections.ConfigDict, rngs: nnx.Rngs, packed: bool = False
+) -> nnx.Module:
+    """The networks of the configuration."""
+    num_channels = {"s1": len(sensors.S1_BANDS), "s2": len(config.s2_bands)}
+    return fusion.make_network(
+        config.network.fusion,
+        config.network.depth,
+        {modality: num_channels[modality] for modality in config.modalities},
+        NUM_CLASSES,
+        jnp.dtype(config.network.dtype),
+        rngs,
+        decoder=config.network.get("decoder", "unet"),
+        packed=packed,
+    )
+
+
+def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
+    """A fresh state. Run it under `jax.jit`, or `jax.eval_shape` for its shapes."""
+    init_key, augmentation_key = jax.random.split(key)
+    network = make_network(config, nnx.Rngs(init_key))
+    params, batch_stats = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizers.make_optimizer(config).init(params),
+        plateau=make_plateau(config).init(params),
+        rng=jax.random.key_data(augmentation_key),
+        first_bad_step=jnp.int32(-1),
+    )
+
+
+def network_definition(config: ml_collections.ConfigDict, packed: bool = False) -> nnx.GraphDef:
+    """The networks without their arrays, for `nnx.merge`; `packed` as for `models.make_network`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), packed)))
+
+
+def draw_geometry(
+    config: ml_collections.ConfigDict, state: TrainState, tile_size: int
+) -> preprocess.Geometry:
+    """How the step that comes next cuts, flips and rotates its B samples."""
+    return preprocess.random_geometry(
+        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+        config.batch_size,
+        tile_size - config.data.crop_size,
+        **config.augmentation,
+    )
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    num_scopes: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+    cell: int = 1,
+) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
+    """Builds the training step, the same one for all epochs.
+
+    Args:
+      config: the configuration.
+      definition: of the networks.
+      num_locations: number of training locations, which is an epoch's number of samples.
+      num_scopes: as for `training_loss`; 1 is the global batch.
+      mesh: over whose devices the batch is cut.
+      cell: `models.PACKED_CELL` if the networks are packed.
+
+    Returns:
+      (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
+      `preprocess`; B is `config.batch_size`.
+    """
+    update = make_update(config, definition, num_locations, num_scopes)
+
+    def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
+        geometry = draw_geometry(config, state, records["labels"].shape[-1])
+        batch = make_examples(config, records, geometry, objective.prior_kind(config), cell, mesh)
+        return update(state, batch)
+
+    return train_step
+
+
+def make_update(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_locations: int,
+    num_scopes: int = 1,
+) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
+    """Builds the training step without its preprocessing; for the arguments see `make_train_step`.
+
+    Returns:
+      (state, examples) -> (state, metrics), `examples` as `preprocess.examples` makes them.
+    """
+    optimizer = optimizers.make_optimizer(config)
+
+    def update(state: TrainState, batch: Maps) -> tuple[TrainState, Metrics]:
+        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
+        epoch = state.step * config.batch_size // num_locations
+
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
+            network = nnx.merge(definition, params, state.batch_stats, copy=True)
+            logits = network({m: batch[m] for m in config.modalities}, train=True)
+            loss, report = objective.training_loss(config, logits, batch, epoch, num_scopes)
+            return loss, (report, nnx.state(network, nnx.BatchStat))
+
+        (loss, (report, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        rate = schedules.learning_rate(
+            epoch,
+            config.optimizer.learning_rate,
+            config.schedule.name,
+            config.schedule.decay,
+            state.plateau.scale,
+        )
+        before = (state.params, state.opt_state)
+        with jax.named_scope("optimizer"):
+            (params, opt_state), grads = optimizers.join((before, grads))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+            norm = optax.tree.norm(grads)
+        bad_step = first_bad_step(state, loss, norm, params)
+        params, opt_state = optimizers.split((params, opt_state), like=before)
+        report |= {"gradient_norm": norm, "learning_rate": rate}
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            first_bad_step=bad_step,
+        )
+        return new_state, report
+
+    return update
+
+
+def make_examples(
+    config: ml_collections.ConfigDict,
+    records: Maps,
+    geometry: preprocess.Geometry,
+    kind: str | None,
+    cell: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """`preprocess.examples` as the configuration wants them.
+
+    Args:
+      config: the configuration.
+      records: of B samples.
+      geometry: theirs.
+      kind: of the prior, if one is wanted.
+      cell: as for `preprocess.examples`.
+      mesh: over whose devices the samples are cut, to be made by each on its own. Without it a
+        batch that is cut is brought together to be rotated.
+    """
+    make = functools.partial(
+        preprocess.examples,
+        modalities=config.modalities,
+        s2_bands=config.s2_bands,
+        crop_size=config.data.crop_size,
+        num_classes=NUM_CLASSES,
+        prior_kind=kind,
+        cell=cell,
+        dtype=jnp.dtype(config.network.dtype),
+    )
+    if mesh is not None:
+        # How many samples are rotated differs from device to device.
+        rows = sharding.batch_sharded(mesh).spec
+        make = jax.shard_map(make, mesh=mesh, in_specs=rows, out_specs=rows)
+    return make(records, geometry)
+
+
+def predict(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef, state: TrainState, batch: Maps
+) -> dict[str, jax.Array]:
+    """Log-probabilities [B, H, W, C] of each modality, running statistics in the BatchNorms."""
+    network = nnx.merge(definition, state.params, state.batch_stats)
+    logits = network({m: batch[m] for m in config.modalities}, train=False)
+    return {m: jax.nn.log_softmax(x) for m, x in logits.items()}
+
+
+def make_eval_step(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef
+) -> Callable[[TrainState, Maps], Metrics]:
+    """Builds the validation step: (state, records) -> sums over the batch, to be jitted.
+
+    The loss has neither smoothing nor selection but keeps consistency. Padding rows
+    (`records["is_real"]` false) count nowhere. Returned are `loss` (mean over the batch),
+    `num_samples`, `confusion/<modality>` against the noisy labels and, where the records have
+    truth, `confusion_truth/<modality>`, `confusion_truth/labels` (the noisy labels' own) and
+    `confidence/<modality>` (`metrics.confidence_counts`).
+    """
+
+    def eval_step(state: TrainState, records: Maps) -> Metrics:
+        margin = records["labels"].shape[-1] - config.data.crop_size
+        is_real = records["is_real"]
+        geometry = preprocess.centre_geometry(is_real.shape[0], margin)
+        batch = make_examples(config, records, geometry, None)
+        labels = batch["labels"]
+        log_probs = predict(config, definition, state, batch)
+
+        weights = is_real.astype(jnp.float32).reshape(-1, 1, 1) * jnp.ones(labels.shape)
+        valid = jnp.where(labels < NUM_CLASSES, weights, 0.0)
+        targets = objective.smoothed_targets(config, batch)
+        parts = {
+            f"segmentation/{m}": losses.segmentation_loss(
+                x, targets, valid, config.loss.segmentation
+            )
+            for m, x in log_probs.items()
+        }
+        parts |= objective.consistency_losses(config, log_probs, dict.fromkeys(log_probs, weights))
+        sums = {"loss": objective.total_loss(config, parts), "num_samples": jnp.sum(is_real)}
+
+        predictions = {m: jnp.argmax(x, axis=-1) for m, x in log_probs.items()}
+        for m, prediction in predictions.items():
+            sums[f"confusion/{m}"] = metrics.confusion_matrix(labels, prediction, NUM_CLASSES)
+        if "truth" not in batch:
+            return sums
+        truth = batch["truth"]
+        known = (truth < NUM_CLASSES) & (labels < NUM_CLASSES)
+        sums["confusion_truth/labels"] = metrics.confusion_matrix(
+            jnp.where(known, truth, sensors.IGNORE_LABEL), labels, NUM_CLASSES
+        )
+        confidences = objective.label_confidences(log_probs, labels)
+        for m, prediction in predictions.items():
+            sums[f"confusion_truth/{m}"] = metrics.confusion_matrix(
+                jnp.where(known, truth, sensors.IGNORE_LABEL), prediction, NUM_CLASSES
+            )
+            sums[f"confidence/{m}"] = metrics.confidence_counts(
+                confidences[m], known & (labels == truth), known & (labels != truth)
+            )
+        return sums
+
+    return eval_step
+
+
+def make_picture_step(
+    config: ml_collections.ConfigDict, definition: nnx.GraphDef, num_locations: int
+) -> Callable[[TrainState, Maps], dict[str, jax.Array]]:
+    """Builds the step that shows what the method does to a batch, to be jitted.
+
+    Returns, for the first `config.num_pictures` samples, [n, H, W] (imagery [n, H, W, K]):
+    `s1`, `s2`, `labels`, `prior` (its likeliest class), `truth` if any, and by modality
+    `prediction/`, `label_confidence/`, `selection_weights/`.
+    """
+
+    def picture_step(state: TrainState, records: Maps) -> dict[str, jax.Array]:
+        margin = records["labels"].shape[-1] - config.data.crop_size
+        geometry = preprocess.centre_geometry(records["labels"].shape[0], margin)
+        batch = make_examples(config, records, geometry, config.loss.prior)
+        log_probs = predict(config, definition, state, batch)
+        epoch = state.step * config.batch_size // num_locations
+        ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
+        confidences = objective.label_confidences(log_probs, batch["labels"])
+        weights = objective.selection_weights(config, confidences, batch["labels"], ramp, 1)
+        shown = {**batch, "prior": jnp.argmax(batch["prior"], axis=-1)}
+        for m, x in log_probs.items():
+            shown[f"prediction/{m}"] = jnp.argmax(x, axis=-1)
+            shown[f"label_confidence/{m}"] = confidences[m]
+            shown[f"selection_weights/{m}"] = weights[m]
+        return {name: values[: config.num_pictures] for name, values in shown.items()}
+
+    return picture_step

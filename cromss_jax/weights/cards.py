@@ -1,0 +1,145 @@
+"""Cards: what a user of a file of weights must know, as JSON and as Markdown."""
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Mapping
+
+from etils import epath
+
+from cromss_jax import files, sensors
+from cromss_jax.networks import decoders
+from cromss_jax.weights.network import Network, Weights
+
+FORMAT = "cromss_jax weights"
+
+
+def of_run(step: epath.Path, network: Network) -> dict:
+    """What is known of a run's weights beside what they are.
+
+    Args:
+      step: folder of one of the run's checkpoints.
+      network: what is in it.
+
+    Raises:
+      ValueError: if the run's description is damaged.
+    """
+    run = step.parent.parent
+    recipe = json.loads((run / "config.json").read_text())
+    versions = run / "versions.json"
+    legend = recipe.get("legend") or list(sensors.DYNAMIC_WORLD.items())
+    bands = [band for names in network.bands.values() for band in names]
+    return {
+        "input": {
+            "formula": "floor(clip((x - low) / (high - low) * 255, 0, 255)) / 255",
+            "resolution": "every band at 10 m, coarser ones upsampled bicubically (a = -0.5)",
+            "by_band": {band: _scaling(band) for band in bands},
+        },
+        "classes": [name for name, _ in legend],
+        "recipe": recipe,
+        "metrics": _metrics(run, int(step.name) if step.name.isdigit() else None),
+        "source": str(step),
+        "versions": json.loads(versions.read_text()) if versions.exists() else None,
+        # What else a run started from has a licence of its own.
+        "licence": None if recipe.get("init_from") else "Apache-2.0",
+        "method": None
+        if recipe.get("mode") != "pretrain"
+        else "CromSS: Liu, Albrecht, Wang, Zhu, IEEE TGRS 2025 (arXiv 2405.01217)",
+    }
+
+
+def _scaling(band: str) -> dict[str, float | str]:
+    """How a band's raw values x become input; see the card's formula."""
+    mean, std = sensors.BAND_STATISTICS[band]
+    unit = "dB" if band in sensors.S1_BANDS else "reflectance * 10000 (L1C)"
+    return {"mean": mean, "std": std, "low": mean - 2 * std, "high": mean + 2 * std, "unit": unit}
+
+
+def _metrics(run: epath.Path, step: int | None) -> dict:
+    """The last scores up to a step, classes left out."""
+    found = {}
+    for entry in files.read_metrics(run / "metrics.jsonl"):
+        if entry["split"] == "validation" and (step is None or entry["step"] <= step):
+            found = entry
+    return {name: value for name, value in found.items() if name.count("/") < 2}
+
+
+def make(found: Weights, network: Network, layout: str) -> dict:
+    """The card of a file.
+
+    Args:
+      found: where the file's weights come from, with what is known of them.
+      network: what is in the file.
+      layout: under which keys.
+    """
+    unknown = dict.fromkeys(
+        ("input", "classes", "recipe", "metrics", "source", "versions", "licence", "method")
+    )
+    return {
+        **unknown,
+        **found.card,
+        "classes": found.card.get("classes") if network.num_classes else None,
+        "format": FORMAT,
+        "layout": layout,
+        "network": {
+            "fusion": network.fusion,
+            "resnet": network.depth,
+            "decoder": network.decoder if network.num_classes else None,
+            "num_classes": network.num_classes,
+            "description": str(network),
+        },
+        "axes": "[batch, bands, height, width], height and width multiples of "
+        + str(decoders.STRIDES[network.decoder]),
+        "modality": list(network.bands),
+        "bands": {modality: list(names) for modality, names in network.bands.items()},
+        "converted": {
+            "by": f"cromss_jax {importlib.metadata.version('cromss_jax')}",
+            "on": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    }
+
+
+def text(card: Mapping, name: str) -> str:
+    """The card as Markdown, for people."""
+    lines = [f"# {name}", "", f"{card['network']['description']}; layout `{card['layout']}`."]
+    lines += [f"{card['method']}.", ""] if card["method"] else [""]
+    scaling = card["input"] and card["input"]["by_band"]
+    lines += ["## Input", ""]
+    lines += [f"{card['axes']}."]
+    if scaling:
+        lines += [f"{card['input']['resolution'].capitalize()}."]
+        lines += [f"Each band: `{card['input']['formula']}`.", ""]
+    else:
+        lines += ["How raw values become input is not known here: ask whom the weights are from."]
+        lines += [""]
+    lines += ["| channel | band | low | high | unit of x |", "|---|---|---|---|---|"]
+    for names in card["bands"].values():
+        for channel, band in enumerate(names):
+            row = "? | ? | ?"
+            if scaling:
+                row = "{low:.8g} | {high:.8g} | {unit}".format(**scaling[band])
+            lines += [f"| {channel} | {band} | {row} |"]
+    lines += [""]
+    if card["classes"]:
+        classes = [f"{index} {name}" for index, name in enumerate(card["classes"])]
+        lines += ["## Classes", "", ", ".join(classes) + ".", ""]
+    if card["metrics"]:
+        lines += ["## Scores", "", "| score | value |", "|---|---|"]
+        lines += [
+            f"| {key} | {value:.6g} |"
+            for key, value in card["metrics"].items()
+            if isinstance(value, int | float)
+        ]
+        lines += [""]
+    if card["recipe"]:
+        recipe = json.dumps(card["recipe"], indent=2)
+        lines += ["## Recipe", "", "```json", recipe, "```", ""]
+    lines += ["## Origin", ""]
+    lines += [
+        f"From `{card['source']}`, converted by {card['converted']['by']} on "
+        f"{card['converted']['on']}."
+    ]
+    if card["versions"]:
+        lines += [", ".join(f"{k} {v}" for k, v in card["versions"].items()) + "."]
+    lines += [f"Licence: {card['licence'] or 'not known, ask whom the weights are from'}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""Folders of weights: a run's checkpoints, and converted weights that lie like one."""
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from cromss_jax import files
+from cromss_jax.weights import cards, torch_keys
+from cromss_jax.weights.layouts import check_bands
+from cromss_jax.weights.network import Network, Weights, WeightsError
+
+# What a folder of converted weights has instead of a run's configuration.
+_NETWORK = "network.json"
+
+
+def find_checkpoint(path: str) -> epath.Path:
+    """The folder of the checkpoint that `path` means: itself, or a run's newest.
+
+    Raises:
+      WeightsError: if there is none.
+    """
+    folder = files.absolute(path)
+    if (folder / "state").is_dir():
+        return folder
+    steps = [step for step in (folder / "checkpoints").glob("*") if step.name.isdigit()]
+    steps = [step for step in steps if (step / "_CHECKPOINT_METADATA").exists()]
+    if not steps:
+        raise WeightsError(
+            f"{path}: neither a run (no finished checkpoint in {folder / 'checkpoints'}) nor a "
+            "checkpoint (no folder `state` in it)"
+        )
+    return max(steps, key=lambda step: int(step.name))
+
+
+def load_run(step: epath.Path) -> Weights:
+    """Loads the weights of a checkpoint's folder.
+
+    Raises:
+      WeightsError: if the checkpoint or its description is missing or damaged.
+    """
+    own, run = step / _NETWORK, step.parent.parent / "config.json"
+    description = own if own.exists() else run
+    if not description.exists():
+        raise WeightsError(f"{step}: what network it is stands in {run}, which is missing")
+    try:
+        content = json.loads(description.read_text())
+        if own.exists():
+            bands = check_bands(content["network"]["bands"])
+            network = Network(**{**content["network"], "bands": bands})
+            card = dict(content["card"])
+        else:
+            network = Network.of_config(content)
+            card = cards.of_run(step, network)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{description}: damaged, or another program's: {error!r}") from error
+    try:
+        tree = read_arrays(step, ("params", "batch_stats"))
+    except (ValueError, KeyError, OSError) as error:
+        raise WeightsError(
+            f"{step}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    arrays = {}
+    for part in tree.values():
+        arrays |= torch_keys.from_tree(part)
+    return Weights(network, arrays, card=card)
+
+
+def write_folder(folder: epath.Path, found: Weights) -> None:
+    """Writes weights like a checkpoint's folder, which `load` reads; whole or not at all."""
+    params, batch_stats = nnx.split_state(found.state(), nnx.Param, nnx.BatchStat)
+    folder = files.absolute(folder)
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        write_arrays(temporary, {"params": params, "batch_stats": batch_stats})
+        content = {"network": dataclasses.asdict(found.network), "card": dict(found.card)}
+        (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
+        temporary.rename(folder)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()
+
+
+def read_arrays(step_folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
+    """Reads parts of a saved state, whatever devices it was saved on.
+
+    Args:
+      step_folder: a checkpoint's folder.
+      names: fields of the state.
+
+    Returns:
+      Nested dicts of NumPy arrays by name of the field.
+
+    Raises:
+      ValueError, KeyError or OSError: if they are missing or damaged.
+    """
+    reader, folder = ocp.PyTreeCheckpointHandler(), step_folder / "state"
+    shapes = reader.metadata(folder).tree
+    wanted = {name: shapes[name] for name in names}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    return reader.restore(folder, args=args)
+
+
+def write_arrays(step_folder: epath.Path, state: Any) -> None:
+    """Writes a state that `read_arrays` reads; refuses to replace one."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(step_folder / "state", args=ocp.args.PyTreeSave(state))

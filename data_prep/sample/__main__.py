@@ -1,0 +1,102 @@
+"""Writes locations of a procedural world as GeoTIFFs in the tree of a real data set.
+
+python -m data_prep.sample --output_dir=DIR --locations=64 --seasons=4 --tile_size=264 --seed=0
+
+SSL4EO-S12 + NoL for pretraining, noisy labels with the truth beside them; or, with
+`--format=dw|osm|dfc2020`, a downstream data set with clean labels: one date a location, the first
+half of the locations the training split. Locations follow from the seed: give a downstream sample
+another one than the sample pretrained on, or its tiles show the very same locations.
+"""
+
+import os
+import sys
+import time
+
+from absl import app, flags
+
+from data_prep.sample import downstream, nol, world
+
+_NOL = "nol"
+
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Where the tree goes: a new or an empty directory.", required=True
+)
+_FORMAT = flags.DEFINE_enum("format", _NOL, [_NOL, *downstream.FORMATS], "Which data set's tree.")
+_LOCATIONS = flags.DEFINE_integer("locations", 64, "How many locations.", lower_bound=1)
+_SEASONS = flags.DEFINE_integer(
+    "seasons",
+    None,
+    f"Seasons of each location; nol only, {nol.SEASONS} if not given.",
+    lower_bound=1,
+    upper_bound=world.MAX_SEASONS,
+)
+_TILE_SIZE = flags.DEFINE_integer(
+    "tile_size",
+    None,
+    "Pixels of 10 m along a side, for nol a multiple of 6; as in the real data set if not given.",
+    lower_bound=6,
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the whole world.", lower_bound=0)
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", os.cpu_count(), "Processes that make locations.", lower_bound=1
+)
+
+
+def _run_nol() -> str:
+    """Writes what the flags say as SSL4EO-S12 + NoL, and returns a summary."""
+    seasons = _SEASONS.value or nol.SEASONS
+    tile_size = _TILE_SIZE.value or nol.TILE_SIZE
+    wrong = nol.write_sample(
+        _OUTPUT_DIR.value,
+        _LOCATIONS.value,
+        seasons,
+        tile_size,
+        _SEED.value,
+        _NUM_WORKERS.value,
+    )
+    return (
+        f"{_LOCATIONS.value} locations x {seasons} seasons of {tile_size} x {tile_size} pixels in "
+        f"{_OUTPUT_DIR.value}, {wrong:.1%} of the labels wrong"
+    )
+
+
+def _run_downstream() -> str:
+    """Writes what the flags say as a downstream data set, and returns a summary."""
+    if _SEASONS.value is not None:
+        raise ValueError(
+            f"--seasons={_SEASONS.value} is for --format={_NOL}, tiles of --format={_FORMAT.value} "
+            "have one date: leave it out"
+        )
+    tile_size = _TILE_SIZE.value or downstream.FORMATS[_FORMAT.value].tile_size
+    downstream.write_sample(
+        _OUTPUT_DIR.value,
+        _FORMAT.value,
+        _LOCATIONS.value,
+        tile_size,
+        _SEED.value,
+        _NUM_WORKERS.value,
+    )
+    num_training = downstream.num_training(_LOCATIONS.value)
+    return (
+        f"{_LOCATIONS.value} tiles ({num_training} to train on, "
+        f"{_LOCATIONS.value - num_training} to test on) of {tile_size} x {tile_size} pixels in "
+        f"{_OUTPUT_DIR.value}, labels clean"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command; what the user can mend is told in one sentence."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    start = time.monotonic()
+    try:
+        summary = _run_nol() if _FORMAT.value == _NOL else _run_downstream()
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted: {_OUTPUT_DIR.value} is incomplete, delete it.")
+    print(f"{summary}, {time.monotonic() - start:.0f} s.")
+
+
+if __name__ == "__main__":
+    app.run(main)

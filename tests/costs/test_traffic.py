@@ -1,0 +1,133 @@
+"""HBM traffic of compiled programs' texts, worked out by hand."""
+
+import pytest
+
+from cromss_jax.costs import traffic
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        # 16 channels and 16 images, the innermost, become 128 and 16.
+        ("bf16[16,256,256,16]{3,0,2,1:T(8,128)(2,1)}", 256 * 256 * 16 * 128 * 2),
+        # Batch innermost: 16 become 128, and 9 classes 16.
+        ("f32[16,64,64,9]{0,3,2,1:T(8,128)}", 64 * 64 * 16 * 128 * 4),
+        ("bf16[16,64,64,64]{3,0,2,1:T(8,128)(2,1)S(1)}", 0),  # on the chip
+        ("(f32[8,128]{1,0:T(8,128)}, s32[]{:T(128)S(6)})", 8 * 128 * 4),
+        ("f32[100]{0:T(128)}", 400),  # vectors' tiles are none of theirs
+        ("pred[8,128]{1,0:T(8,128)(4,1)}", 8 * 128),
+    ],
+)
+def test_bytes_of_shapes(shape, size):
+    assert traffic.hbm_bytes(shape) == size
+
+
+# f32[8,128] takes 4,096 bytes. A loop of 30 rounds that reads a slice of an array, and one of
+# unknown rounds that updates a row in place.
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_slice (p.0: f32[64,128], p.1: s32[]) -> f32[8,128] {
+  %p.0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %cut = f32[8,128]{1,0:T(8,128)} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={8,128}
+}
+
+%known_body (t: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
+  %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
+  %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %read = f32[8,128]{1,0:T(8,128)} fusion(%x, %i), kind=kLoop, calls=%fused_slice
+  ROOT %next = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%i, %x)
+}
+
+%known_condition (t: (s32[], f32[64,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(30)
+  ROOT %less = pred[]{:T(512)S(6)} fusion(%t, %limit), kind=kLoop, calls=%compare
+}
+
+%open_body (t: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
+  %t = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%t), index=0
+  %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %new = f32[8,128]{1,0:T(8,128)S(1)} constant({...})
+  %y = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%x, %new, %i)
+  ROOT %next = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%i, %y)
+}
+
+%open_condition (t: (s32[], f32[64,128])) -> pred[] {
+  %limit = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %less = pred[]{:T(512)S(6)} fusion(%t, %limit), kind=kLoop, calls=%compare
+}
+
+ENTRY %main_spmd (p: f32[64,128]) -> f32[64,128] {
+  %p = f32[64,128]{1,0:T(8,128)} parameter(0), metadata={op_name="x"}
+  %start = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]) copy-start(%p)
+  %near = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%start)
+  %sum = f32[64,128]{1,0:T(8,128)} fusion(%near, %p), kind=kLoop, calls=%add, \
+metadata={op_name="jit(step)/transpose(jvp(encoder))/add"}
+  %after = f32[64,128]{1,0:T(8,128)} negate(%sum)
+  %w.0 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) tuple(%zero, %after)
+  %w.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) while(%w.0), condition=%known_condition, \
+body=%known_body, metadata={op_name="jit(step)/losses/selection/while"}
+  %w.2 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}) while(%w.1), condition=%open_condition, \
+body=%open_body, metadata={op_name="jit(step)/preprocessing/while"}
+  ROOT %out = f32[64,128]{1,0:T(8,128)} get-tuple-element(%w.2), index=1
+}
+"""
+
+
+def test_traffic_by_part():
+    parts = ("preprocessing", "encoder", "losses", "selection")
+    whole = 8 * 4096
+    assert traffic.by_part(HLO, parts, unknown_rounds=3.2) == {
+        # The update is written; it comes from the chip.
+        "preprocessing": pytest.approx(3.2 * 4096),
+        # Written and one operand read, then read and written by what has no name of its own.
+        "encoder": 2 * whole + 2 * whole,
+        "losses": 0,
+        # A slice read and written in each round.
+        "selection": 30 * 2 * 4096,
+        "others": whole,  # the copy to the chip
+    }
+
+
+def test_branches_are_refused():
+    line = "  %either = f32[8] conditional(%p, %p, %p), branch_computations={%a, %b}\n"
+    with pytest.raises(traffic.UnreadableProgram, match="a branch, either"):
+        traffic.by_part(HLO.replace("  ROOT %out", line + "  ROOT %out"), unknown_rounds=1)
+
+
+def test_updates_in_place_and_what_others_send():
+    # Two arrays of 32,768 bytes of which a fusion updates eight rows each, 4,096 bytes that it
+    # reads first; then one of 4,096 bytes gathered from two devices into one of 8,192.
+    hlo = """\
+%fused (p.0: f32[64,128], p.1: f32[64,128], p.2: f32[8,128], p.3: s32[]) -> (f32[], f32[]) {
+  %p.0 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[64,128]{1,0:T(8,128)} parameter(1)
+  %p.2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %p.3 = s32[]{:T(128)S(6)} parameter(3)
+  %one = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%p.0, %p.2, %p.3)
+  %two = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%p.1, %p.2, %p.3)
+  ROOT %both = (f32[64,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)}) tuple(%one, %two)
+}
+
+ENTRY %main (a: f32[64,128], b: f32[64,128], c: f32[8,128], i: s32[]) -> f32[16,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[64,128]{1,0:T(8,128)} parameter(1)
+  %c = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %i = s32[]{:T(128)S(6)} parameter(3)
+  %new = (f32[64,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)}) fusion(%a, %b, %c, %i), \
+kind=kLoop, calls=%fused
+  %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%c)
+  ROOT %all = f32[16,128]{1,0:T(8,128)} all-gather-done(%start)
+}
+"""
+    expected = 2 * 4096 + 4096 + (4096 + 8192)
+    assert traffic.by_part(hlo, unknown_rounds=1) == {"others": expected}
+
+
+def test_a_text_of_another_form_is_refused():
+    unknown = HLO.replace("  %near = ", "  near: ")
+    with pytest.raises(traffic.UnreadableProgram, match="near.*install libtpu"):
+        traffic.by_part(unknown, unknown_rounds=1)

@@ -1,0 +1,118 @@
+"""Which record comes when: every location once an epoch, the same for any number of processes."""
+
+import numpy as np
+import pytest
+
+from cromss_jax import sensors
+from cromss_jax.data import input_pipeline
+
+COUNTS = np.array([4, 1, 3, 4, 2, 4, 4, 4, 1, 2])
+
+
+@pytest.fixture
+def dataset():
+    records = [
+        {
+            "s1": np.full((6, 6, 2), index, np.uint8),
+            "s2_10m": np.full((6, 6, 4), index, np.uint8),
+            "s2_20m": np.full((3, 3, 6), index, np.uint8),
+            "s2_60m": np.full((1, 1, 3), index, np.uint8),
+            "labels": np.full((4, 6, 6), location % 9, np.uint8),
+            "season": np.int32(season),
+            "location_id": b"%07d" % location,
+        }
+        for index, (location, season) in enumerate(
+            (location, season) for location, n in enumerate(COUNTS) for season in range(n)
+        )
+    ]
+    legend = sensors.DYNAMIC_WORLD
+    return input_pipeline.TileDataset(
+        records, tuple(records[0]), 6, COUNTS, has_truth=False, legend=legend
+    )
+
+
+def test_an_epoch_visits_each_location_once_with_a_drawn_season(dataset):
+    locations = np.array([0, 1, 2, 4, 5, 7, 9])
+    batches = input_pipeline.training_records(dataset, locations, 4, seed=1)
+    visits = np.concatenate([batches[i] for i in range(70)])  # 40 epochs of 7
+    epochs = dataset.location_of(visits).reshape(40, 7)
+    assert (np.sort(epochs) == locations).all()
+    assert len({tuple(e) for e in epochs}) > 30  # each epoch has its own order
+    seasons = visits - dataset.starts[dataset.location_of(visits)]
+    for location in locations:
+        drawn = seasons[dataset.location_of(visits) == location]
+        assert set(drawn) == set(range(COUNTS[location]))
+
+
+def test_the_order_is_pinned_by_the_seed(dataset):
+    # The literal order: a library that changes it would make old runs irreproducible.
+    batches = input_pipeline.training_records(dataset, np.arange(10), 5, seed=3)
+    found = [batches[i].tolist() for i in range(3)]
+    assert found == [[12, 18, 28, 23, 17], [10, 4, 26, 7, 2], [26, 4, 11, 25, 27]]
+    other = input_pipeline.training_records(dataset, np.arange(10), 5, seed=4)
+    assert [other[i].tolist() for i in range(3)] != found
+
+
+def test_processes_share_the_rows_of_the_same_batches(dataset):
+    records = input_pipeline.training_records(dataset, np.arange(10), 6, seed=0)
+    whole = input_pipeline.training_batches(dataset, ("s1", "s2"), records)
+    parts = [
+        input_pipeline.training_batches(dataset, ("s1", "s2"), records, rows=np.array(rows))
+        for rows in ([0, 5], [1, 2], [3, 4])
+    ]
+    for _ in range(7):
+        batch, rows = next(whole), [next(part) for part in parts]
+        for name in batch:
+            shares = np.concatenate([r[name] for r in rows])
+            np.testing.assert_array_equal(batch[name][[0, 5, 1, 2, 3, 4]], shares)
+    # The state is the same number for all, so that a run may go on with other processes.
+    states = [iterator.get_state() for iterator in (whole, *parts)]
+    assert all(state == states[0] for state in states)
+
+
+def test_iterator_state_continues_exactly(dataset):
+    records = input_pipeline.training_records(dataset, np.arange(10), 4, seed=0)
+    iterator = input_pipeline.training_batches(dataset, ("s1",), records)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["s1"][:, 0, 0, 0] for _ in range(6)]
+    resumed = input_pipeline.training_batches(dataset, ("s1",), records)
+    resumed.set_state(state)
+    found = [next(resumed)["s1"][:, 0, 0, 0] for _ in range(6)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_validation_covers_every_season_and_pads_with_ignored_labels(dataset):
+    batches = input_pipeline.validation_records(dataset, np.array([2, 5, 8]), 6)
+    np.testing.assert_array_equal(batches, [[5, 6, 7, 14, 15, 16], [17, 26, -1, -1, -1, -1]])
+    batch = input_pipeline.read_batch(dataset, ("s2",), batches[1])
+    assert set(batch) == {"s2_10m", "s2_20m", "s2_60m", "labels", "season", "is_real"}
+    np.testing.assert_array_equal(batch["is_real"], [1, 1, 0, 0, 0, 0])
+    assert (batch["labels"][2:] == 255).all()
+    assert (batch["labels"][:2] != 255).all()
+    assert (dataset.source[17]["labels"] != 255).all()  # the record itself is untouched
+
+
+def test_held_back_locations():
+    train, held_back = input_pipeline.split_locations(1000, 0.01, seed=0)
+    assert len(held_back) == 10
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
+    assert len(input_pipeline.split_locations(4, 0.01, seed=0)[1]) == 1
+    assert len(input_pipeline.split_locations(4, 0.0, seed=0)[1]) == 0
+    with pytest.raises(input_pipeline.DataError, match="leave none to train on"):
+        input_pipeline.split_locations(1, 0.01, seed=0)
+
+
+def test_missing_data_says_what_and_how(tmp_path):
+    with pytest.raises(input_pipeline.DataError) as error:
+        input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
+    for part in (str(tmp_path / "ssl4eo_s12_nol"), "python -m data_prep.build", "make pretrain"):
+        assert part in str(error.value)
+
+
+def test_a_batch_of_padding_alone_is_ignored(dataset):
+    """What one of several processes may get of the last batch."""
+    batch = input_pipeline.read_batch(dataset, ("s1",), np.full(2, -1))
+    assert not batch["is_real"].any()
+    assert (batch["labels"] == sensors.IGNORE_LABEL).all()

@@ -1,0 +1,611 @@
+"""The networks against segmentation_models_pytorch's, and their layers by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cromss_jax.networks import decoders, layers, resnet
+from cromss_jax.networks import fusion as networks
+from cromss_jax.training import sharding
+from cromss_jax.weights import torch_keys
+
+NUM_CLASSES = 9
+OTHER_DECODERS = ("pspnet", "deeplabv3plus", "fpn")
+# XLA's cheapest code generation: the convolutions, which take the time, are library calls.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def parity():
+    """`tests.torch_parity`, where PyTorch and smp are installed."""
+    pytest.importorskip("segmentation_models_pytorch")
+    from tests import torch_parity
+
+    return torch_parity
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch, on one thread: two spin for each other where a core is busy."""
+    torch = pytest.importorskip("torch")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(num_threads)
+
+
+def jit(function):
+    return jax.jit(function, compiler_options=FAST_COMPILE)
+
+
+def abstract_state(fusion, depth, num_channels, dtype=jnp.float32, decoder="unet"):
+    """Graph and state of a network of shapes: nothing is drawn."""
+    network = nnx.eval_shape(
+        lambda: networks.make_network(
+            fusion, depth, num_channels, NUM_CLASSES, dtype, nnx.Rngs(params=0), decoder
+        )
+    )
+    return nnx.split(network)
+
+
+@functools.cache
+def initial_arrays(seed, fusion="mid", decoder="unet"):
+    """A freshly drawn ResNet-18 network of 2 and 3 bands, or of 3, under smp's keys."""
+    return torch_keys.to_torch_state(draw(jax.random.key(seed), fusion, decoder))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=FAST_COMPILE)
+def draw(key, fusion="mid", decoder="unet"):
+    num_channels = {"s1": 2, "s2": 3} if fusion == "mid" else {"s2": 3}
+    rngs = nnx.Rngs(params=key)
+    return nnx.state(
+        networks.make_network(fusion, 18, num_channels, NUM_CLASSES, jnp.float32, rngs, decoder)
+    )
+
+
+# Structure.
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize(
+    ("fusion", "decoder"),
+    [("mid", "unet"), ("late", "unet"), *(("none", decoder) for decoder in OTHER_DECODERS)],
+)
+def test_parameter_counts_are_smps(parity, torch, fusion, depth, decoder):
+    num_channels = {"s2": 13} if fusion == "none" else {"s1": 2, "s2": 13}
+    _, state = abstract_state(fusion, depth, num_channels, decoder=decoder)
+    count = sum(array.size for array in jax.tree.leaves(nnx.filter_state(state, nnx.Param)))
+    with torch.device("meta"):
+        theirs = parity.torch_network(fusion, depth, num_channels, NUM_CLASSES, 0, decoder)
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    if (fusion, depth, decoder) == ("mid", 50, "unet"):
+        # The published network's.
+        assert count == 56_058_521
+
+
+@pytest.mark.parametrize(
+    ("fusion", "depth", "num_channels", "decoder"),
+    [
+        ("mid", 18, {"s1": 2, "s2": 13}, "unet"),
+        ("late", 34, {"s1": 2, "s2": 12}, "unet"),
+        ("none", 50, {"s2": 9}, "unet"),
+        ("none", 18, {"s1": 2}, "unet"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        ("none", 50, {"s2": 13}, "deeplabv3plus"),
+        ("late", 18, {"s1": 2, "s2": 3}, "fpn"),
+    ],
+)
+def test_weights_move_both_ways_bit_equal(parity, torch, fusion, depth, num_channels, decoder):
+    theirs = parity.torch_network(fusion, depth, num_channels, NUM_CLASSES, 1, decoder)
+    parity.randomise_norms(theirs, seed=2)
+    arrays = parity.torch_arrays(theirs)
+    _, state = abstract_state(fusion, depth, num_channels, decoder=decoder)
+    back = torch_keys.to_torch_state(torch_keys.from_torch_state(arrays, state))
+    assert back.keys() == arrays.keys()
+    for key, array in arrays.items():
+        assert back[key].dtype == array.dtype, key
+        np.testing.assert_array_equal(back[key], array, err_msg=key)
+    other = parity.torch_network(fusion, depth, num_channels, NUM_CLASSES, 3, decoder)
+    other.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=True)
+
+
+def test_loaded_arrays_are_copies():
+    arrays = {"weight": np.ones(3, np.float32)}
+    state = torch_keys.from_torch_state(arrays, nnx.State({"weight": nnx.Param(np.zeros(3))}))
+    back = torch_keys.to_torch_state(state)
+    arrays["weight"][:] = 2
+    np.testing.assert_array_equal(state["weight"][...], 1)
+    back["weight"][:] = 3
+    np.testing.assert_array_equal(state["weight"][...], 1)
+
+
+def test_loading_names_every_tensor_that_does_not_fit():
+    _, state = abstract_state("none", 18, {"s2": 13})
+    concrete = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    arrays = torch_keys.to_torch_state(concrete)
+    del arrays["encoder.bn1.running_mean"]
+    arrays["encoder.fc.weight"] = np.zeros((1000, 512), np.float32)
+    arrays["encoder.conv1.weight"] = np.zeros((64, 12, 7, 7), np.float32)
+    with pytest.raises(ValueError, match="in 3 tensors") as error:
+        torch_keys.from_torch_state(arrays, state)
+    message = str(error.value)
+    assert "missing encoder.bn1.running_mean" in message
+    assert "unexpected encoder.fc.weight" in message
+    assert "encoder.conv1.weight has shape (64, 12, 7, 7), needs (64, 13, 7, 7)" in message
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    ("fusion", "depth", "num_channels", "decoder"),
+    [
+        # Mid fusion: ten whole steps in test_oracle. ResNet-34 and 50 and all numbers of bands:
+        # tests.bench.parity.
+        ("late", 18, {"s1": 2, "s2": 9}, "unet"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        ("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "fpn"),
+    ],
+)
+def test_logits_statistics_and_gradients_are_smps(
+    parity, torch, fusion, depth, num_channels, decoder
+):
+    """A part of the matrix that tests/bench/parity.py goes through."""
+    errors = parity.errors(fusion, depth, num_channels, FAST_COMPILE, decoder)
+    for name, tolerance in parity.TOLERANCES.items():
+        assert errors[name] <= tolerance, (name, errors)
+
+
+@pytest.mark.parametrize(
+    ("depth", "modality", "num_channels", "decoder"),
+    [(34, "s1", 2, "unet"), (50, "s2", 13, "deeplabv3plus")],
+)
+def test_logits_of_a_single_modality_are_smps(
+    parity, torch, depth, modality, num_channels, decoder
+):
+    num_channels = {modality: num_channels}
+    theirs = parity.torch_network("none", depth, num_channels, NUM_CLASSES, 4, decoder)
+    parity.randomise_norms(theirs, seed=5)
+    graphdef, state = abstract_state("none", depth, num_channels, decoder=decoder)
+    state = torch_keys.from_torch_state(parity.torch_arrays(theirs), state)
+    image = np.random.default_rng(6).random((2, 64, 96, num_channels[modality]), np.float32)
+    logits = jit(lambda state: nnx.merge(graphdef, state)({modality: image}, train=False))(state)
+    with torch.no_grad():
+        expected = {modality: theirs.eval()(parity.to_torch_image(image))}
+    assert parity.logit_error(logits, expected) <= parity.TOLERANCES["eval_logits"]
+
+
+def test_distant_surroundings_are_smps(parity, torch):
+    """ASPP looks 12, 24 and 36 pixels far, out of the small images of the other tests."""
+    theirs = parity.torch_network("none", 18, {"s2": 3}, NUM_CLASSES, 4, "deeplabv3plus").decoder
+    parity.randomise_norms(theirs, seed=5)
+    channels = (64, 64, 128, 256, 512)
+    decoder = nnx.eval_shape(lambda: decoders.DeepLabV3PlusDecoder(channels))
+    graphdef, state = nnx.split(decoder)
+    state = torch_keys.from_torch_state(parity.torch_arrays(theirs), state)
+    rng = np.random.default_rng(6)
+    fine, deepest = (
+        rng.normal(size=(1, *size, channels[level])).astype(np.float32)
+        for size, level in (((160, 56), 1), ((40, 14), 4))
+    )
+    features = [None, fine, None, None, deepest]
+    found = jit(lambda state: nnx.merge(graphdef, state)(features, train=False))(state)
+    torch_fine, torch_deepest = map(parity.to_torch_image, (fine, deepest))
+    with torch.no_grad():
+        expected = theirs.eval()([None, None, torch_fine, None, None, torch_deepest])
+    error = parity.scaled_error(found, parity.from_torch_image(expected))
+    assert error <= parity.TOLERANCES["eval_logits"]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "decoder"), [("mid", "unet"), *(("none", decoder) for decoder in OTHER_DECODERS)]
+)
+def test_initial_values_are_distributed_as_smps(parity, fusion, decoder):
+    num_channels = {"s1": 2, "s2": 3} if fusion == "mid" else {"s2": 3}
+    ours = initial_arrays(8, fusion, decoder)
+    num_theirs = 4
+    theirs = [
+        parity.torch_arrays(
+            parity.torch_network(fusion, 18, num_channels, NUM_CLASSES, seed, decoder)
+        )
+        for seed in range(num_theirs)
+    ]
+    # All kernels and, in DeepLabV3+ alone, the head's bias.
+    drawn = [key for key, array in theirs[0].items() if np.ptp(array) > 0]
+    assert {key for key, array in ours.items() if array.ndim == 4} <= set(drawn)
+    for key in ours.keys() - set(drawn):
+        np.testing.assert_array_equal(ours[key], theirs[0][key], err_msg=key)
+    for key in drawn:
+        reference = np.stack([arrays[key] for arrays in theirs])
+        size, std = ours[key].size, reference.std()
+        # sqrt(3) for a uniform one, more or less by the few values of a bias; above 3 for a normal.
+        is_uniform = np.abs(reference).max() < 2.2 * std
+        # Five standard errors of the difference between one network and the mean of four. That
+        # of a standard deviation is std sqrt((kurtosis - 1) / (4 n)), kurtosis 1.8 or 3.
+        tolerance = 5 * std * np.sqrt((1 + 1 / num_theirs) / size)
+        assert abs(ours[key].mean() - reference.mean()) < tolerance, key
+        kurtosis = 1.8 if is_uniform else 3
+        assert abs(ours[key].std() - std) < tolerance * np.sqrt((kurtosis - 1) / 4), key
+        # The largest of n uniform values falls short of the bound by bound / n on average, by
+        # 20 times as much once in e^20 draws; n normal values go beyond 3 std, for our n.
+        largest = np.abs(ours[key]).max()
+        if is_uniform:
+            bound = np.abs(reference).max()
+            assert abs(largest - bound) < 20 * bound / size, key
+        else:
+            assert 3 * std < largest < 7 * std, key
+
+
+def test_seeds_decide_the_kernels():
+    first, other = initial_arrays(seed=0), initial_arrays(seed=1)
+    again = torch_keys.to_torch_state(draw(jax.random.key(0)))
+    key = "encoder.layer2.0.conv2.weight"
+    np.testing.assert_array_equal(first[key], again[key])
+    assert not np.array_equal(first[key], other[key])
+    # Two kernels of one shape are drawn apart.
+    assert not np.array_equal(first[key], first["encoder.layer2.1.conv2.weight"])
+
+
+# Layers.
+
+
+def test_batch_norm_by_hand():
+    norm = layers.BatchNorm(1)
+    y = norm(jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1), train=True)
+    # Mean 2, biased variance 1, unbiased 2; a tenth of them enters the running 0 and 1.
+    np.testing.assert_allclose(y.ravel(), np.array([-1, 1]) / np.sqrt(1 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(norm.running_mean[...], [0.2], rtol=1e-6)
+    np.testing.assert_allclose(norm.running_var[...], [1.1], rtol=1e-6)
+    assert norm.num_batches_tracked[...] == 1
+    y = norm(jnp.full((1, 1, 1, 1), 1.2), train=False)
+    np.testing.assert_allclose(y.ravel(), [1 / np.sqrt(1.1 + 1e-5)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "tracked_mean", "tolerance"),
+    # float32 rounds by 6e-8, of squares up to 26 times the variance around the tracked mean, or
+    # 100^2 / 8^2 = 156 times where it is not yet known; sums of 1024 by its root, 32.
+    [(8, 0, 1e-5), (1000, 960, 1e-5), (100, 0, 32 * 156 * 2**-24)],
+)
+def test_batch_norm_keeps_float32_statistics_of_bfloat16_values(mean, tracked_mean, tolerance):
+    x = jnp.asarray(np.random.default_rng(0).normal(mean, 8, (4, 16, 16, 3)), jnp.bfloat16)
+    norm = layers.BatchNorm(3)
+    norm.running_mean.set_value(jnp.full(3, tracked_mean, jnp.float32))
+    y = norm(x, train=True)
+    exact = np.asarray(x, np.float64).reshape(-1, 3)
+    assert y.dtype == jnp.bfloat16
+    assert norm.running_var.dtype == jnp.float32
+    expected = 0.9 * tracked_mean + 0.1 * exact.mean(0)
+    np.testing.assert_allclose(norm.running_mean[...], expected, rtol=1e-6)
+    var = 0.9 + 0.1 * exact.var(0, ddof=1)
+    np.testing.assert_allclose(norm.running_var[...], var, rtol=tolerance)
+    normalised = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    # Rounded to bfloat16's 8 bits.
+    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(-1, 3), normalised, rtol=2**-8)
+
+
+def _expanding(stride: int, dtype) -> tuple[layers.Conv, layers.BatchNorm, jax.Array]:
+    """A 1x1 convolution from 8 to 24 channels and its BatchNorm, and activations to put in."""
+    rng = np.random.default_rng(0)
+    conv = layers.Conv(8, 24, 1, stride=stride, init=layers.TORCH_INIT)
+    conv.weight.set_value(jnp.asarray(rng.normal(size=(1, 1, 8, 24)), dtype))
+    norm = layers.BatchNorm(24)
+    norm.weight.set_value(jnp.asarray(rng.uniform(0.5, 2, 24), dtype))
+    norm.bias.set_value(jnp.asarray(rng.normal(size=24), dtype))
+    return conv, norm, jnp.asarray(np.maximum(rng.normal(0.3, 1, (3, 8, 8, 8)), 0), dtype)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_product_normalised_at_once_is_that_of_two_steps(stride):
+    with jax.enable_x64(True):
+        conv, norm, x = _expanding(stride, jnp.float64)
+        slope = np.random.default_rng(1).normal(size=(3, 8 // stride, 8 // stride, 24))
+
+        def run(apply):
+            """Output, gradients by parameters and input, running statistics."""
+
+            def loss(params, x):
+                own = nnx.merge(definition, params, statistics, copy=True)
+                y = apply(*own, x)
+                return jnp.vdot(y, slope), (y, nnx.state(own, nnx.BatchStat))
+
+            layer = nnx.List([conv, norm])
+            definition, params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+        found = run(layers.normalised_product)
+        expected = run(lambda conv, norm, x: norm(conv(x), train=True))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected
+        )
+
+
+def test_a_product_normalised_at_once_is_as_right_in_bfloat16():
+    conv, norm, x = _expanding(1, jnp.float32)
+    rounded = x.astype(jnp.bfloat16)
+    y = np.asarray(x, np.float64).reshape(-1, 8) @ np.asarray(conv.weight[0, 0], np.float64)
+    weight, bias = np.asarray(norm.weight[...]), np.asarray(norm.bias[...])
+    exact = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5) * weight + bias
+
+    def error(y):
+        return np.sqrt(np.mean((np.asarray(y, np.float64).reshape(-1, 24) - exact) ** 2))
+
+    two_steps = error(norm(conv(rounded), train=True))
+    at_once = error(layers.conv_bn((conv, norm), rounded, train=True))
+    # Both round the input, a kernel, products and results; 0.4 % apart here.
+    assert 0 < at_once < 1.05 * two_steps
+
+
+def test_batch_norm_needs_two_values():
+    with pytest.raises(ValueError, match="larger batch or larger images"):
+        layers.BatchNorm(1)(jnp.ones((1, 1, 1, 1)), train=True)
+
+
+def test_batch_norm_statistics_are_those_of_the_sharded_batch():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    x = np.random.default_rng(0).normal(np.arange(8)[:, None, None, None], 1, (8, 4, 4, 3))
+    x = jax.device_put(jnp.asarray(x, jnp.float32), rows)
+    norm = layers.BatchNorm(3)
+    nnx.jit(lambda norm, x: norm(x, train=True))(norm, x)
+    exact = np.asarray(x, np.float64).reshape(-1, 3)
+    np.testing.assert_allclose(norm.running_mean[...], 0.1 * exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(norm.running_var[...], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-6)
+
+
+def test_upsample_repeats_each_pixel():
+    x = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    np.testing.assert_array_equal(layers.upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+
+
+def test_max_pool_by_hand():
+    x = -1.0 - jnp.arange(16.0).reshape(1, 4, 4, 1)
+    # Windows around rows and columns 0 and 2; the padding never wins over negative values.
+    np.testing.assert_array_equal(layers.max_pool(x, 1)[0, :, :, 0], [[-1, -2], [-5, -6]])
+
+
+def test_max_pool_is_torchs_where_pixels_tie(torch, parity):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 3, (2, 8, 6, 5)).astype(np.float32)
+    slope = rng.integers(-3, 4, (2, 4, 3, 5)).astype(np.float32)  # sums are exact in any order
+    theirs = parity.to_torch_image(x).requires_grad_()
+    out = torch.nn.functional.max_pool2d(theirs, 3, stride=2, padding=1)
+    out.backward(parity.to_torch_image(slope))
+    found, pull = jax.vjp(lambda x: layers.max_pool(x, 5), x)
+    np.testing.assert_array_equal(found, parity.from_torch_image(out.detach()))
+    np.testing.assert_array_equal(pull(slope)[0], parity.from_torch_image(theirs.grad))
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 2), ("tpu", 0)])
+def test_a_cpu_writes_what_several_operations_read(platform, barriers):
+    def chain(x):
+        for _ in range(2):
+            x = layers.materialised(jax.nn.relu(x * x - 1))
+        return x.sum(0), x.T
+
+    lowered = jax.jit(chain).trace(jnp.ones((8, 8))).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("optimization_barrier ") == barriers
+
+
+def test_a_compiled_step_computes_each_residual_block_once():
+    encoder = nnx.eval_shape(lambda: resnet.ResNetEncoder(18, 3))
+    definition, state = nnx.split(encoder)
+    jitted = sharding.jit_step(
+        lambda state, image: nnx.merge(definition, state)(image, False), sharding.make_mesh(1)
+    )
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    # XLA must know the option by which it leaves these alone, and still do so.
+    text = jitted.lower(state, image).compile(FAST_COMPILE).as_text()
+    assert text.count(" opt-barrier(") == 8
+
+
+def test_group_norm_is_torchs(torch):
+    norm = layers.GroupNorm(2, 6)
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (2, 4, 5, 6)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, 6)).astype(np.float32)
+    norm.weight.set_value(jnp.asarray(weight))
+    norm.bias.set_value(jnp.asarray(bias))
+    expected = torch.nn.functional.group_norm(
+        torch.from_numpy(x.transpose(0, 3, 1, 2)), 2, torch.from_numpy(weight), torch.tensor(bias)
+    )
+    np.testing.assert_allclose(norm(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_dilated_convolution_is_torchs(torch, depthwise, dilation):
+    if depthwise:
+        conv = layers.DepthwiseConv(6, 3, dilation=dilation, init=layers.TORCH_INIT)
+    else:
+        conv = layers.Conv(6, 12, 3, dilation=dilation, init=layers.TORCH_INIT)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 10, 6)).astype(np.float32)
+    kernel = rng.normal(size=conv.weight.shape).astype(np.float32)
+    conv.weight.set_value(jnp.asarray(kernel))
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(x.transpose(0, 3, 1, 2)),
+        torch.from_numpy(kernel.transpose(3, 2, 0, 1)),
+        padding=dilation,
+        dilation=dilation,
+        groups=6 if depthwise else 1,
+    )
+    np.testing.assert_allclose(conv(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_resize_by_hand():
+    x = jnp.array([0.0, 3.0, 9.0]).reshape(1, 1, 3, 1)
+    # Seven values on [0, 2] are thirds apart; one row stays what it is.
+    expected = np.array([[0, 1, 2, 3, 5, 7, 9]])
+    np.testing.assert_allclose(layers.resize(x, 1, 7)[0, :, :, 0], expected, atol=1e-6)
+    np.testing.assert_array_equal(layers.resize(x[:, :, 1:2], 2, 2).ravel(), [3, 3, 3, 3])
+
+
+def test_average_pool_by_hand():
+    x = jnp.arange(5.0).reshape(1, 5, 1, 1) + jnp.zeros((1, 5, 2, 1))
+    # Two cells of five rows share the middle one, and each pixel is a cell of its own.
+    np.testing.assert_allclose(layers.average_pool(x, 2)[0, :, :, 0], [[1, 1], [3, 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(7, 12), (5, 4)])
+def test_resize_and_average_pool_are_torchs(torch, size):
+    x = np.random.default_rng(0).random((2, *size, 3), np.float32)
+    image = torch.from_numpy(x.transpose(0, 3, 1, 2))
+    for grid_size in (1, 2, 3, 6):
+        expected = torch.nn.functional.adaptive_avg_pool2d(image, grid_size)
+        found = layers.average_pool(x, grid_size)
+        np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), atol=1e-6)
+    expected = torch.nn.functional.interpolate(image, (20, 31), mode="bilinear", align_corners=True)
+    found = layers.resize(x, 20, 31)
+    np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_dropout_zeroes_channels_or_values():
+    x = jnp.full((40, 3, 4, 50), 2.0)
+    key, other = jax.random.split(jax.random.key(0))
+    drop_channels = jit(lambda key: layers.dropout(x, 0.2, key, whole_channels=True))
+    channels = np.asarray(drop_channels(key))
+    values = np.asarray(jit(lambda key: layers.dropout(x, 0.5, key, whole_channels=False))(key))
+    # Whole channels of single samples; what stays is divided by the probability to stay.
+    np.testing.assert_array_equal(channels, np.broadcast_to(channels[:, :1, :1], x.shape))
+    np.testing.assert_allclose(np.unique(channels), [0, 2.5])
+    np.testing.assert_array_equal(np.unique(values), [0, 4])
+    # 2,000 channels and 24,000 values: five standard deviations of the share that is zeroed.
+    assert abs((channels[:, 0, 0] == 0).mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 2_000)
+    assert abs((values == 0).mean() - 0.5) < 5 * np.sqrt(0.25 / 24_000)
+    np.testing.assert_array_equal(channels, drop_channels(key))
+    assert not np.array_equal(channels, drop_channels(other))
+    np.testing.assert_array_equal(layers.dropout(x, 0.2, None, whole_channels=True), x)
+
+
+def test_a_frozen_encoder_keeps_its_statistics_and_the_key_decides_what_is_dropped():
+    graphdef, state = abstract_state("none", 18, {"s2": 3}, decoder="pspnet")
+    before = initial_arrays(8, "none", "pspnet")
+    state = torch_keys.from_torch_state(before, state)
+    image = np.random.default_rng(0).random((2, 24, 32, 3), np.float32)
+
+    @jit
+    def run(state, key):
+        network = nnx.merge(graphdef, state)
+        logits = network({"s2": image}, train=True, train_encoder=False, dropout_key=key)
+        return logits["s2"], nnx.state(network, nnx.BatchStat)
+
+    logits, statistics = run(state, jax.random.key(0))
+    for key, array in torch_keys.to_torch_state(statistics).items():
+        assert np.array_equal(array, before[key]) == key.startswith("encoder."), key
+    np.testing.assert_array_equal(logits, run(state, jax.random.key(0))[0])
+    assert not np.array_equal(logits, run(state, jax.random.key(1))[0])
+
+
+def test_modalities_drop_apart_and_only_in_training():
+    """Where four levels of ones are summed, one sees which channels are left."""
+    channels = (64, 64, 128, 256, 512)
+    features = [
+        np.zeros((2, 32 >> level, 32 >> level, c), np.float32)
+        for level, c in enumerate(channels, 1)
+    ]
+
+    @jit
+    def run(key):
+        decoder = decoders.FPNDecoder(channels)
+        for block in decoder.seg_blocks:
+            block.block[-1].block[1].bias.set_value(jnp.ones(128))
+        keys = [networks._modality_key(key, modality) for modality in ("s1", "s2")]
+        trained = [decoder(features, True, key) for key in keys]
+        return *trained, decoder(features, False, keys[0]), decoder(features, True, None)
+
+    s1, s2, evaluated, without_key = run(jax.random.key(0))
+    assert not np.array_equal(s1, s2)
+    for dropped in (s1, s2):
+        np.testing.assert_allclose(np.unique(dropped), [0, 5], rtol=1e-6)
+    np.testing.assert_allclose(evaluated, 4, rtol=1e-6)
+    np.testing.assert_array_equal(evaluated, without_key)
+    assert networks._modality_key(None, "s1") is None
+
+
+def test_bfloat16_keeps_parameters_statistics_and_logits_float32():
+    arrays = initial_arrays(seed=0)
+    arrays = {key: array for key, array in arrays.items() if not key.startswith("encoder1.")}
+    image = {"s2": np.random.default_rng(0).random((2, 32, 64, 3), np.float32)}
+
+    def logits_and_state(dtype):
+        graphdef, state = abstract_state("none", 18, {"s2": 3}, dtype)
+        network = nnx.merge(graphdef, torch_keys.from_torch_state(arrays, state))
+        return network(image, train=False)["s2"], nnx.state(network)
+
+    expected, _ = jit(lambda: logits_and_state(jnp.float32))()
+    logits, state = jit(lambda: logits_and_state(jnp.bfloat16))()
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
+    assert dtypes == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    assert logits.dtype == jnp.float32
+    # bfloat16 rounds by up to 2^-9 = 0.2 %, some 40 times; float32 in disguise would be exact.
+    error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
+    assert 1e-3 < error < 0.05
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"fusion": "early"}, "unknown fusion 'early': choose one of .*mid"),
+        ({"decoder": "psp"}, "unknown decoder 'psp': choose one of .*pspnet.*fpn"),
+        ({"depth": 101}, "unknown ResNet depth 101: choose one of .*50"),
+        ({"dtype": jnp.float16}, "dtype.*choose float32 or bfloat16"),
+        ({"num_channels": {"s2": 13}}, "fusion 'mid' needs 2 of"),
+        ({"fusion": "none"}, "fusion 'none' needs 1 of"),
+    ],
+)
+def test_unknown_choices_are_named(change, match):
+    arguments = {
+        "fusion": "mid",
+        "depth": 18,
+        "num_channels": {"s1": 2, "s2": 13},
+        "num_classes": 9,
+        "dtype": jnp.float32,
+        "rngs": nnx.Rngs(0),
+    }
+    with pytest.raises(ValueError, match=match):
+        networks.make_network(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "shape", "match"),
+    [
+        ("unet", (1, 33, 64, 13), "33 x 64 pixels.*multiples of 32, pad it to 64 x 64"),
+        ("unet", (1, 64, 250, 13), "64 x 250 pixels.*pad it to 64 x 256"),
+        ("unet", (1, 64, 64, 12), r"needs \[B, H, W, 13\]"),
+        ("pspnet", (1, 36, 64, 13), "36 x 64 pixels.*multiples of 8, pad it to 40 x 64"),
+        ("deeplabv3plus", (1, 48, 40, 13), "48 x 40 pixels.*multiples of 16, pad it to 48 x 48"),
+        ("fpn", (1, 48, 64, 13), "48 x 64 pixels.*multiples of 32, pad it to 64 x 64"),
+    ],
+)
+def test_unsuitable_images_are_refused(decoder, shape, match):
+    with pytest.raises(ValueError, match=match):
+        logits_shape(decoder, shape)
+
+
+@pytest.mark.parametrize("decoder", decoders.DECODERS)
+def test_suitable_images_are_those_that_suit_smp(parity, torch, decoder):
+    stride = decoders.STRIDES[decoder]
+    with torch.device("meta"):
+        theirs = parity.torch_network("none", 18, {"s2": 13}, 9, 0, decoder)
+    assert theirs.encoder.output_stride == stride
+    assert networks.STRIDE % stride == 0
+    height, width = 2 * stride, 3 * stride
+    assert logits_shape(decoder, (1, height, width, 13)) == (1, height, width, 9)
+
+
+def logits_shape(decoder, shape):
+    def run():
+        rngs = nnx.Rngs(0)
+        network = networks.make_network("none", 18, {"s2": 13}, 9, jnp.float32, rngs, decoder)
+        return network({"s2": jnp.zeros(shape)}, train=False)["s2"]
+
+    return jax.eval_shape(run).shape

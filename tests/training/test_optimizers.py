@@ -1,0 +1,67 @@
+"""Joined vectors: nothing is lost on the way there and back, and an optimizer steps them alike."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+
+from cromss_jax.networks import layers
+from cromss_jax.training import optimizers, pretrain_step
+from tests import runs
+
+
+def params(key: int) -> nnx.State:
+    """Of two convolutions, one with a bias, and a BatchNorm, at random."""
+    network = nnx.List(
+        [
+            layers.Conv(3, 4, 3, init=layers.TORCH_INIT),
+            layers.BatchNorm(4),
+            layers.Conv(4, 2, 1, use_bias=True, init=layers.TORCH_INIT),
+        ]
+    )
+    state = nnx.state(network, nnx.Param)
+    arrays, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(key), len(arrays))
+    return structure.unflatten(
+        [jax.random.normal(k, x.shape) for k, x in zip(keys, arrays, strict=True)]
+    )
+
+
+def test_vectors_are_joined_in_their_order_and_come_back():
+    state = params(0)
+    joined = optimizers.join(state)
+    norm, conv = state[1], state[2]
+    expected = np.concatenate([norm["bias"][...], norm["weight"][...], conv["bias"][...]])
+    np.testing.assert_array_equal(joined.vectors, expected)
+    assert [x.shape for x in joined.others] == [(3, 3, 3, 4), (1, 1, 4, 2)]
+    jax.tree.map(np.testing.assert_array_equal, optimizers.split(joined, like=state), state)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
+    config = ml_collections.ConfigDict({"optimizer": {"name": name, "l2": 0.1, "momentum": 0.9}})
+    optimizer = optimizers.make_optimizer(config)
+    state, grads = params(0), params(1)
+    _, before = optimizer.update(params(2), optimizer.init(state), state)
+    expected = optimizer.update(grads, before, state)
+    old, joined_grads, joined_state = optimizers.join((before, grads, state))
+    updates, after = optimizer.update(joined_grads, old, joined_state)
+    # Number by number, so not a bit differs.
+    found = optimizers.split((updates, after), like=(state, before))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_state_keeps_its_structure(name):
+    """What earlier checkpoints hold can be restored."""
+    config = runs.tiny_config("none", **{"optimizer.name": name})
+
+    def updated(key):
+        state = pretrain_step.init_state(config, key)
+        before = (state.params, state.opt_state)
+        return before, optimizers.split(optimizers.join(before), like=before)
+
+    before, after = jax.eval_shape(updated, jax.random.key(0))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    assert jax.tree.leaves(after) == jax.tree.leaves(before)

@@ -1,0 +1,221 @@
+"""Whole runs on a tiny data set made from GeoTIFFs: results, resuming, refusing, stopping."""
+
+import gc
+import json
+import logging
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import checkpoint, pretrain, run
+from cromss_jax.weights import files as weight_files
+from cromss_jax.weights import folders
+from cromss_jax.weights.network import Weights
+from tests import runs
+
+# Few of 300 MB each.
+SAVING = {"checkpoint_every_epochs": 2, "checkpoints_to_keep": 1}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return runs.make_data(
+        tmp_path_factory.mktemp("tiny"), locations=16, seasons=2, tile_size=48, seed=0
+    )
+
+
+def tiny_config(data_dir, **more):
+    return runs.tiny_config(data_dir, **{**SAVING, **more})
+
+
+def train_here(config, workdir):
+    return pretrain.train(config, str(workdir))
+
+
+def start(data_dir, workdir) -> subprocess.Popen:
+    """The command line, as a user gives it."""
+    flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **SAVING}.items()}
+    line = runs.command(
+        "cromss_jax.main", config="configs/pretrain.py:sample", workdir=workdir, **flags
+    )
+    return subprocess.Popen(
+        line, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run of mid fusion from start to end."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train_here(tiny_config(data_dir), workdir)
+    return workdir
+
+
+def test_a_run_leaves_results_logs_and_checkpoints(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        *("checkpoints", "config.json", "metrics.jsonl", "results.md", "samples.png"),
+        *("tensorboard", "versions.json"),
+    }
+    lines = runs.logged(finished)
+    validation = [line for line in lines if line["split"] == "validation"]
+    # 14 locations, 8 a batch: epochs 2 and 4 end with the batches 4 and 7.
+    assert [line["step"] for line in validation] == [4, 7]
+    last = validation[-1]
+    for key in ("s1/oa", "s2/miou", "truth/s2/iou/water", "truth/labels/oa", "s1/mf1", "loss"):
+        assert key in last
+    assert 0.5 < last["truth/labels/oa"] < 0.8  # about a third of the labels is wrong
+    assert 0 < last["label_confidence_auroc/s2"] < 1
+    trained = [line for line in lines if line["split"] == "train"]
+    assert {"consistency/s1_to_s2", "segmentation/s1", "wrong_labels_selected/s2"} <= set(
+        trained[-1]
+    )
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert "noisy labels against truth" in (finished / "results.md").read_text()
+    versions = json.loads((finished / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+
+
+def test_checkpoints_are_kept_as_configured(finished):
+    assert runs.saved_steps(finished) == [7]  # of the ends of the epochs 2 and 4
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text}")
+
+
+class Terminating(logging.Handler):
+    """Sends this process SIGTERM when a text is logged."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def told_to_stop(data_dir, tmp_path, caplog):
+    """The folder of a run that got SIGTERM after its third step."""
+    handler = Terminating("step 3/7")
+    logger = logging.getLogger("cromss_jax")
+    caplog.set_level(logging.INFO, "cromss_jax")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(run.Preempted, match="told to stop: saved step 3"):
+            train_here(tiny_config(data_dir), tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    return tmp_path
+
+
+def test_a_run_told_to_stop_and_then_killed_ends_bit_equal(finished, data_dir, told_to_stop):
+    tmp_path = told_to_stop
+    assert runs.saved_steps(tmp_path) == [3]
+    assert not (tmp_path / "results.md").exists()
+
+    process = start(data_dir, tmp_path)
+    wait_for(process, "at step 3")
+    wait_for(process, "step 4/7")  # its checkpoint is being written
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert not (tmp_path / "results.md").exists()
+
+    finish(start(data_dir, tmp_path))
+    assert runs.final_digest(tmp_path) == runs.final_digest(finished)
+    # But for the means over the steps at which the first process was told to stop.
+    untouched = [[line for line in runs.logged(path) if line["step"] > 4]
+                 for path in (tmp_path, finished)]  # fmt: skip
+    assert untouched[0] == untouched[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
+    """From a head whose logits overflow: the very step that the other runs compiled."""
+    source = weight_files.load(str(finished))
+    bias = np.resize(np.array([3e38, -3e38], np.float32), 9)
+    arrays = {**source.arrays, "segmentation_head.0.bias": bias}
+    folders.write_folder(epath.Path(tmp_path / "huge"), Weights(source.network, arrays))
+    config = tiny_config(data_dir, init_from=str(tmp_path / "huge"))
+    with pytest.raises(run.NonFiniteLossError) as error:
+        train_here(config, tmp_path / "run")
+    first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
+    dataset = input_pipeline.open_dataset(data_dir, config.data.name)
+    locations, _ = input_pipeline.split_locations(16, config.data.validation_fraction, config.seed)
+    batch = input_pipeline.training_records(dataset, locations, config.batch_size, config.seed)[
+        first_bad
+    ]
+    for index in batch:
+        assert dataset.source[int(index)]["location_id"].decode() in str(error.value)
+    assert runs.saved_steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"data.crop_size": 64}, "tiles have 48 pixels"),
+        ({"data.crop_size": 40}, "multiple of 32"),
+        ({"batch_size": 12, "num_devices": 8}, "devices cannot share"),
+        ({"num_devices": 9}, "8 devices were found"),
+        (
+            {"data.validation_fraction": 0.0, "schedule.name": "plateau"},
+            "plateau schedule needs a validation loss",
+        ),
+        ({"selection.scope": "gpu"}, "selection.scope is 'gpu'; choose from global, per_device"),
+        ({"selection.ramp": "exponential"}, "choose from exp, linear, none"),
+        ({"loss.segmentation": ("dice", "ce")}, "choose from cross_entropy, dice, focal"),
+        ({"s2_bands": ("B4", "B14")}, "choose from B1, B2"),
+        ({"network.depth": 101}, "choose from 18, 34, 50"),
+        ({"augmentation.rotation_probability": 20.0}, "is 20.0; it must be from 0 to 1"),
+        ({"selection.final_keep_fraction": -0.5}, "is -0.5; it must be from 0 to 1"),
+        ({"loss.prior_weight": 0.9, "loss.uniform_weight": 0.2}, "are 1.1 together; make them at"),
+        ({"modalities": ("s1",)}, "use 'none' for one modality"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    data_dir, tmp_path, change, sentence
+):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=sentence):
+        train_here(tiny_config(data_dir, **change), workdir)
+    assert not workdir.exists()
+
+
+def test_another_configuration_does_not_continue_a_run(finished, data_dir):
+    with pytest.raises(run.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
+        train_here(tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
+
+
+def test_a_stray_folder_is_named(finished, data_dir):
+    stray = finished / "checkpoints" / "9"
+    stray.mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="none"):
+        train_here(tiny_config(data_dir), finished)
+    stray.rmdir()
+
+
+def test_garbage_is_looked_for_again_whatever_happened():
+    def fail():
+        with run.garbage_kept():
+            assert not gc.isenabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert gc.isenabled()
