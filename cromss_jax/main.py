@@ -10,7 +10,17 @@ from ml_collections import config_flags
 
 from cromss_jax import command_line
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import checkpoint, distributed, finetune, pretrain, run
+from cromss_jax.training import (
+    checkpoint,
+    distributed,
+    finetune,
+    loop,
+    memory,
+    pretrain,
+    run,
+    scoring,
+)
+from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights.network import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -44,20 +54,20 @@ def main(arguments: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
         # Dozens of small programs start a run; by default those compiled in a second are not kept.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    run.keep_freed_memory()
+    memory.keep_freed_memory()
     try:
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )
-        modes = {"pretrain": pretrain.train, "finetune": finetune.finetune}
-        modes["evaluate"] = finetune.evaluate
+        modes = {"pretrain": pretrain.pretrain, "finetune": finetune.finetune}
+        modes["evaluate"] = scoring.evaluate
         if _CONFIG.value.mode not in modes:
             raise run.ConfigError(
                 f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
             )
         modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
-    except run.Preempted as told:
-        logging.getLogger("cromss_jax").info("%s", told)
+    except Preempted as interruption:
+        logging.getLogger("cromss_jax").info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
@@ -68,7 +78,7 @@ def main(arguments: list[str]) -> None:
         input_pipeline.DataError,
         distributed.DistributedError,
         run.ConfigError,
-        run.NonFiniteLossError,
+        loop.NonFiniteLossError,
         WeightsError,
         OSError,
     ) as error:
