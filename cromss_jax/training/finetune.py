@@ -172,7 +172,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
             "both are above 0, the final one the smaller"
         )
     for seed in config.seeds:  # all of them now, not hours later
-        if config.init_from and not epath.Path(_init_path(config, seed)).exists():
+        if config.init_from and not files.absolute(_init_path(config, seed)).exists():
             raise WeightsError(
                 f"config.init_from: {_init_path(config, seed)} is not there; name a run's folder, "
                 "a checkpoint or a file"
