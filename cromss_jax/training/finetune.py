@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import numpy as np
-from etils import epath
 
+from cromss_jax import files
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
@@ -72,7 +72,7 @@ def _check_config(config: ml_collections.FrozenConfigDict) -> None:
             "positive, and the final one no larger than the other"
         )
     for seed in config.seeds:
-        if config.init_from and not epath.Path(_init_path(config, seed)).exists():
+        if config.init_from and not files.absolute(_init_path(config, seed)).exists():
             raise WeightsError(
                 f"config.init_from: {_init_path(config, seed)} does not exist; name the folder of "
                 "a run or of a checkpoint, or a file"

@@ -13,14 +13,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import files
+from cromss_jax import files, package
 from cromss_jax.training import sharding
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
 _FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
-_PACKAGES = ("cromss_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class ConfigError(ValueError):
@@ -164,7 +164,7 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
         return
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "cromss_jax": package.version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
     versions |= {"devices": devices, "processes": jax.process_count()}
