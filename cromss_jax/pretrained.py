@@ -62,8 +62,8 @@ class Pretrained:
     _limits: Mapping[str, tuple[float, float]]
 
     def __repr__(self) -> str:
-        lines = [f"Pretrained({self.description}, from {self.source})"]
-        return "\n  note: ".join([*lines, *self.notes])
+        what = f"Pretrained({self.description}, from {self.source})"
+        return "\n  note: ".join((what, *self.notes))
 
     def preprocess(self, image: ArrayLike, bands: Sequence[str]) -> np.ndarray:
         """Scales raw values to what the network takes.
@@ -101,14 +101,11 @@ class Pretrained:
                 f"{', '.join(self.bands[modality])}: add them, or choose weights of fewer bands"
             )
         values = _host_array(image, names)
-        scaled = np.stack(
-            [
-                _scaled(values[..., names.index(band)], band, self._limits[band])
-                for band in self.bands[modality]
-            ],
-            axis=-1,
-        )
-        return _grey_levels()[scaled]
+        raw = {band: values[..., names.index(band)] for band in self.bands[modality]}
+        if modality == "s2" and _is_float(values.dtype):
+            _check_unit_s2(raw)
+        scaled = [_scaled(pixels, band, self._limits[band]) for band, pixels in raw.items()]
+        return _grey_levels()[np.stack(scaled, axis=-1)]
 
     def features(self, images: Mapping[str, jax.Array | np.ndarray]) -> dict[str, list[jax.Array]]:
         """The feature pyramid of each modality's encoder. Compiled; can be part of a `jax.jit`.
@@ -397,15 +394,24 @@ def _check_s1(values: np.ndarray, band: str) -> np.ndarray:
     return values
 
 
+def _check_unit_s2(raw: Mapping[str, np.ndarray]) -> None:
+    """Refuses float bands that are all from 0 to 1; all zeros may be no data."""
+    highest = max(pixels.max() for pixels in raw.values())
+    if 0 < highest <= 1:
+        raise ValueError(
+            f"no S2 value is above {highest:g}, which looks like reflectance from 0 to 1; S2 needs "
+            "reflectance * 10000: multiply it"
+        )
+
+
 def _check_s2(values: np.ndarray, band: str) -> np.ndarray:
-    """In float64, in which the data sets' uint16 are scaled, too."""
+    """Values below 0, which subtracting the offset leaves, count as 0 as in `data_prep`."""
     is_whole = values.dtype.kind in "iu" and values.dtype.itemsize > 1
     if not is_whole and not _is_float(values.dtype):
         raise ValueError(
             f"band {band} is {values.dtype}; S2 needs reflectance * 10000 as integers of at least "
             "16 bits, float32 or float64: convert it"
         )
-    values = values.astype(np.float64)
     _check_finite(values, band)
     if values.min() < -_S2_OFFSET:
         raise ValueError(
@@ -440,13 +446,13 @@ def _limits(weights: Weights, path: str) -> dict[str, tuple[float, float]]:
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: its card does not say how each band is scaled, by `low` and `high` in "
-            f"input.by_band ({error!r}); correct it, or write the file again by cromss_jax.convert"
+            f"input.by_band ({error!r}); correct it, or convert the weights again"
         ) from error
     for band, (low, high) in limits.items():
         if not (np.isfinite([low, high]).all() and low < high):
             raise WeightsError(
-                f"{path}: its card scales band {band} from {low} to {high}; correct it, `low` must be "
-                "below `high`"
+                f"{path}: its card scales band {band} from {low} to {high}; correct it, `low` "
+                "must be below `high`"
             )
     return limits
 
@@ -459,7 +465,7 @@ def _legend(weights: Weights, path: str) -> dict[str, str | None] | None:
     if len(names) != weights.network.num_classes:
         raise WeightsError(
             f"{path}: its card names {len(names)} classes, the network has "
-            f"{weights.network.num_classes}; correct it, or write the file again by cromss_jax.convert"
+            f"{weights.network.num_classes}; correct it, or convert the weights again"
         )
     recipe = weights.card.get("recipe") or {}
     for legend in (dict(recipe.get("legend") or ()), *_LEGENDS):

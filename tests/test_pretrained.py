@@ -380,6 +380,7 @@ def changed(values, dtype=np.float64, **cells):
         (DN.astype(str), S2, "band B1 is <U5; S2 needs"),
         (DN.astype(object), S2, "band B1 is object; S2 needs"),
         (DN > 0, S2, "band B1 is bool; S2 needs"),
+        (DN / 1e4, S2, "no S2 value is above 0.15, which looks like reflectance from 0 to 1"),
         (DN.astype(np.float16), S2, "band B1 is float16; S2 needs"),
         (DB.astype(np.int16), S1, "band VV is int16; S1 needs dB as float32 or float64"),
         (10 ** (DB / 10), S1, "band VV has an image with no value below 0.*10 \\* log10"),
