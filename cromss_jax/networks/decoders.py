@@ -366,6 +366,21 @@ DECODERS = {
 STRIDES = {name: min(cls.output_stride, 2**cls.num_features) for name, cls in DECODERS.items()}
 
 
+def pad_to_stride(image: jax.Array, stride: int) -> jax.Array:
+    """Reflects the lower and right border of an image of any size, to multiples of `stride`.
+
+    Args:
+      image: [B, H, W, K].
+      stride: of `STRIDES`.
+
+    Returns:
+      [B, H', W', K], H' and W' the next multiples. Results are cropped to H, W by the caller.
+    """
+    _, height, width, _ = image.shape
+    borders = ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0))
+    return jnp.pad(image, borders, mode="reflect")
+
+
 def segmentation_head(decoder: Decoder, num_classes: int) -> nnx.List:
     """The head's convolution; the upsampling after it has no parameters."""
     conv = Conv(

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -86,10 +87,15 @@ class Network:
 
     def abstract_state(self) -> nnx.State:
         """Shapes and dtypes of all parameters and statistics."""
+        return self._split()[1]
+
+    def definition(self) -> nnx.GraphDef:
+        """The float32 network without its arrays, for `nnx.merge`."""
+        return self._split()[0]
+
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
         num_channels = tuple((modality, len(bands)) for modality, bands in self.bands.items())
-        return _abstract_state(
-            self.fusion, self.depth, num_channels, self.num_classes, self.decoder
-        )
+        return _split(self.fusion, self.depth, num_channels, self.num_classes, self.decoder)
 
     def __str__(self) -> str:
         name, _ = DECODER_MARKS[self.decoder]
@@ -104,13 +110,13 @@ class Network:
 
 
 @functools.cache  # tracing a network takes a second
-def _abstract_state(
+def _split(
     fusion: str,
     depth: int,
     num_channels: tuple[tuple[str, int], ...],
     num_classes: int | None,
     decoder: str,
-) -> nnx.State:
+) -> tuple[nnx.GraphDef, nnx.State]:
     def make():
         if fusion == "encoder":
             ((_, channels),) = num_channels
@@ -123,7 +129,7 @@ def _abstract_state(
             fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0), decoder
         )
 
-    return nnx.state(nnx.eval_shape(make), (nnx.Param, nnx.BatchStat))
+    return nnx.split(nnx.eval_shape(make))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +161,13 @@ class Weights:
             return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
         except ValueError as error:
             raise WeightsError(f"taken for a {self.network}: {error}") from error
+
+    def module(self) -> nnx.Module:
+        """The network with the arrays in it, on the default device.
+
+        Encoders alone are in an `nnx.Dict`: `encoder`, or `encoder1` (S1) and `encoder` (S2).
+        """
+        return nnx.merge(self.network.definition(), jax.tree.map(jnp.asarray, self.state()))
 
 
 def part_of(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
