@@ -2,9 +2,14 @@
 
 import json
 import os
+import re
 import uuid
 
 from etils import epath
+
+
+class PathError(OSError):
+    """A path of storage that the program cannot use."""
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -13,9 +18,19 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that orbax takes; epath's own would put a bucket below the current folder."""
+    """The full path, `~` expanded; epath's own would put a bucket below the current folder.
+
+    Raises:
+      PathError: for an address of anything but a gs:// bucket.
+    """
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path))
+    if scheme and not in_bucket(path):
+        raise PathError(
+            f"{path}: {scheme[0]} is not supported; name a local folder, or one in a bucket as "
+            "gs://BUCKET/PATH"
+        )
     path = epath.Path(path)
-    return path if in_bucket(path) else path.absolute()
+    return path if in_bucket(path) else path.expanduser().absolute()
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

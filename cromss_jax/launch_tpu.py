@@ -11,7 +11,6 @@ the image holds them. Hosts get the last commit, not the working tree.
 """
 
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -24,12 +23,10 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import command_line
+from cromss_jax import command_line, package
 
-_ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
-)
+_ROOT = package.ROOT
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "gs:// folder of checkpoints, logs and results")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "gs:// folder of the records: config.data.dir")
 _BACKEND = flags.DEFINE_enum(
@@ -99,6 +96,11 @@ done
 exit $status
 """
 
+_NO_CHECKOUT = (
+    f"{_ROOT} is no git checkout, from which hosts get a commit; launch from one, or name an "
+    "--image that holds the project"
+)
+
 
 class LaunchError(ValueError):
     """The run cannot be submitted so."""
@@ -136,8 +138,6 @@ def _runtime_version(accelerator: str) -> str:
 def _main_command() -> str:
     """What every host runs in the end: main, with the configuration's flags and gs:// paths."""
     path, colon, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    if not os.path.isfile(path):
-        raise LaunchError(f"--config={path} is not there; name one such as configs/pretrain.py")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     if "data.dir" in overrides:
         raise LaunchError("config.data.dir is what --data_dir says here; leave the first out")
@@ -147,14 +147,14 @@ def _main_command() -> str:
     for name, folder in folders.items():
         if not folder.startswith("gs://"):
             raise LaunchError(
-                f"--{name}={folder} is on this machine, of which the hosts of a slice see nothing; "
-                "name a folder as gs://BUCKET/PATH (gcloud storage cp -r takes files there)"
+                f"--{name}={folder} lies in no gs:// bucket, and the hosts of a slice see nothing "
+                "else; name a folder as gs://BUCKET/PATH (gcloud storage cp -r takes files there)"
             )
-    inside = os.path.relpath(path, _ROOT)
+    inside = os.path.relpath(command_line.find_config(path), _ROOT)
     if inside.startswith(".."):
         raise LaunchError(
             f"--config={path} lies outside of {_ROOT}, which is all that hosts get; "
-            "move it into configs"
+            "move it into configs of the git checkout that you launch from"
         )
     arguments = {
         "config": inside + colon + variant,
@@ -181,10 +181,7 @@ def _git(*arguments: str) -> str:
             ["git", "-C", _ROOT, *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise LaunchError(
-            f"{_ROOT} is no git checkout, from which hosts get a commit; launch from one, or name "
-            "an --image that holds the project"
-        ) from error
+        raise LaunchError(_NO_CHECKOUT) from error
 
 
 def _commit() -> str:
@@ -193,6 +190,8 @@ def _commit() -> str:
     Raises:
       LaunchError: if what would run here is not what is committed.
     """
+    if package.IS_INSTALLED:  # whatever repository may lie around it
+        raise LaunchError(_NO_CHECKOUT)
     sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock")
     if changed := _git("status", "--porcelain", "--", *sources):
         raise LaunchError(

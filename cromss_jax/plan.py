@@ -27,19 +27,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
-from etils import epath
 from jax.experimental import topologies
-from ml_collections import config_flags
 
-from cromss_jax import command_line, sensors
+from cromss_jax import command_line, files, sensors
 from cromss_jax.costs import costs, traffic
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain, pretrain_step, run
 from cromss_jax.training.state import TrainState
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
-)
+_CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A slice, as v5e:4x4 (v4, v5e, v5p, v6e), or cpu:8 for simulated devices"
 )
@@ -102,10 +98,11 @@ def find_data(config: ml_collections.ConfigDict, **overrides: int | None) -> Dat
 
     Raises:
       data.DataError: if the data set cannot be read.
+      files.PathError: if it lies where nothing can be read from.
       PlanError: for tiles that have no whole number of pixels in every band.
     """
     found = _PUBLISHED
-    folder = epath.Path(config.data.dir) / config.data.name
+    folder = files.absolute(config.data.dir) / config.data.name
     if folder.exists():
         dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
         found = Data(
@@ -306,7 +303,8 @@ def make_plan(
       **overrides: as for `find_data`.
 
     Raises:
-      PlanError, data.DataError, run.ConfigError: each with a sentence for the user.
+      PlanError, data.DataError, files.PathError, run.ConfigError: each with a sentence for the
+        user.
     """
     if config.mode != "pretrain":
         raise PlanError(
@@ -467,6 +465,7 @@ def main(arguments: list[str]) -> None:
     except (
         PlanError,
         input_pipeline.DataError,
+        files.PathError,
         run.ConfigError,
         traffic.UnreadableProgram,
     ) as error:

@@ -235,7 +235,7 @@ def toy(monkeypatch):
         assert num_locations == 56
         return sharding.jit_step(add, mesh, donate_state=True)
 
-    monkeypatch.setattr(plan.train, "jit_train_step", jit_train_step)
+    monkeypatch.setattr(plan.pretrain, "jit_train_step", jit_train_step)
     monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
     return runs.tiny_config("absent", batch_size=6, num_devices=2)
 

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 
 # What the device needs of a record (preprocess.py), by modality; a data set has S2 in one array at
 # 10 m or at native sizes.
@@ -105,8 +104,9 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
 
     Raises:
       DataError: if there is none; says what was looked for and how to make it.
+      files.PathError: if `data_dir` lies where nothing can be read from.
     """
-    root = epath.Path(data_dir) / name
+    root = files.absolute(data_dir) / name
     # Not `incomplete.*`, what a killed build leaves.
     versions = sorted(
         (tuple(map(int, info.parent.name.split("."))), info.parent)
@@ -117,7 +117,7 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
         raise DataError(
             f"no data set found: looked for {root}/VERSION/dataset_info.json. Make it with "
             f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
-            f"--data_dir={data_dir}`, or try `make pretrain`, which makes its own sample"
+            f"--data_dir={data_dir}`; `python -m data_prep.sample` makes GeoTIFFs to try it with"
         )
     builder = tfds.builder_from_directory(versions[-1][1])
     metadata = builder.info.metadata

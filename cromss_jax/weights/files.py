@@ -48,11 +48,12 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weigh
       WeightsError: if there are none, if they are damaged, or no network of ours.
     """
     try:
-        if epath.Path(path).is_dir():
+        full = files.absolute(path)
+        if full.is_dir():
             if bands:
                 raise WeightsError("a folder knows its bands, they can't be said anew")
-            return folders.load_run(folders.find_checkpoint(path))
-        arrays, card = read(epath.Path(path))
+            return folders.load_run(folders.find_checkpoint(full))
+        arrays, card = read(full)
         known = card and check_bands(card.get("bands"))
         if known and bands and known != dict(bands):
             raise WeightsError(f"its card says the bands are {known}, not {dict(bands)}")
