@@ -30,6 +30,7 @@ SLOW = (
     "test_oracle",
     "test_finetune",
     "test_convert",
+    "test_docs",
 )
 
 
