@@ -63,6 +63,7 @@ def smaller(module: str, arguments: list[str]) -> list[str]:
     if module == "cromss_jax.main":
         fields = {k: v for k, v in runs.tiny_flags("").items() if k != "data.dir"}
         fields["num_epochs"] = 1
+        fields["network.depth"] = 18  # as the text says
         return [f"--config.{name}={value}" for name, value in fields.items()]
     return []
 

@@ -37,7 +37,7 @@ def pretraining(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretraining")
     data_dir = runs.make_data(folder, locations=16, seasons=2, tile_size=48, seed=0)
     config = runs.tiny_config(data_dir, num_epochs=2, checkpoint_every_epochs=2)
-    pretrain.train(config, str(folder / "run"))
+    pretrain.pretrain(config, str(folder / "run"))
     return folder / "run", config
 
 

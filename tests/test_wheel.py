@@ -87,7 +87,9 @@ def test_sample_build_and_training_run_in_an_empty_folder(site, tmp_path):
     assert not (tmp_path / "~").exists()
     workdir = tmp_path / "runs/sample"
     assert "| S1 against truth |" in (workdir / "results.md").read_text()
-    assert json.loads((workdir / "config.json").read_text())["network"]["depth"] == 18  # of :sample
+    assert (
+        json.loads((workdir / "config.json").read_text())["schedule"]["decay"] == 0.8
+    )  # of :sample
     assert json.loads((workdir / "versions.json").read_text())["cromss_jax"] == version()
 
 

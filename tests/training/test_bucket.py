@@ -54,7 +54,8 @@ def test_a_run_in_a_bucket_continues_from_its_last_whole_checkpoint(environment)
     first = """
         import os
         import jax.numpy as jnp
-        from cromss_jax import checkpoint, report
+        from cromss_jax.results import report
+        from cromss_jax.training import checkpoint
 
         log = report.MetricLog("gs://bucket/run", 0)
         with checkpoint.Checkpoints("gs://bucket/run/checkpoints", keep=2) as checkpoints:
@@ -66,7 +67,9 @@ def test_a_run_in_a_bucket_continues_from_its_last_whole_checkpoint(environment)
     second = """
         import jax, jax.numpy as jnp
         from etils import epath
-        from cromss_jax import checkpoint, files, report
+        from cromss_jax import files
+        from cromss_jax.results import report
+        from cromss_jax.training import checkpoint
 
         folder = epath.Path("gs://bucket/run/checkpoints")
         for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):

@@ -60,7 +60,8 @@ def test_processes_share_a_batch_and_one_notices_the_end_of_another():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    four = "--xla_force_host_platform_device_count=4"  # the last of equal flags counts
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {four}"}
     processes = [
         subprocess.Popen(
             [*runs.command("tests.training.test_processes"), str(index), str(port)],
