@@ -1,31 +1,11 @@
 """Eight simulated CPU devices, strict rank promotion, and the folder of reference material."""
 
+from tests import environment  # isort: skip
+
 import collections
 import os
 import pathlib
 import shutil
-import tempfile
-
-# xdist's workers, and the processes that tests start, inherit the environment from here. It is set
-# before jax is imported anywhere: devices are counted when the backend starts.
-worker = os.environ.get("PYTEST_XDIST_WORKER")
-if not worker:
-    # What one test compiles, the others read, in whichever process; a run of the tests begins
-    # with nothing compiled.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cromss_jax_tests_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    xla_flags = ["--xla_force_host_platform_device_count=8"]
-    # What tests run takes longer to compile than to run. Compiled so it takes a ninth of the time:
-    # 2.2 s instead of 20 s for a step of one ResNet-10. `make test-all` compiles as users do.
-    if not os.environ.get("COMPILE_AS_USERS"):
-        xla_flags += ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
-        xla_flags += ["--xla_cpu_parallel_codegen_split_count=1"]
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla_flags])
-# Each worker has a core to itself: their threads would spin for each other's.
-if worker:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import jax
 import pytest
@@ -61,7 +41,7 @@ def _forget_what_was_compiled():
 
 def pytest_sessionfinish() -> None:
     """Removes what was compiled."""
-    if not worker:
+    if not environment.worker:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
