@@ -7,7 +7,7 @@ A batch of records is the dict that the host makes: uint8 arrays at native resol
 A batch of examples is what leaves: imagery in [0, 1], labels, prior, cropped and augmented.
 
 Upsampling, the prior's filter, crop and flips work along each axis by itself: they are one matrix
-an axis, the rows of the filter that are shown, in the order in which they are. Only rotation mixes
+an axis, the rows of the filter that are crop, in the order in which they are. Only rotation mixes
 the axes. It comes last, for the samples that are rotated.
 Dimensions: B batch, T tile size, S seasons, H = W crop size, K bands, C classes.
 """
@@ -48,7 +48,7 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
 def upsample(
     bands: jax.Array,
     factor: int,
-    shown: smoothing.Shown = None,
+    crop: smoothing.Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Brings bands to 10 m, to the grey level PIL's `resize(..., BICUBIC)` of uint8 images.
@@ -56,21 +56,21 @@ def upsample(
     Args:
       bands: [B, h, w, K] uint8.
       factor: whole number of output pixels a pixel.
-      shown: rows [B, H] and columns [B, W] of the upsampled image to return; all unless given.
+      crop: rows [B, H] and columns [B, W] of the upsampled image to return; all unless given.
       dtype: a float one; bfloat16 has all whole numbers up to 256, too.
 
     Returns:
       [B, H, W, K] of `dtype`, whole numbers in 0..255.
     """
     values = bands.astype(dtype)
-    if factor == 1 and shown is None:
+    if factor == 1 and crop is None:
         return values
     # PIL filters along rows first and rounds to 8 bits after each pass.
     for axis in (2, 1):
         size = bands.shape[axis]
         matrix = bicubic_matrix(size, factor) if factor > 1 else np.eye(size, dtype=np.float32)
-        if shown is not None:
-            matrix = jnp.take(matrix, shown[axis - 1], axis=0)
+        if crop is not None:
+            matrix = jnp.take(matrix, crop[axis - 1], axis=0)
         values = smoothing.along_axis(matrix, values, axis)
         values = jnp.clip(jnp.floor(values + 0.5), 0.0, 255.0).astype(dtype)
     return values
@@ -85,24 +85,24 @@ def stack_bands(
     records: Records,
     modality: str,
     s2_bands: Sequence[str],
-    shown: smoothing.Shown = None,
+    crop: smoothing.Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Grey levels of a modality at 10 m, [B, H, W, K], bands as asked for.
 
-    Whole numbers in 0..255; the networks see them divided by 255. `shown` and `dtype` as for
+    Whole numbers in 0..255; the networks see them divided by 255. `crop` and `dtype` as for
     `upsample`.
     """
     if modality == "s1":
-        return upsample(records["s1"], 1, shown, dtype)
+        return upsample(records["s1"], 1, crop, dtype)
     if "s2" in records:
-        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, shown, dtype)
+        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, crop, dtype)
     stacked, names = [], []
     for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
         used = [band for band in group if band in s2_bands]
         if used:
             chosen = _take(records[f"s2_{resolution}m"], group, used)
-            stacked.append(upsample(chosen, resolution // 10, shown, dtype))
+            stacked.append(upsample(chosen, resolution // 10, crop, dtype))
             names += used
     return _take(jnp.concatenate(stacked, axis=-1), names, s2_bands)
 
@@ -126,7 +126,7 @@ class Geometry:
     flip_columns: jax.Array
     angle: jax.Array | None
 
-    def shown(self, size: int, cell: int) -> tuple[jax.Array, jax.Array]:
+    def crop(self, size: int, cell: int) -> tuple[jax.Array, jax.Array]:
         """Rows and columns of the tile that the crop of `size` shows, [B, size] int32 each.
 
         In the order of `packing.order`, from first to last in cells of a single pixel.
@@ -327,18 +327,18 @@ def examples(
       likewise where the records have it; `prior` [B, H, W, C]. Packed, images are
       [B, H / cell, W / cell, cell^2 K], and of all else cell^2 x (H W / cell^2) stands for H x W.
     """
-    shown = geometry.shown(crop_size, cell)
+    crop = geometry.crop(crop_size, cell)
     drawn = drawn_labels(records)
-    images = {m: stack_bands(records, m, s2_bands, shown, dtype) for m in modalities}
+    images = {m: stack_bands(records, m, s2_bands, crop, dtype) for m in modalities}
     if prior_kind is not None:
         prior = smoothing.smoothing_prior(
-            records["labels"], drawn, num_classes, prior_kind, shown, dtype
+            records["labels"], drawn, num_classes, prior_kind, crop, dtype
         )
         images["prior"] = prior.astype(dtype)
     labels = {"labels": drawn}
     if "truth" in records:
         labels["truth"] = records["truth"]
-    labels = {name: upsample(x[..., None], 1, shown, dtype) for name, x in labels.items()}
+    labels = {name: upsample(x[..., None], 1, crop, dtype) for name, x in labels.items()}
     if geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 
