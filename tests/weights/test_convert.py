@@ -516,10 +516,10 @@ def test_command_line(folder, tmp_path):
     assert "ResNet-18 encoder of S2 B1" in good.stdout
     assert output.exists()
     for arguments, match in (
-        ((), "say what to do, to_torch or from_torch"),
+        ((), "the arguments are []; use to_torch or from_torch"),
         (
             ("from_torch", f"--input={output}", "--output=x", "--modality=s2"),
-            "from_torch has no use for --modality",
+            "from_torch does not use --modality: remove it",
         ),
     ):
         bad = run_command(*arguments)
