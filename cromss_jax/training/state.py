@@ -1,4 +1,4 @@
-"""What training changes, and all that a checkpoint must hold of the device."""
+"""The training state: everything on the device that training changes and a checkpoint stores."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,16 +15,18 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes, and all that a checkpoint must hold of the device.
+    """Everything on the device that training changes and that a checkpoint stores.
 
     Attributes:
-      step: int32, steps done.
+      step: int32, number of completed steps.
       params: parameters of the networks, float32.
       batch_stats: running statistics of the BatchNorms, float32.
-      opt_state: moments of the optimizer.
+      opt_state: state of the optimizer, such as Adam's moments.
       plateau: state of the plateau schedule; `plateau.scale` multiplies the learning rate.
-      rng: key that the augmentation's draws are made from, never advanced: step t folds t in.
-      first_bad_step: int32, the first step whose loss, gradient or outcome was not finite; or -1.
+      rng: data of the PRNG key for augmentation and dropout. It never changes; step t uses
+        `fold_in(rng, t)`.
+      first_bad_step: int32, the first step whose loss, gradients or new parameters were not
+        finite; -1 if there is none.
     """
 
     step: jax.Array
@@ -39,6 +41,13 @@ class TrainState:
 def first_bad_step(
     state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: optax.Params
 ) -> jax.Array:
-    """`TrainState.first_bad_step` after a step of that loss and gradient that leads to `params`."""
+    """`TrainState.first_bad_step` after a step.
+
+    Args:
+      state: the state before the step.
+      loss: scalar loss of the step.
+      gradient_norm: scalar norm of the step's gradients.
+      params: the parameters after the step.
+    """
     is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
