@@ -116,13 +116,13 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
     content = path.read_bytes()
     arrays, card = reader(path, content)
-    beside = path.with_name(f"{path.name}.json")
-    if not card and beside.is_file():
+    card_path = path.with_name(f"{path.name}.json")
+    if not card and card_path.is_file():
         try:
-            card = json.loads(beside.read_text())
+            card = json.loads(card_path.read_text())
         except ValueError as error:
             raise WeightsError(
-                f"{beside}, the card of {path.name}, is damaged ({error}): restore or delete it"
+                f"{card_path}, the card of {path.name}, is damaged ({error}): restore or delete it"
             ) from error
         # A card written for other weights with the same file name is ignored.
         if isinstance(card, Mapping) and card.get("sha256") != hashlib.sha256(content).hexdigest():
@@ -230,12 +230,12 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> 
         buffer = io.BytesIO()
         torch.save(found, buffer)
         content = buffer.getvalue()
-    beside = path.with_name(f"{path.name}.json")
+    card_path = path.with_name(f"{path.name}.json")
     # Deleted first, so that an old card never describes the new weights if the process is killed.
-    beside.unlink(missing_ok=True)
+    card_path.unlink(missing_ok=True)
     files.write_whole(path, content)
     sealed = {**card, "sha256": hashlib.sha256(content).hexdigest()}
-    files.write_whole(beside, (json.dumps(sealed, indent=2) + "\n").encode())
+    files.write_whole(card_path, (json.dumps(sealed, indent=2) + "\n").encode())
     files.write_whole(path.with_name(f"{path.name}.md"), text)
 
 
