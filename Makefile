@@ -11,7 +11,7 @@ TILES := data/sample_tiles
 TILE_DATASET := data/sample/dfc2020/.built
 FINETUNE := configs/finetune.py:task=dfc2020,input=s2,encoder=frozen,sample
 
-.PHONY: pretrain finetune test lint lock clean
+.PHONY: pretrain finetune test lint wheel lock clean
 
 # Sample data, records, pretraining, report: minutes on two cores.
 pretrain: $(DATASET)
@@ -34,6 +34,10 @@ test: .venv/.test
 lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# A wheel in dist/, made from the source archive beside it, so that nothing stale gets into it.
+wheel: .venv/.run
+	$(BIN)/uv build -q
 
 .venv/.run: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -77,4 +81,4 @@ lock:
 		--extra test --extra torch -c requirements.lock pyproject.toml -o requirements-test.lock
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data runs build dist

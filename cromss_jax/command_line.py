@@ -1,8 +1,68 @@
 """What the commands that take a configuration have in common."""
 
+import os
+import pathlib
 import sys
 
+import ml_collections
 from absl import flags
+from ml_collections import config_flags
+
+from cromss_jax import package
+
+# The flags defined here are those of the command that asks for them: --helpshort lists them there.
+flags.disclaim_key_flags()
+
+
+def find_config(path: str) -> pathlib.Path:
+    """The file that --config means: as it is named, or else the package's `configs/NAME.py`.
+
+    Raises:
+      ValueError: if there is neither; says what was looked for and what there is.
+    """
+    own = pathlib.Path(os.path.expanduser(path))
+    packaged = package.ROOT / path
+    candidates = [own] + [packaged] * (packaged.parent == package.ROOT / "configs")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    looked_for = " and ".join(dict.fromkeys(os.path.abspath(c) for c in candidates))
+    known = ", ".join(sorted(f"configs/{c.name}" for c in (package.ROOT / "configs").glob("*.py")))
+    raise ValueError(
+        f"no such file, looked for {looked_for}; name a file of your own or one of the package's: "
+        f"{known}"
+    )
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads the file that `find_config` finds, and says so where it is the package's."""
+
+    def __init__(self, of_file: flags.ArgumentParser):
+        self._of_file = of_file
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        path, colon, variants = argument.partition(":")
+        found = find_config(path)
+        if found != pathlib.Path(os.path.expanduser(path)):
+            print(f"--config={path}: taken from the package, {found}", file=sys.stderr)
+        return self._of_file.parse(f"{found}{colon}{variants}")
+
+    def flag_type(self) -> str:
+        return self._of_file.flag_type()
+
+
+def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """Defines --config and with it --config.FIELD."""
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file and, after a colon, variants of it, such as configs/pretrain.py:sample;"
+        " the package's where the current folder has no such file",
+        lock_config=True,
+    )
+    flag = flags.FLAGS["config"]
+    flag.parser = _ConfigParser(flag.parser)
+    return holder
 
 
 def parse(arguments: list[str]) -> list[str]:

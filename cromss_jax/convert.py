@@ -16,9 +16,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 from cromss_jax.weights import cards, folders
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import LAYOUTS, check_bands, to_layout
@@ -89,7 +88,7 @@ def to_torch(
         bad = [key for key, array in tensors.items() if not np.isfinite(array).all()]
         if bad:
             raise WeightsError(f"{place} has NaN or infinite values in {', '.join(bad)}: {remedy}")
-    path = epath.Path(output)
+    path = files.absolute(output)
     weight_files.write(path, converted, cards.make(found, network, layout))
     return f"{path}: {network}, {len(arrays)} tensors, {dtype}, from {step}"
 
@@ -106,7 +105,8 @@ def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> 
     Raises:
       WeightsError: if the file cannot be read or `output` exists; the message is for the user.
     """
-    if epath.Path(output).exists():
+    folder = files.absolute(output)
+    if folder.exists():
         raise WeightsError(f"{output} already exists: choose another --output")
     known = None
     if bands:
@@ -115,7 +115,7 @@ def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> 
     found = weight_files.load(path, known)
     if not found.card:
         found = dataclasses.replace(found, card={"source": path})
-    folders.write_folder(epath.Path(output), found)
+    folders.write_folder(folder, found)
     return "\n".join(
         [f"{output}: {found.network}, {len(found.arrays)} tensors, from {path}", *found.notes]
     )

@@ -2,9 +2,14 @@
 
 import json
 import os
+import re
 import uuid
 
 from etils import epath
+
+
+class PathError(OSError):
+    """A path in storage that the program does not support."""
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -13,9 +18,18 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """An absolute path for orbax; epath's `absolute` would misplace buckets below the folder."""
+    """The absolute path with `~` expanded; epath's would put buckets below the current folder.
+
+    Raises:
+      PathError: for an address of other storage than a gs:// bucket.
+    """
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path))
+    if scheme and not in_bucket(path):
+        raise PathError(
+            f"{path}: {scheme[0]} is not supported: use a local folder or gs://BUCKET/PATH"
+        )
     path = epath.Path(path)
-    return path if in_bucket(path) else path.absolute()
+    return path if in_bucket(path) else path.expanduser().absolute()
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -11,7 +11,6 @@ the image contains them. Hosts get the last commit, not the working tree.
 """
 
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -24,12 +23,10 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from cromss_jax import command_line
+from cromss_jax import command_line, package
 
-_ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
-)
+_ROOT = package.ROOT
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "gs:// folder for checkpoints, logs and results")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "gs:// folder of the records; sets config.data.dir"
@@ -112,6 +109,11 @@ done
 exit $status
 """
 
+_NO_CHECKOUT = (
+    f"{_ROOT} is not a git checkout, and hosts get a commit: launch from a checkout, or set "
+    "--image to an image that contains the project"
+)
+
 
 class LaunchError(ValueError):
     """The run cannot be submitted with these flags."""
@@ -149,8 +151,6 @@ def _runtime_version(accelerator: str) -> str:
 def _main_command() -> str:
     """The command that every host runs: main, with the configuration's flags and gs:// paths."""
     path, colon, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    if not os.path.isfile(path):
-        raise LaunchError(f"--config={path} does not exist: use a file such as configs/pretrain.py")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     if "data.dir" in overrides:
         raise LaunchError("--config.data.dir is set by --data_dir here: remove --config.data.dir")
@@ -160,14 +160,14 @@ def _main_command() -> str:
     for name, folder in folders.items():
         if not folder.startswith("gs://"):
             raise LaunchError(
-                f"--{name}={folder} is on this machine, where the hosts of a slice cannot read it: "
-                "use gs://BUCKET/PATH (`gcloud storage cp -r` copies files there)"
+                f"--{name}={folder} is not in a gs:// bucket, and the hosts of a slice cannot "
+                "read it: use gs://BUCKET/PATH (`gcloud storage cp -r` copies files there)"
             )
-    inside = os.path.relpath(path, _ROOT)
+    inside = os.path.relpath(command_line.find_config(path), _ROOT)
     if inside.startswith(".."):
         raise LaunchError(
             f"--config={path} is outside of {_ROOT}, and hosts get only that folder: move the "
-            "file into configs"
+            "file into configs of the git checkout that you launch from"
         )
     arguments = {
         "config": inside + colon + variant,
@@ -197,10 +197,7 @@ def _git(*arguments: str) -> str:
             ["git", "-C", _ROOT, *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise LaunchError(
-            f"{_ROOT} is not a git checkout, and hosts get a commit: launch from a checkout, or "
-            "set --image to an image that contains the project"
-        ) from error
+        raise LaunchError(_NO_CHECKOUT) from error
 
 
 def _commit() -> str:
@@ -209,6 +206,8 @@ def _commit() -> str:
     Raises:
       LaunchError: if the working tree has changes that are not committed.
     """
+    if package.IS_INSTALLED:  # even if it is installed inside another repository
+        raise LaunchError(_NO_CHECKOUT)
     sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock")
     if changed := _git("status", "--porcelain", "--", *sources):
         raise LaunchError(

@@ -6,16 +6,23 @@ import sys
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
-from cromss_jax import command_line
+from cromss_jax import command_line, files
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import checkpoint, distributed, finetune, pretrain, run
+from cromss_jax.training import (
+    checkpoint,
+    distributed,
+    finetune,
+    loop,
+    memory,
+    pretrain,
+    run,
+    scoring,
+)
+from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights.network import WeightsError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
-)
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
 _PREEMPTION_STATUS = flags.DEFINE_integer(
     "preemption_status",
@@ -40,24 +47,25 @@ def main(arguments: list[str]) -> None:
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
-    if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
-        jax.config.update("jax_compilation_cache_dir", os.path.join(_WORKDIR.value, "compiled"))
-        # Dozens of small programs start a run; by default those compiled in a second are not kept.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    run.keep_freed_memory()
+    memory.keep_freed_memory()
     try:
+        workdir = str(files.absolute(_WORKDIR.value))
+        if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
+            jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+            # Dozens of small programs start a run, which by default would not be kept.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )
-        modes = {"pretrain": pretrain.train, "finetune": finetune.finetune}
-        modes["evaluate"] = finetune.evaluate
+        modes = {"pretrain": pretrain.pretrain, "finetune": finetune.finetune}
+        modes["evaluate"] = scoring.evaluate
         if _CONFIG.value.mode not in modes:
             raise run.ConfigError(
                 f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
             )
-        modes[_CONFIG.value.mode](_CONFIG.value, _WORKDIR.value)
-    except run.Preempted as told:
-        logging.getLogger("cromss_jax").info("%s", told)
+        modes[_CONFIG.value.mode](_CONFIG.value, workdir)
+    except Preempted as interruption:
+        logging.getLogger("cromss_jax").info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
@@ -68,7 +76,7 @@ def main(arguments: list[str]) -> None:
         input_pipeline.DataError,
         distributed.DistributedError,
         run.ConfigError,
-        run.NonFiniteLossError,
+        loop.NonFiniteLossError,
         WeightsError,
         OSError,
     ) as error:

@@ -26,17 +26,14 @@ import jax
 import ml_collections
 from absl import app, flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
-from cromss_jax import command_line
+from cromss_jax import command_line, files
 from cromss_jax.costs import costs, table, traffic
 from cromss_jax.data import description, input_pipeline
 from cromss_jax.training import pretrain, pretrain_step, run
 from cromss_jax.training.state import TrainState
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/pretrain.py", lock_config=True
-)
+_CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -236,7 +233,7 @@ def make_plan(
       **overrides: as for `description.describe`.
 
     Raises:
-      PlanError, DataError, run.ConfigError: each with a message for the user.
+      PlanError, DataError, files.PathError, run.ConfigError: each with a message for the user.
     """
     if config.mode != "pretrain":
         raise PlanError(
@@ -312,6 +309,7 @@ def main(arguments: list[str]) -> None:
     except (
         PlanError,
         input_pipeline.DataError,
+        files.PathError,
         run.ConfigError,
         traffic.UnreadableProgram,
     ) as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import pretrain
-from cromss_jax import sensors
+from cromss_jax import command_line, package, sensors
 
 
 def test_the_papers_recipe():
@@ -52,3 +52,35 @@ def test_variants():
 def test_unknown_variants_are_refused(argument):
     with pytest.raises(ValueError, match=r"has no variant .*: choose from sample, fusion=mid"):
         pretrain.get_config(argument)
+
+
+def test_a_file_of_the_current_folder_is_preferred_to_the_packages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = package.ROOT / "configs/pretrain.py"
+    assert command_line.find_config("configs/pretrain.py") == packaged
+    own = tmp_path / "configs/pretrain.py"
+    own.parent.mkdir()
+    own.touch()
+    assert command_line.find_config("configs/pretrain.py").absolute() == own
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command_line.find_config("~/configs/pretrain.py") == own
+
+
+@pytest.mark.parametrize(
+    ("path", "looked_for"),
+    [
+        ("configs/pretrian.py", "HERE/configs/pretrian.py and PACKAGE/configs/pretrian.py"),
+        ("pretrain.py", "HERE/pretrain.py"),
+        ("cromss_jax/main.py", "HERE/cromss_jax/main.py"),
+        ("/none/pretrain.py", "/none/pretrain.py"),
+    ],
+)
+def test_a_missing_file_says_where_it_was_looked_for(path, looked_for, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    looked_for = looked_for.replace("HERE", str(tmp_path)).replace("PACKAGE", str(package.ROOT))
+    with pytest.raises(ValueError) as error:
+        command_line.find_config(path)
+    assert str(error.value) == (
+        f"no such file, looked for {looked_for}; name a file of your own or one of the package's: "
+        "configs/finetune.py, configs/pretrain.py"
+    )

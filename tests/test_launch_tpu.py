@@ -65,7 +65,7 @@ print(json.dumps(done))
 def project(tmp_path_factory):
     """A commit of what the launcher reads, so that the state of this checkout doesn't matter."""
     folder = tmp_path_factory.mktemp("a project")
-    for name in ("__init__", "launch_tpu", "sensors"):
+    for name in ("__init__", "command_line", "launch_tpu", "package", "sensors"):
         (folder / "cromss_jax").mkdir(exist_ok=True)
         shutil.copy(ROOT / f"cromss_jax/{name}.py", folder / "cromss_jax")
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -108,11 +108,12 @@ def calls(tools) -> list[list[str]]:
     return [[pathlib.Path(tool).name, *arguments] for tool, *arguments in lines]
 
 
-def launch(project, *lines: Sequence[str]) -> list[subprocess.CompletedProcess]:
-    """The command, once with each list of arguments."""
+def launch(project, *lines: Sequence[str], cwd=None) -> list[subprocess.CompletedProcess]:
+    """The command, once with each list of arguments; from the project's folder or another."""
     done = subprocess.run(
         [sys.executable, "-c", FORKS],
-        cwd=project,
+        cwd=cwd or project,
+        env={**os.environ, "PYTHONPATH": str(project)},
         input=json.dumps(lines),
         capture_output=True,
         text=True,
@@ -277,11 +278,12 @@ MISTAKES = (
     ([*XPK, "--config.los.prior=s"], 'Did you mean "loss" instead of "los"'),
     ([*XPK, "--config.batch_sise=4"], 'Did you mean "batch_size"'),
     ([*XPK, "--config=configs/pretrain.py:fusion=early"], "has no variant 'fusion=early'"),
-    ([*XPK, "--config=configs/pretrian.py"], "--config=configs/pretrian.py does not exist"),
-    ([*XPK, "--config=a.py", "--config.seed=1"], "No such file or directory: 'a.py"),
-    ([*XPK, "--workdir=runs/mid"], "--workdir=runs/mid is on this machine"),
-    ([*XPK, "--data_dir=data"], "--data_dir=data is on this machine"),
-    ([*XPK, "--config.init_from=runs/x"], "--config.init_from=runs/x is on this machine"),
+    ([*XPK, "--config=configs/pretrian.py"], "--config=configs/pretrian.py: no such file"),
+    ([*XPK, "--config=a.py", "--config.seed=1"], "--config=a.py: no such file"),
+    ([*XPK, "--workdir=runs/mid"], "--workdir=runs/mid is not in a gs:// bucket"),
+    ([*XPK, "--workdir=s3://b/mid"], "--workdir=s3://b/mid is not in a gs:// bucket"),
+    ([*XPK, "--data_dir=data"], "--data_dir=data is not in a gs:// bucket"),
+    ([*XPK, "--config.init_from=runs/x"], "--config.init_from=runs/x is not in a gs:// bucket"),
     ([*XPK, "--config.data.dir=gs://b"], "config.data.dir is set by --data_dir"),
     ([*SLICE, *FOLDERS], "--cluster is missing, and xpk needs a GKE cluster"),
     ([*XPK, "--tpu_type=v5e:44"], "--tpu_type=v5e:44 is not a slice"),
@@ -315,6 +317,17 @@ def test_only_what_is_committed_is_sent(project, tmp_path):
     exported, image = launch(copy, arguments, [*arguments, "--image=eu.gcr.io/a/b:1"])
     check_refused(exported, "is not a git checkout")
     assert image.returncode == 0
+
+
+def test_it_starts_in_any_folder(project, tmp_path):
+    """Hosts get the checkout's configuration; a file of the folder's own, which they lack, wins."""
+    arguments = ("--config=configs/pretrain.py", "--dry_run", *XPK)
+    (elsewhere,) = launch(project, arguments, cwd=tmp_path)
+    assert elsewhere.stdout.splitlines()[2].endswith(INSTALL + MAIN)
+    assert f"taken from the package, {project / 'configs/pretrain.py'}" in elsewhere.stderr
+    shutil.copytree(project / "configs", tmp_path / "configs")
+    (own,) = launch(project, arguments, cwd=tmp_path)
+    check_refused(own, f"--config=configs/pretrain.py is outside of {project}")
 
 
 def test_a_missing_tool_is_named(project, monkeypatch):

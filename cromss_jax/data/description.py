@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import ml_collections
-from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 from cromss_jax.data import input_pipeline
 
 
@@ -54,9 +53,10 @@ def describe(config: ml_collections.ConfigDict, **overrides: int | None) -> Desc
     Raises:
       DataError: if the data set cannot be read, or if its tiles do not have a whole number of
         pixels in every band.
+      files.PathError: if the program cannot read from the storage of the data set.
     """
     found = _PUBLISHED
-    folder = epath.Path(config.data.dir) / config.data.name
+    folder = files.absolute(config.data.dir) / config.data.name
     if folder.exists():
         dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
         found = Description(

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 
 # The features of a record that the device needs (see preprocess.py), by modality. A data set has S2
 # either as one array at 10 m or as one array per native resolution.
@@ -105,8 +104,9 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
 
     Raises:
       DataError: if it does not exist; says where it was expected and how to build it.
+      files.PathError: if the program cannot read from the storage of `data_dir`.
     """
-    root = epath.Path(data_dir) / name
+    root = files.absolute(data_dir) / name
     # Excludes `incomplete.*`, which a killed build leaves behind.
     versions = sorted(
         (tuple(map(int, info.parent.name.split("."))), info.parent)
@@ -117,7 +117,7 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
         raise DataError(
             f"no data set found: {root}/VERSION/dataset_info.json does not exist. Build it with "
             f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
-            f"--data_dir={data_dir}`, or try `make pretrain`, which creates sample data"
+            f"--data_dir={data_dir}`; `python -m data_prep.sample` makes GeoTIFFs to try it with"
         )
     builder = tfds.builder_from_directory(versions[-1][1])
     metadata = builder.info.metadata

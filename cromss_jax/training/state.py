@@ -1,12 +1,20 @@
-"""The training state: everything on the device that training changes and a checkpoint stores."""
+"""The training state, and starting it from existing weights."""
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from cromss_jax.weights import files as weight_files
+from cromss_jax.weights import torch_keys
+from cromss_jax.weights.network import PARTS, Network, Weights
+from cromss_jax.weights.transfer import transfer
+
+_log = logging.getLogger(__name__)
 
 Maps = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -51,3 +59,50 @@ def first_bad_step(
     """
     is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
+
+
+def start_from(
+    path: str,
+    network: Network,
+    state: TrainState,
+    placement: jax.sharding.NamedSharding,
+    parts: Sequence[str] = PARTS,
+) -> TrainState:
+    """Copies existing weights to the parts of a network that they fit, and logs which.
+
+    Args:
+      path: a run's folder, one of its checkpoints, or a file of weights.
+      network: description of the network of `state`.
+      state: the randomly initialised state.
+      placement: sharding of the copied weights.
+      parts: the `PARTS` that may be copied.
+
+    Returns:
+      The state with the copied weights.
+
+    Raises:
+      WeightsError: if the weights cannot be read or do not fit.
+    """
+    groups = (state.params, state.batch_stats)
+    initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
+    source = weight_files.load(path)
+    started, sentences = transfer(source, Weights(network, initial), parts)
+    _log.info("starting from %s, a %s", path, source.network)
+    for sentence in (*source.notes, *sentences):
+        _log.info("  %s", sentence)
+    return put_weights(started, state, placement)
+
+
+def put_weights(
+    found: Weights, state: TrainState, placement: jax.sharding.NamedSharding
+) -> TrainState:
+    """Replaces the weights of a state by others of the same network."""
+    params, batch_stats = (
+        torch_keys.from_torch_state({k: found.arrays[k] for k in torch_keys.keys(group)}, group)
+        for group in (state.params, state.batch_stats)
+    )
+    return dataclasses.replace(
+        state,
+        params=jax.device_put(params, placement),
+        batch_stats=jax.device_put(batch_stats, placement),
+    )

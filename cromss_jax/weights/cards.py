@@ -1,13 +1,12 @@
 """Cards of weight files: input scaling, classes, recipe, scores, origin, as JSON and Markdown."""
 
 import datetime
-import importlib.metadata
 import json
 from collections.abc import Mapping
 
 from etils import epath
 
-from cromss_jax import files, sensors
+from cromss_jax import files, package, sensors
 from cromss_jax.networks import decoders
 from cromss_jax.weights.network import Network, Weights
 
@@ -93,7 +92,7 @@ def make(found: Weights, network: Network, layout: str) -> dict:
         "modality": list(network.bands),
         "bands": {modality: list(names) for modality, names in network.bands.items()},
         "converted": {
-            "by": f"cromss_jax {importlib.metadata.version('cromss_jax')}",
+            "by": f"cromss_jax {package.version()}",
             "on": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     }

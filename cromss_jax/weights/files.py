@@ -54,11 +54,12 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weigh
       WeightsError: if there are no weights, or if they are damaged or of an unsupported network.
     """
     try:
-        if epath.Path(path).is_dir():
+        full = files.absolute(path)
+        if full.is_dir():
             if bands:
                 raise WeightsError("a folder states its own bands: do not set bands for it")
-            return folders.load_run(folders.find_checkpoint(path))
-        arrays, card = read(epath.Path(path))
+            return folders.load_run(folders.find_checkpoint(full))
+        arrays, card = read(full)
         known = card and check_bands(card.get("bands"))
         if known and bands and known != dict(bands):
             raise WeightsError(

@@ -22,7 +22,7 @@ from configs import pretrain as pretrain_config
 from cromss_jax import files
 from cromss_jax.method import metrics
 from cromss_jax.results import report
-from cromss_jax.training import finetune, run
+from cromss_jax.training import finetune, memory
 from cromss_jax.training import pretrain as pretraining
 from tests import runs
 
@@ -150,7 +150,7 @@ def pretrain(way: str, seed: int, folder: pathlib.Path) -> None:
     changes["data.dir"] = str(folder / "data" / changes["data.dir"])
     config = pretrain_config.get_config(WAYS[way].variant)
     config.update_from_flattened_dict(changes)
-    pretraining.train(config, str(workdir))
+    pretraining.pretrain(config, str(workdir))
     jax.clear_caches()
 
 
@@ -193,7 +193,7 @@ def wrong_share(way: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def main(_) -> None:
     """Runs what is missing, then prints the tables; the last line is JSON."""
-    run.keep_freed_memory()
+    memory.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)
     folder = pathlib.Path(_WORKDIR.value).absolute()
     if not jax.config.jax_compilation_cache_dir:

@@ -27,7 +27,7 @@ from absl import app, flags
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import run
+from cromss_jax.training import memory
 from tests import runs
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "A prepared data set; none: make a sample")
@@ -191,7 +191,7 @@ def measure(start: Callable, num_batches: int) -> dict[str, float]:
 
 def measure_ours() -> dict[str, float]:
     """Figures of our pipeline."""
-    run.keep_freed_memory()  # as `main` does
+    memory.keep_freed_memory()  # as `main` does
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _NAME.value)
     train, _ = input_pipeline.split_locations(dataset.num_locations, 0.01, 0)
     records = input_pipeline.training_records(dataset, train, _BATCH_SIZE.value, 0)

@@ -3,7 +3,7 @@
 Runs of the tiny recipe, SGD from weights away from the kinks of ReLUs, where rounding is not
 amplified, 20 steps each: one process of 8 devices; two of 4; 8 devices continued on 4 and then on
 1; one process continued as two; and two processes of which the one and then the other is killed,
-and one told to stop. What the steps saw must be the same, and their losses are compared.
+and one interrupted. What the steps saw must be the same, and their losses are compared.
 """
 
 import json
@@ -177,7 +177,7 @@ def main(_) -> None:
             said = [
                 line
                 for line in all_runs.log(name, 1 - victim).read_text().splitlines()
-                if line.startswith("error: ") or "told to stop" in line
+                if line.startswith("error: ") or "interrupted" in line
             ]
             figures[f"{how.name} to process {victim}"] = {
                 "seconds_until_the_other_ended": seconds,

@@ -45,7 +45,7 @@ from cromss_jax import sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import fusion as networks
-from cromss_jax.training import objective, pretrain_step, run, sharding
+from cromss_jax.training import memory, objective, pretrain_step, sharding
 from cromss_jax.weights import torch_keys
 from tests import torch_oracle, torch_parity
 
@@ -424,7 +424,7 @@ def times(runners: Mapping[str, Runner], rounds: int) -> dict[str, float]:
 def main(_) -> None:
     """Prints a row for each case, the last line as JSON: ratios, and seconds behind them."""
     torch.set_num_threads(os.cpu_count())
-    run.keep_freed_memory()  # as `main` does; PyTorch's memory is kept by it, too
+    memory.keep_freed_memory()  # as `main` does; PyTorch's memory is kept by it, too
     known = cases()
     unknown = [name for name in _ONLY.value if name not in known]
     if unknown:

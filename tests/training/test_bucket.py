@@ -33,12 +33,14 @@ def test_records_are_read_from_a_bucket(environment, tmp_path):
         import pathlib, sys
         import numpy as np
         from etils import epath
-        from cromss_jax import data
+        from cromss_jax.data import input_pipeline
 
         local, bucket = pathlib.Path(sys.argv[1]), epath.Path("gs://bucket/data")
         for file in filter(pathlib.Path.is_file, local.rglob("*")):
             (bucket / file.relative_to(local)).write_bytes(file.read_bytes())
-        there, here = (data.open_dataset(folder, "ssl4eo_s12_nol") for folder in (bucket, local))
+        there, here = (
+            input_pipeline.open_dataset(folder, "ssl4eo_s12_nol") for folder in (bucket, local)
+        )
         assert there.identity == here.identity
         for found, expected in zip(there.source, here.source, strict=True):
             for name in expected:

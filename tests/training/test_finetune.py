@@ -15,7 +15,7 @@ from cromss_jax import compare, files, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics, schedules
 from cromss_jax.results import pictures
-from cromss_jax.training import finetune, finetune_step, run, sharding
+from cromss_jax.training import finetune, finetune_step, run, scoring, sharding
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import torch_keys
 from cromss_jax.weights.network import WeightsError
@@ -86,6 +86,8 @@ def test_a_run_leaves_its_results(finished):
     lines = files.read_metrics(finished / "seed_0" / "metrics.jsonl")
     # 6 tiles, 4 a batch: epochs 2 and 4 end with the batches 3 and 6.
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
+    # As in pretraining; the first step, which compiles, has no speed.
+    assert all({"samples_per_second", "wait_for_data"} <= line.keys() for line in lines)
     assert runs.saved_steps(finished / "seed_0") == [3, 6]
     assert runs.final_digest(finished / "seed_0") != runs.final_digest(finished / "seed_1")
 
@@ -116,7 +118,7 @@ def test_scores_of_a_checkpoint_depend_neither_on_batch_size_nor_on_devices(
 ):
     config = tiny_config(data_dir, f"{VARIANT},mode=evaluate", **changes)
     config.init_from = str(finished / "seed_1")
-    finetune.evaluate(config, str(tmp_path))
+    scoring.evaluate(config, str(tmp_path))
     assert saved_results(tmp_path)["confusions"] == saved_results(finished)["confusions"][1:]
     assert "| scored |" in (tmp_path / "results.md").read_text()
 
@@ -126,7 +128,7 @@ def test_another_network_is_not_scored(finished, data_dir, tmp_path):
     config.init_from = str(finished / "seed_1")
     config.network.decoder = "fpn"
     with pytest.raises(WeightsError, match=r"PSPNet.*the configuration describes.*FPN"):
-        finetune.evaluate(config, str(tmp_path))
+        scoring.evaluate(config, str(tmp_path))
 
 
 def test_a_run_goes_on_with_the_same_bits(finished, data_dir, tmp_path):
@@ -155,10 +157,10 @@ def test_each_seed_starts_from_its_own_encoder_which_is_unfrozen_late(finished, 
         for key in encoder:
             np.testing.assert_array_equal(at_epoch_2[key], source[key])
             assert not np.array_equal(at_end[key], source[key])
-        head = "segmentation_head.0.weight"  # drawn anew
+        head = "segmentation_head.0.weight"  # randomly initialised
         assert not np.array_equal(at_epoch_2[head], source[head])
     config.seeds = (0, 7)
-    with pytest.raises(WeightsError, match="seed_7 is not there"):
+    with pytest.raises(WeightsError, match="seed_7 does not exist"):
         finetune.finetune(config, str(tmp_path))
 
 
@@ -166,7 +168,7 @@ def test_each_seed_starts_from_its_own_encoder_which_is_unfrozen_late(finished, 
 def stepping(data_dir, tmp_path_factory):
     """Configuration, state, batch, and the training step with the encoder frozen and not."""
     config = tiny_config(data_dir, **{"optimizer.layer_decay": 0.5})
-    task = finetune.prepare(config, str(tmp_path_factory.mktemp("stepping")))
+    task = scoring.prepare(config, str(tmp_path_factory.mktemp("stepping")))
     train = input_pipeline.open_dataset(data_dir, "dfc2020")
     batch = input_pipeline.read_batch(train, ("s2",), np.arange(4))
     steps = {
@@ -176,7 +178,7 @@ def stepping(data_dir, tmp_path_factory):
         )
         for train_encoder in (False, True)
     }
-    return finetune.init_state(task, 0), sharding.to_devices(batch, task.mesh), steps
+    return scoring.init_state(task, 0), sharding.to_devices(batch, task.mesh), steps
 
 
 def moved(before, after) -> set[str]:
@@ -261,10 +263,10 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"data.crop_size": 30}, "multiple of 8, such as 24"),
         ({"network.decoder": "segformer"}, "choose from unet, pspnet"),
         ({"encoder": "thawed"}, "choose from frozen, trained, late"),
-        ({"modalities": ("s1", "s2")}, "finetuning takes one"),
+        ({"modalities": ("s1", "s2")}, "fine-tuning takes one"),
         ({"seeds": ()}, "name at least one"),
         ({"seeds": (1, 1)}, "none twice"),
-        ({"optimizer.learning_rate": 1e-6}, "can't fall"),
+        ({"optimizer.learning_rate": 1e-6}, "learning_rate is 1e-06; make both positive"),
         ({"network.fusion": "mid"}, "choose from none"),
         ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
         ({"data.test_split": "exam"}, "no split 'exam'; it has"),
@@ -281,7 +283,7 @@ def test_what_cannot_run_is_refused(data_dir, tmp_path, changes, sentence):
 
 def test_mode_evaluate_needs_a_checkpoint(data_dir, tmp_path):
     with pytest.raises(run.ConfigError, match="name it by --config.init_from"):
-        finetune.evaluate(tiny_config(data_dir, f"{VARIANT},mode=evaluate"), str(tmp_path))
+        scoring.evaluate(tiny_config(data_dir, f"{VARIANT},mode=evaluate"), str(tmp_path))
 
 
 def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from etils import epath
 
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import checkpoint, pretrain, run
+from cromss_jax.training import checkpoint, loop, memory, pretrain, run
+from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
 from cromss_jax.weights.network import Weights
@@ -34,7 +35,7 @@ def tiny_config(data_dir, **more):
 
 
 def train_here(config, workdir):
-    return pretrain.train(config, str(workdir))
+    return pretrain.pretrain(config, str(workdir))
 
 
 def start(data_dir, workdir) -> subprocess.Popen:
@@ -111,22 +112,22 @@ class Terminating(logging.Handler):
 
 
 @pytest.fixture
-def told_to_stop(data_dir, tmp_path, caplog):
+def interrupted_run(data_dir, tmp_path, caplog):
     """The folder of a run that got SIGTERM after its third step."""
     handler = Terminating("step 3/7")
     logger = logging.getLogger("cromss_jax")
     caplog.set_level(logging.INFO, "cromss_jax")
     logger.addHandler(handler)
     try:
-        with pytest.raises(run.Preempted, match="told to stop: saved step 3"):
+        with pytest.raises(Preempted, match="interrupted: saved step 3"):
             train_here(tiny_config(data_dir), tmp_path)
     finally:
         logger.removeHandler(handler)
     return tmp_path
 
 
-def test_a_run_told_to_stop_and_then_killed_ends_bit_equal(finished, data_dir, told_to_stop):
-    tmp_path = told_to_stop
+def test_a_run_interrupted_and_then_killed_ends_bit_equal(finished, data_dir, interrupted_run):
+    tmp_path = interrupted_run
     assert runs.saved_steps(tmp_path) == [3]
     assert not (tmp_path / "results.md").exists()
 
@@ -140,7 +141,7 @@ def test_a_run_told_to_stop_and_then_killed_ends_bit_equal(finished, data_dir, t
 
     finish(start(data_dir, tmp_path))
     assert runs.final_digest(tmp_path) == runs.final_digest(finished)
-    # But for the means over the steps at which the first process was told to stop.
+    # But for the means over the steps at which the first process was interrupted.
     untouched = [[line for line in runs.logged(path) if line["step"] > 4]
                  for path in (tmp_path, finished)]  # fmt: skip
     assert untouched[0] == untouched[1]
@@ -153,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
     arrays = {**source.arrays, "segmentation_head.0.bias": bias}
     folders.write_folder(epath.Path(tmp_path / "huge"), Weights(source.network, arrays))
     config = tiny_config(data_dir, init_from=str(tmp_path / "huge"))
-    with pytest.raises(run.NonFiniteLossError) as error:
+    with pytest.raises(loop.NonFiniteLossError) as error:
         train_here(config, tmp_path / "run")
     first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
     dataset = input_pipeline.open_dataset(data_dir, config.data.name)
@@ -212,7 +213,7 @@ def test_a_stray_folder_is_named(finished, data_dir):
 
 def test_garbage_is_looked_for_again_whatever_happened():
     def fail():
-        with run.garbage_kept():
+        with memory.garbage_kept():
             assert not gc.isenabled()
             raise KeyError
 

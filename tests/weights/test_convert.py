@@ -20,7 +20,8 @@ from flax import nnx
 from configs import pretrain
 from cromss_jax import convert, sensors
 from cromss_jax.networks import resnet
-from cromss_jax.training import pretrain_step, run
+from cromss_jax.training import pretrain_step
+from cromss_jax.training.state import start_from
 from cromss_jax.weights import cards, folders, torch_keys
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import from_layout, to_layout
@@ -614,7 +615,7 @@ def test_a_run_starts_from_weights(folder, mid):
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
     placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     network = Network.of_config(config)
-    started = run.start_from(folder, network, state, placement)
+    started = start_from(folder, network, state, placement)
     found = torch_keys.to_torch_state(started.params)
     found |= torch_keys.to_torch_state(started.batch_stats)
     assert_same(found, dict(mid.arrays))

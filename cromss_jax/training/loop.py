@@ -1,0 +1,330 @@
+"""The training loop that pretraining and fine-tuning share."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from cromss_jax.data import input_pipeline
+from cromss_jax.results import report
+from cromss_jax.training import checkpoint, memory, run, sharding
+from cromss_jax.training.preemption import Preempted, Preemption
+from cromss_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a run logs, validates and saves. Steps count from 1.
+
+    Batches run across the border of epochs: an epoch ends with the step that takes its last
+    sample.
+
+    Attributes:
+      config: the configuration; `batch_size`, `num_epochs` and `*_every_*` are read.
+      samples_per_epoch: number of locations or tiles that an epoch visits.
+      validates: whether there is anything to validate on.
+    """
+
+    config: ml_collections.FrozenConfigDict
+    samples_per_epoch: int
+    validates: bool = False
+
+    def last_step(self, epoch: int) -> int:
+        """Number of steps after which `epoch` epochs of samples have been taken."""
+        return -(-epoch * self.samples_per_epoch // self.config.batch_size)
+
+    def _steps_every(self, epochs: int) -> frozenset[int]:
+        ends = {*range(epochs, self.config.num_epochs + 1, epochs), self.config.num_epochs}
+        return frozenset(self.last_step(epoch) for epoch in ends)
+
+    @functools.cached_property
+    def num_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.last_step(self.config.num_epochs)
+
+    @functools.cached_property
+    def eval_steps(self) -> frozenset[int]:
+        """Steps after which the state is validated."""
+        return self._steps_every(self.config.eval_every_epochs) if self.validates else frozenset()
+
+    @functools.cached_property
+    def checkpoint_steps(self) -> frozenset[int]:
+        """Steps after which the state is saved."""
+        return self._steps_every(self.config.checkpoint_every_epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a run is, for `fit`.
+
+    Attributes:
+      folder: of checkpoints and logs.
+      config: the configuration.
+      schedule: when to do what.
+      mesh: the devices.
+      dataset: the records.
+      order: which records make which global batch, [B] indices each.
+      batches: iterator over this process's rows of these batches.
+      init: jitted, from a key to a fresh state on all devices.
+      key: for `init`.
+      start: from a fresh state to the one that training starts from.
+      train_steps: jitted steps (state, batch) -> (state, metrics), by the first step that each
+        takes: {1: step} unless a later one takes over.
+      identity: what a continued run must find again.
+      validate: (step, state, log) -> state, called after the schedule's `eval_steps`.
+      sample_name: what an epoch visits, in the plural, for messages.
+      prefix: of the lines that are logged.
+      steps_before: steps of earlier runs of this process, for `Preemption.reached`.
+    """
+
+    folder: epath.Path
+    config: ml_collections.FrozenConfigDict
+    schedule: Schedule
+    mesh: jax.sharding.Mesh
+    dataset: input_pipeline.TileDataset
+    order: Sequence[np.ndarray]
+    batches: grain.DatasetIterator
+    init: Callable[[jax.Array], TrainState]
+    key: jax.Array
+    start: Callable[[TrainState], TrainState]
+    train_steps: Mapping[int, Callable]
+    identity: Mapping
+    validate: Callable[[int, TrainState, report.MetricLog | None], TrainState] | None = None
+    sample_name: str = "locations"
+    prefix: str = ""
+    steps_before: int = 0
+
+
+def fit(training: Training, preemption: Preemption) -> TrainState:
+    """Trains from the newest checkpoint, or from the start where there is none.
+
+    Returns:
+      The final state, saved.
+
+    Raises:
+      run.ConfigError, checkpoint.CheckpointError, NonFiniteLossError: each with a sentence for
+        the user.
+      Preempted: after a signal; the state is saved.
+    """
+    config, schedule = training.config, training.schedule
+    checkpoints = checkpoint.Checkpoints(
+        str(training.folder / "checkpoints"), config.checkpoints_to_keep
+    )
+    # The context of `checkpoints` waits for what is being saved, whatever happens.
+    with checkpoints:
+        state, done, train_steps = _begin(training, checkpoints)
+        meter = _Meter(config.batch_size)
+        # Nothing is copied to the device unless the code says so.
+        with (
+            _open_log(training.folder, done) as log,
+            jax.transfer_guard_host_to_device("disallow"),
+        ):
+            # The order within a step matters. Batch and step come first. The log comes before
+            # the validation, so that the time of the validation is not in the speed that it
+            # shows at this step. The checkpoint comes last: the plateau schedule keeps the
+            # result of the validation in the state, and the iterator stands behind this step's
+            # batch, so that a continued run takes the next one.
+            for number in range(done + 1, schedule.num_steps + 1):
+                batch = meter.time_batch(lambda: _next_batch(training))
+                state, metrics = train_steps[max(n for n in train_steps if n <= number)](
+                    state, batch
+                )
+                meter.add(metrics)
+
+                saves = number in schedule.checkpoint_steps
+                validates = number in schedule.eval_steps
+                if number % config.log_every_steps == 0 or saves or validates:
+                    means = meter.means()
+                    _stop_if_not_finite(training, state, checkpoints)
+                    _log_step(training, number, means, log)
+                if number == done + 1:
+                    # Compiled by now. What only results need is imported from here on, as it
+                    # takes seconds; the speed is measured after that.
+                    sharding.wait(metrics["loss"])
+                    importlib.import_module("cromss_jax.results.pictures")
+                    if log:
+                        log.open_board()
+                    meter.start_clock()
+                if validates:
+                    state = training.validate(number, state, log)
+
+                leaves = preemption.reached(training.steps_before + number)
+                if saves or leaves:
+                    _stop_if_not_finite(training, state, checkpoints)
+                    host_state = {
+                        "iterator": training.batches.get_state(),
+                        "data": training.identity,
+                    }
+                    checkpoints.save(number, state, host_state)
+                if leaves:
+                    raise Preempted(f"interrupted: saved step {number}; the same command continues")
+    return state
+
+
+def _next_batch(training: Training) -> dict[str, jax.Array]:
+    return sharding.to_devices(next(training.batches), training.mesh)
+
+
+class _Meter:
+    """Collects the metrics of steps, the speed, and how long the devices waited for data."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._pending: list[dict[str, jax.Array]] = []  # of the steps since the last means
+        self._newest: dict[str, jax.Array] | None = None
+        self._started, self._waited, self._num_steps = 0.0, 0.0, 0
+
+    def start_clock(self) -> None:
+        """Measures speed and waiting from now on."""
+        self._started, self._waited, self._num_steps = time.perf_counter(), 0.0, 0
+
+    def time_batch(self, take: Callable[[], dict]) -> dict:
+        """Takes a batch, and counts the time as waiting if the devices had nothing to do.
+
+        If they are done with the last step by now, they waited for this batch, at most since it
+        was asked for; if not, they had work until here.
+        """
+        asked = time.perf_counter()
+        batch = take()
+        if self._newest is not None and self._newest["loss"].is_ready():
+            self._waited += time.perf_counter() - asked
+        return batch
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Notes a step. Lets the devices be two steps behind the host.
+
+        So that waiting batches do not fill the devices' memory.
+        """
+        self._newest = metrics
+        self._pending.append(metrics)
+        self._num_steps += 1
+        if len(self._pending) > 2:
+            sharding.wait(self._pending[-3]["loss"])
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last call, and the speed once the clock runs."""
+        found = jax.device_get(self._pending)
+        means = {name: float(np.mean([float(m[name]) for m in found])) for name in found[0]}
+        self._pending = []
+        if self._started and self._num_steps:
+            elapsed = time.perf_counter() - self._started
+            means["samples_per_second"] = self._num_steps * self._batch_size / elapsed
+            means["wait_for_data"] = self._waited / elapsed
+        return means
+
+
+def _begin(
+    training: Training, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, int, Mapping[int, Callable]]:
+    """The state to go on from, the number of steps done, and the steps to take.
+
+    Raises:
+      run.ConfigError: if the folder holds a longer run, or one on other data.
+    """
+    done, train_steps = checkpoints.latest_step, dict(training.train_steps)
+    run.check_progress(done or 0, training.schedule.num_steps, training.folder)
+    if done is None:
+        return training.start(training.init(training.key)), 0, train_steps
+    # A run that is complete takes no step.
+    first = max(n for n in train_steps if n <= done + 1)
+    compiles = done < training.schedule.num_steps
+    replicated = sharding.replicated(training.mesh)
+    with memory.garbage_kept():
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(training.init, training.key),
+        )
+        lowered = train_steps[first].lower(abstract, _batch_shapes(training)) if compiles else None
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        # Even a program from the compilation cache takes seconds to load: the state is restored
+        # meanwhile.
+        compiling = thread.submit(lowered.compile) if compiles else None
+        state, host_state = checkpoints.restore(abstract)
+    if compiling:
+        train_steps[first] = compiling.result()
+    if host_state["data"] != training.identity:
+        raise run.ConfigError(
+            f"the run in {training.folder} used other data, or another number of devices with "
+            "config.selection.scope per_device; use the same again, or another --workdir"
+        )
+    training.batches.set_state(host_state["iterator"])
+    _log.info("continuing from %s at step %d", training.folder / "checkpoints", done)
+    return state, done, train_steps
+
+
+def _batch_shapes(training: Training) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch."""
+    config = training.config
+    record = input_pipeline.read_batch(training.dataset, config.modalities, training.order[0][:1])
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype)
+        for name, value in record.items()
+    }
+
+
+@contextlib.contextmanager
+def _open_log(folder: epath.Path, done: int):
+    """The run's log, which process 0 writes; None on the others."""
+    if jax.process_index() > 0:
+        yield None
+        return
+    with contextlib.closing(report.MetricLog(str(folder), done)) as log:
+        yield log
+
+
+def _log_step(
+    training: Training, number: int, means: dict[str, float], log: report.MetricLog | None
+) -> None:
+    """Writes the means of the last steps, with the time that is left."""
+    schedule, batch_size = training.schedule, training.config.batch_size
+    speed = "speed not known yet"
+    if "samples_per_second" in means:
+        per_second = means["samples_per_second"]
+        seconds = (schedule.num_steps - number) * batch_size / per_second
+        left = datetime.timedelta(seconds=round(seconds))
+        speed = f"{per_second:.1f} samples/s, {left} left"
+    _log.info(
+        "%sstep %d/%d, epoch %.1f, loss %.4f, %s",
+        training.prefix,
+        number,
+        schedule.num_steps,
+        number * batch_size / schedule.samples_per_epoch,
+        means["loss"],
+        speed,
+    )
+    if log:
+        log.scalars(number, "train", means)
+
+
+def _stop_if_not_finite(
+    training: Training, state: TrainState, checkpoints: checkpoint.Checkpoints
+) -> None:
+    """Raises NonFiniteLossError, naming the batch, if a loss or gradient was not finite."""
+    first_bad = int(jax.device_get(state.first_bad_step))
+    if first_bad < 0:
+        return
+    records = (training.dataset.source[int(index)] for index in training.order[first_bad])
+    ids = ", ".join(record["location_id"].decode() for record in records)
+    raise NonFiniteLossError(
+        f"the loss or its gradient was not finite at step {first_bad}, on the batch of "
+        f"{training.sample_name} {ids}; checkpoints (newest: step {checkpoints.latest_step}) are "
+        f"from before that: look at those {training.sample_name}, or lower "
+        "config.optimizer.learning_rate"
+    )
