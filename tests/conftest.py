@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, strict rank promotion, and the folder of reference material."""
 
+import collections
 import os
 import pathlib
 import tempfile
@@ -29,6 +30,7 @@ SLOW = (
     "test_oracle",
     "test_finetune",
     "test_convert",
+    "test_docs",
 )
 
 
@@ -45,6 +47,16 @@ def _forget_what_was_compiled():
     """A worker would hold some gigabytes of it at the end."""
     yield
     jax.clear_caches()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many blocks of the README files were run, parsed, and left alone (test_docs.py)."""
+    total = collections.Counter()
+    for report in terminalreporter.getreports("passed"):
+        total.update(dict(report.user_properties).get("blocks", {}))
+    if total:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(total.items()))
+        terminalreporter.write_line(f"blocks of the README files: {counts}")
 
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"

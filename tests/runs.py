@@ -33,8 +33,9 @@ def make_data(folder: pathlib.Path, dataset: str = "ssl4eo_s12_nol", **sample_fl
 
 
 def tiny_flags(data_dir: str) -> dict[str, object]:
-    """Overrides of the sample recipe for runs of seconds: tiles of 48 pixels, crops of 32."""
+    """Overrides of the sample recipe for runs of seconds: ResNet-10, tiles of 48, crops of 32."""
     return {
+        "network.depth": 10,
         "data.dir": data_dir,
         "data.crop_size": 32,
         "num_devices": 1,

@@ -7,7 +7,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Rooms of cromss_jax: each imports only what stands further down. `costs` stands beside them, for
-# the commands alone. A module at the top level that is not in GROUND is a command.
+# the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
+# the Python API.
 ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
 GROUND = {"sensors", "files", "package"}
 BESIDE = "costs"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+import torchvision
 from flax import nnx
 
 from configs import pretrain
@@ -67,11 +68,41 @@ class TorchLateFusion(torch.nn.Module):
         return {"s1": self.model1(images["s1"]), "s2": self.model2(images["s2"])}
 
 
+class NarrowResNetEncoder(smp.encoders.resnet.ResNetEncoder):
+    """smp's encoder with fewer channels, as our ResNet-10 has. Not initialised as smp does."""
+
+    def __init__(self, width: int, block: type, layers: list[int], **more):
+        super().__init__(block=block, layers=layers, **more)
+        self.conv1 = torch.nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        self.inplanes = width
+        for stage, count in enumerate(layers):
+            made = self._make_layer(block, width * 2**stage, count, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", made)
+
+
+smp.encoders.encoders["resnet10"] = {
+    "encoder": NarrowResNetEncoder,
+    "pretrained_settings": {},
+    "params": {
+        "width": 16,
+        "block": torchvision.models.resnet.BasicBlock,
+        "layers": [1, 1, 1, 1],
+        "out_channels": [3, 16, 16, 32, 64, 128],
+    },
+}
+
+
 def torch_model(
     depth: int, in_channels: int, num_classes: int, decoder: str = "unet"
 ) -> torch.nn.Module:
+    narrow = {"decoder_channels": (64, 32, 16, 8, 4)} if (depth, decoder) == (10, "unet") else {}
     return MODELS[decoder](
-        f"resnet{depth}", encoder_weights=None, in_channels=in_channels, classes=num_classes
+        f"resnet{depth}",
+        encoder_weights=None,
+        in_channels=in_channels,
+        classes=num_classes,
+        **narrow,
     )
 
 

@@ -120,25 +120,29 @@ class UNetDecoder(Decoder):
 
     head_kernel_size = 3
     head_upsampling = 1
-    out_channels = UNET_CHANNELS[-1]
 
     def __init__(self, encoder_channels: Sequence[int]):
+        # The numbers of channels in smp, which has a stem of 64; fewer for a narrower stem.
+        channels = [count * encoder_channels[0] // 64 for count in UNET_CHANNELS]
+        self.out_channels = channels[-1]
         deepest, *skips = reversed(encoder_channels)
-        in_channels = (deepest, *UNET_CHANNELS[:-1])
-        sizes = zip(in_channels, (*skips, 0), UNET_CHANNELS, strict=True)
+        sizes = zip((deepest, *channels[:-1]), (*skips, 0), channels, strict=True)
         self.blocks = nnx.List([UNetBlock(*size) for size in sizes])
 
     def __call__(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Maps features to [B, H, W, 16]. There is no dropout."""
+        """Maps features to [B, H, W, out_channels]. There is no dropout."""
         x, *skips = reversed(features)
         for block, skip in zip(self.blocks, (*skips, None), strict=True):
             x = block(x, skip, train)
         return x
 
     def packed(self, features: Sequence[jax.Array], train: bool) -> jax.Array:
-        """Maps features to packed [B, H/4, W/4, 4^2 16]; the finest is packed in 2 x 2 cells."""
+        """Maps features to packed [B, H/4, W/4, 4^2 out_channels].
+
+        The finest features are packed in cells of 2 x 2 pixels.
+        """
         x, *skips = reversed(features)
         *coarse, finest, last = self.blocks
         for block, skip in zip(coarse, skips[:-1], strict=True):
@@ -365,7 +369,22 @@ DECODERS = {
 STRIDES = {name: min(cls.output_stride, 2**cls.num_features) for name, cls in DECODERS.items()}
 
 
-def segmentation_head(decoder: type[Decoder], num_classes: int) -> nnx.List:
+def pad_to_stride(image: jax.Array, stride: int) -> jax.Array:
+    """Pads an image at its lower and right border by reflection, to multiples of `stride`.
+
+    Args:
+      image: [B, H, W, K].
+      stride: a value of `STRIDES`.
+
+    Returns:
+      [B, H', W', K] with H' and W' the next multiples. The caller crops results to H, W.
+    """
+    _, height, width, _ = image.shape
+    borders = ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0))
+    return jnp.pad(image, borders, mode="reflect")
+
+
+def segmentation_head(decoder: Decoder, num_classes: int) -> nnx.List:
     """The head's convolution; the upsampling after it has no parameters."""
     conv = Conv(
         decoder.out_channels,

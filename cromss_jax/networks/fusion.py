@@ -73,7 +73,7 @@ class SegmentationNetwork(nnx.Module):
         self.stride = STRIDES[decoder]
         self.encoder = make_encoder(depth, num_channels, decoder)
         self.decoder = DECODERS[decoder](self.encoder.out_channels)
-        self.segmentation_head = segmentation_head(DECODERS[decoder], num_classes)
+        self.segmentation_head = segmentation_head(self.decoder, num_classes)
 
     def __call__(
         self,
@@ -254,7 +254,7 @@ def make_network(
 
     Args:
       fusion: "mid" (two encoders, shared decoder), "late" (two networks) or "none" (one network).
-      depth: depth of the ResNet encoders: 18, 34 or 50.
+      depth: depth of the ResNet encoders: 18, 34 or 50; 10 is a small network for first tries.
       num_channels: number of bands K by modality: "s1" and "s2", or one of them without fusion.
       num_classes: C.
       dtype: dtype of the activations, float32 or bfloat16. Parameters are float32.

@@ -6,6 +6,7 @@ segmentation_models_pytorch's encoders, which are torchvision's ResNets without 
 Source: He et al., "Deep residual learning" (2016).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -87,11 +88,27 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | 
     return nnx.List([conv, BatchNorm(out_channels)])
 
 
-# Block and number of blocks per stage, by depth.
+@dataclasses.dataclass(frozen=True)
+class ResNet:
+    """The architecture of a ResNet.
+
+    Attributes:
+      block: class of the residual blocks.
+      num_blocks: number of blocks in each of the four stages.
+      width: channels of the stem, and of the first stage before the block's expansion.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    num_blocks: tuple[int, int, int, int]
+    width: int = 64
+
+
+# By depth. ResNet-10 is not a published architecture; it is small, for tests and first tries.
 RESNETS = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
+    10: ResNet(BasicBlock, (1, 1, 1, 1), width=16),
+    18: ResNet(BasicBlock, (2, 2, 2, 2)),
+    34: ResNet(BasicBlock, (3, 4, 6, 3)),
+    50: ResNet(Bottleneck, (3, 4, 6, 3)),
 }
 
 
@@ -99,11 +116,12 @@ class ResNetEncoder(nnx.Module):
     """torchvision's ResNet without its classifier.
 
     [B, H, W, K] -> features at strides 2, 4, 8, 16, 32:
-    [B, H/2, W/2, 64], [B, H/4, W/4, 64 e], [B, H/8, W/8, 128 e], [B, H/16, W/16, 256 e],
-    [B, H/32, W/32, 512 e], with e = 1 for ResNet-18 and 34 and e = 4 for ResNet-50.
+    [B, H/2, W/2, w], [B, H/4, W/4, w e], [B, H/8, W/8, 2 w e], [B, H/16, W/16, 4 w e],
+    [B, H/32, W/32, 8 w e]. The width w is 64, or 16 for ResNet-10. The expansion e is 1, or 4 for
+    ResNet-50.
 
     Args:
-      depth: 18, 34 or 50.
+      depth: a key of `RESNETS`.
       in_channels: number of bands K.
       num_features: how many of the five feature maps are computed. The parameters of later stages
         exist nevertheless, as in smp.
@@ -114,22 +132,24 @@ class ResNetEncoder(nnx.Module):
     def __init__(
         self, depth: int, in_channels: int, num_features: int = 5, output_stride: int = 32
     ):
-        block, num_blocks = RESNETS[depth]
+        resnet = RESNETS[depth]
+        expansion = resnet.block.expansion
         # smp replaces the first convolution if there are not 3 bands; it keeps torch's default.
         init = ENCODER_INIT if in_channels == 3 else TORCH_INIT
-        self.conv1 = Conv(in_channels, 64, 7, stride=2, init=init)
-        self.bn1 = BatchNorm(64)
-        channels = 64
+        self.conv1 = Conv(in_channels, resnet.width, 7, stride=2, init=init)
+        self.bn1 = BatchNorm(resnet.width)
+        channels = resnet.width
         for stage in range(4):
-            width = 64 * 2**stage
+            width = resnet.width * 2**stage
             dilation = max(1, 4 * 2**stage // output_stride)
             blocks = nnx.List()
-            for index in range(num_blocks[stage]):
+            for index in range(resnet.num_blocks[stage]):
                 stride = 2 if stage > 0 and index == 0 and dilation == 1 else 1
-                blocks.append(block(channels, width, stride, dilation))
-                channels = width * block.expansion
+                blocks.append(resnet.block(channels, width, stride, dilation))
+                channels = width * expansion
             setattr(self, f"layer{stage + 1}", blocks)
-        out_channels = (64, *(64 * 2**stage * block.expansion for stage in range(4)))
+        stages = (resnet.width * 2**stage * expansion for stage in range(4))
+        out_channels = (resnet.width, *stages)
         self.out_channels = out_channels[:num_features]
 
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:

@@ -222,8 +222,7 @@ def make_eval_step(
         labels = preprocess.drawn_labels(records)
         image = preprocess.stack_bands(records, modality, config.s2_bands) / 255.0
         size = labels.shape[-1]
-        border = (0, -size % stride)
-        image = jnp.pad(image, ((0, 0), border, border, (0, 0)), mode="reflect")
+        image = decoders.pad_to_stride(image, stride)
         network = nnx.merge(definition, state.params, state.batch_stats)
         logits = network({modality: image}, train=False)[modality][:, :size, :size]
         predictions = jnp.argmax(logits, axis=-1)

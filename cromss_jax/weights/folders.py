@@ -33,9 +33,11 @@ def find_checkpoint(path: str) -> epath.Path:
     steps = [step for step in (folder / "checkpoints").glob("*") if step.name.isdigit()]
     steps = [step for step in steps if (step / "_CHECKPOINT_METADATA").exists()]
     if not steps:
+        seeds = sorted(seed.name for seed in folder.glob("seed_*"))
         raise WeightsError(
             f"{path} is neither a run (no finished checkpoint in {folder / 'checkpoints'}) nor a "
             "checkpoint (it has no folder `state`): use the folder of a run or of a checkpoint"
+            + (f", such as one of the runs in it: {', '.join(seeds)}" if seeds else "")
         )
     return max(steps, key=lambda step: int(step.name))
 

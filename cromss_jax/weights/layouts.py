@@ -238,7 +238,7 @@ def _depth(encoder: Arrays) -> int:
     )
     block = resnet.Bottleneck if "layer1.0.conv3.weight" in encoder else resnet.BasicBlock
     for depth, known in resnet.RESNETS.items():
-        if known == (block, blocks):
+        if (known.block, known.num_blocks) == (block, blocks):
             return depth
     raise WeightsError(
         f"not a supported network: the encoder of {', '.join(map(str, blocks))} {block.__name__}s "

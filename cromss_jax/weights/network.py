@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -95,10 +96,15 @@ class Network:
 
     def abstract_state(self) -> nnx.State:
         """Shapes and dtypes of all parameters and statistics."""
+        return self._split()[1]
+
+    def definition(self) -> nnx.GraphDef:
+        """The float32 network without its arrays, for `nnx.merge`."""
+        return self._split()[0]
+
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
         num_channels = tuple((modality, len(bands)) for modality, bands in self.bands.items())
-        return _abstract_state(
-            self.fusion, self.depth, num_channels, self.num_classes, self.decoder
-        )
+        return _split(self.fusion, self.depth, num_channels, self.num_classes, self.decoder)
 
     def __str__(self) -> str:
         name, _ = DECODER_MARKS[self.decoder]
@@ -113,13 +119,13 @@ class Network:
 
 
 @functools.cache  # because tracing a network takes a second
-def _abstract_state(
+def _split(
     fusion: str,
     depth: int,
     num_channels: tuple[tuple[str, int], ...],
     num_classes: int | None,
     decoder: str,
-) -> nnx.State:
+) -> tuple[nnx.GraphDef, nnx.State]:
     def make():
         if fusion == "encoder":
             ((_, channels),) = num_channels
@@ -132,7 +138,7 @@ def _abstract_state(
             fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0), decoder
         )
 
-    return nnx.state(nnx.eval_shape(make), (nnx.Param, nnx.BatchStat))
+    return nnx.split(nnx.eval_shape(make))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +171,13 @@ class Weights:
             return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
         except ValueError as error:
             raise WeightsError(f"read as a {self.network}: {error}") from error
+
+    def module(self) -> nnx.Module:
+        """The network as a module with these arrays, on the default device.
+
+        Encoders alone are an `nnx.Dict` with `encoder`, or with `encoder1` (S1) and `encoder` (S2).
+        """
+        return nnx.merge(self.network.definition(), jax.tree.map(jnp.asarray, self.state()))
 
 
 def part_of(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:

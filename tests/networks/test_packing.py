@@ -170,7 +170,7 @@ def test_packed_decoder():
 
     def make():
         decoder = decoders.UNetDecoder(channels)
-        return nnx.List([decoder, decoders.segmentation_head(decoders.UNetDecoder, 9)])
+        return nnx.List([decoder, decoders.segmentation_head(decoder, 9)])
 
     def plain(modules):
         decoder, (head,) = modules

@@ -24,9 +24,9 @@ NUM_STEPS = 10
 FIRST_EPOCH = 20  # a step is an epoch here: the ramp rises from 0.06 to 0.13
 
 
-@pytest.fixture(scope="module")
-def config():
-    config = torch_parity.network_config("mid", 18, 13)
+@pytest.fixture(scope="module", params=[10, pytest.param(18, marks=pytest.mark.slow)])
+def config(request):
+    config = torch_parity.network_config("mid", request.param, 13)
     changes = {
         "batch_size": B,
         "data.crop_size": CROP,
@@ -147,8 +147,12 @@ def run(config, train_step, network, *, also_rounded: bool):
     return np.array(losses), [np.linalg.norm(v - end) / length for v in (our_end, *others)]
 
 
+def torch_network(config):
+    return torch_parity.torch_network("mid", config.network.depth, {"s1": 2, "s2": 13}, C, seed=0)
+
+
 def test_ten_adam_steps_are_pytorchs(config, train_step):
-    network = torch_parity.torch_network("mid", 18, {"s1": 2, "s2": 13}, C, seed=0)
+    network = torch_network(config)
     losses, (ours, theirs) = run(config, train_step, network, also_rounded=True)
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3)
     # Rounding flips the activations that lie at a ReLU's kink, and Adam divides by what is left
@@ -159,7 +163,7 @@ def test_ten_adam_steps_are_pytorchs(config, train_step):
 
 
 def test_ten_adam_steps_are_pytorchs_to_rounding_away_from_kinks(config, train_step):
-    network = torch_parity.torch_network("mid", 18, {"s1": 2, "s2": 13}, C, seed=0)
+    network = torch_network(config)
     torch_parity.randomise_norms(network, seed=1)
     torch_parity.gate_norms(network, seed=2)
     losses, (ours,) = run(config, train_step, network, also_rounded=False)

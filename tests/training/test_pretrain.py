@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         ({"selection.ramp": "exponential"}, "choose from exp, linear, none"),
         ({"loss.segmentation": ("dice", "ce")}, "choose from cross_entropy, dice, focal"),
         ({"s2_bands": ("B4", "B14")}, "choose from B1, B2"),
-        ({"network.depth": 101}, "choose from 18, 34, 50"),
+        ({"network.depth": 101}, "choose from 10, 18, 34, 50"),
         ({"augmentation.rotation_probability": 20.0}, "is 20.0; it must be from 0 to 1"),
         ({"selection.final_keep_fraction": -0.5}, "is -0.5; it must be from 0 to 1"),
         ({"loss.prior_weight": 0.9, "loss.uniform_weight": 0.2}, "are 1.1 together; make them at"),
