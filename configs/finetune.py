@@ -3,15 +3,17 @@
     python -m cromss_jax.main --config=configs/finetune.py:task=dfc2020,input=s2,encoder=frozen \
         --config.init_from=runs/pretrain --workdir=runs/dfc2020_s2_frozen
 
-Variants come after a colon, separated by commas, single fields as flags of their own:
+Variants follow a colon and are separated by commas. Single fields are set by their own flags.
+Defaults are in parentheses:
 
-    task=dfc2020|dw|osm             data set, decoder and crop (dfc2020 if not said)
-    input=s1|s2                     which imagery (s2)
-    encoder=frozen|trained|late     late: frozen up to config.unfreeze_epoch (frozen)
-    bands=13|12|9|3                 of Sentinel-2 (13)
-    mode=evaluate                   scores what config.init_from holds, trains nothing
+    task=dfc2020|dw|osm             data set, decoder and crop size (dfc2020)
+    input=s1|s2                     modality (s2)
+    encoder=frozen|trained|late     trained: fine-tuned; late: frozen until config.unfreeze_epoch
+                                    (frozen)
+    bands=13|12|9|3                 number of Sentinel-2 bands (13)
+    mode=evaluate                   scores the weights in config.init_from without training
     sample                          minutes on a laptop, on `data_prep.sample --format=...`
-    --config.seeds="(0, 1, 2)"      several runs, mean and standard deviation reported
+    --config.seeds="(0, 1, 2)"      several runs; reports mean and standard deviation
 """
 
 import ml_collections
@@ -40,7 +42,7 @@ def _parse(argument: str) -> dict[str, str]:
         if item != "sample" and value not in _VARIANTS.get(name, ()):
             known = [f"{n}={'|'.join(v)}" for n, v in _VARIANTS.items()]
             raise ValueError(
-                f"configs/finetune.py knows no variant {item!r}; it knows sample, "
+                f"configs/finetune.py has no variant {item!r}: choose from sample, "
                 + ", ".join(known)
             )
         chosen[name] = value
@@ -54,22 +56,22 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     config.mode = chosen.get("mode", "finetune")
-    # One run each: of the first weights of the decoder, the order of tiles, their augmentation,
-    # and which tiles are used if not all are.
+    # One run per seed. The seed determines the initial weights of the decoder, the order of tiles,
+    # their augmentation, and the choice of tiles if config.data.num_train_tiles is set.
     config.seeds = (42,)
     config.num_epochs = 50
     config.batch_size = 32
     # 0: all devices of all processes.
     config.num_devices = 0
 
-    # Encoder to start from: a run's folder, a released checkpoint, or a ResNet of PyTorch's, also
-    # as MoCo, DINO or DeCUR save it; {seed} in it becomes each seed. Empty: drawn anew. With
-    # mode=evaluate, what is scored.
+    # Initial weights of the encoder: a run's folder, a released checkpoint, or a PyTorch ResNet,
+    # also as saved by MoCo, DINO or DeCUR. "{seed}" in the path is replaced by each seed. Empty:
+    # randomly initialised. With mode=evaluate, the weights to score.
     config.init_from = ""
-    # What the tables call these weights; empty: config.init_from.
+    # Name of these weights in the tables; empty: config.init_from.
     config.weights_name = ""
     config.encoder = chosen.get("encoder", "frozen")
-    config.unfreeze_epoch = 10  # of encoder=late
+    config.unfreeze_epoch = 10  # for encoder=late
 
     config.data = ml_collections.ConfigDict()
     config.data.dir = "data"
@@ -77,7 +79,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.crop_size = crop_size
-    config.data.num_train_tiles = 0  # 0: all; else so many, drawn by the seed
+    config.data.num_train_tiles = 0  # 0: all; otherwise this number, drawn by the seed
     config.data.num_threads = 2
 
     config.augmentation = ml_collections.ConfigDict()
@@ -92,7 +94,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.network.fusion = "none"
     config.network.depth = 50  # ResNet
     config.network.decoder = decoder  # pspnet, deeplabv3plus, fpn or unet
-    config.network.dtype = "float32"  # or bfloat16: of activations; parameters stay float32
+    config.network.dtype = "float32"  # or bfloat16; for activations, parameters stay float32
 
     config.loss = ml_collections.ConfigDict()
     config.loss.segmentation = ("cross_entropy", "dice")
@@ -101,11 +103,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.optimizer.name = "adam"  # or sgd
     config.optimizer.learning_rate = 5e-4
     config.optimizer.l2 = 0.0  # added to the gradient
-    config.optimizer.momentum = 0.9  # of sgd
-    # By which the rate falls from each stage of the encoder to the one before it.
+    config.optimizer.momentum = 0.9  # for sgd
+    # Factor of the learning rate from each stage of the encoder to the stage before it.
     config.optimizer.layer_decay = 1.0
 
-    # Half a cosine from the learning rate to the final one, which then stays.
+    # Half a cosine from the learning rate to the final one, then constant.
     config.schedule = ml_collections.ConfigDict()
     config.schedule.final_learning_rate = 1e-5
     config.schedule.epochs = 40
@@ -113,7 +115,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.log_every_steps = 50
     config.checkpoint_every_epochs = 10
     config.checkpoints_to_keep = 2
-    # Whether the test tiles' maps are written as GeoTIFFs.
+    # Whether to write the predicted maps of the test tiles as GeoTIFFs.
     config.save_predictions = False
 
     if "sample" in chosen:

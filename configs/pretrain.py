@@ -2,11 +2,11 @@
 
     python -m cromss_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
 
-Variants come after a colon, separated by commas, single fields as flags of their own:
+Variants follow a colon and are separated by commas. Single fields are set by their own flags:
 
     --config=configs/pretrain.py:fusion=late,bands=9    two complete U-Nets, 9 bands
     --config=configs/pretrain.py:modality=s1            one network, no consistency
-    --config=configs/pretrain.py:selection=off          believe every label
+    --config=configs/pretrain.py:selection=off          full weight for every label
     --config=configs/pretrain.py:sample                 minutes on a laptop, on the sample data
     --config.batch_size=256                             any field
 """
@@ -30,12 +30,15 @@ def _parse(argument: str) -> dict[str, str]:
         if item != "sample" and value not in _VARIANTS.get(name, ()):
             known = [f"{n}={'|'.join(v)}" for n, v in _VARIANTS.items()]
             raise ValueError(
-                f"configs/pretrain.py knows no variant {item!r}; it knows sample, "
+                f"configs/pretrain.py has no variant {item!r}: choose from sample, "
                 + ", ".join(known)
             )
         chosen[name] = value
     if "modality" in chosen and "fusion" in chosen:
-        raise ValueError("configs/pretrain.py: modality=... is a single network, without fusion")
+        raise ValueError(
+            "configs/pretrain.py has modality=... and fusion=...: a single modality has no fusion, "
+            "remove one of them"
+        )
     return chosen
 
 
@@ -47,19 +50,19 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.mode = "pretrain"
     config.seed = 42
     config.num_epochs = 200
-    # Of all devices together; the learning rate is not scaled with it.
+    # For all devices together. The learning rate is not scaled with the batch size.
     config.batch_size = 128
     # 0: all devices of all processes.
     config.num_devices = 0
 
-    # Weights to start from: a run's folder, or a file that PyTorch wrote. Empty: drawn anew.
+    # Initial weights: a run's folder or a file of PyTorch weights. Empty: randomly initialised.
     config.init_from = ""
 
     config.data = ml_collections.ConfigDict()
     config.data.dir = "data"
     config.data.name = "ssl4eo_s12_nol"
     config.data.crop_size = 256
-    # Held-back locations, every season of which is scored.
+    # Fraction of locations for validation; all their seasons are scored.
     config.data.validation_fraction = 0.01
     config.data.num_threads = 2
 
@@ -75,37 +78,37 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.network.fusion = "none" if "modality" in chosen else chosen.get("fusion", "mid")
     config.network.depth = 50  # ResNet
     config.network.decoder = "unet"  # or pspnet, deeplabv3plus, fpn
-    config.network.dtype = "float32"  # or bfloat16: of activations; parameters stay float32
+    config.network.dtype = "float32"  # or bfloat16; for activations, parameters stay float32
 
     config.loss = ml_collections.ConfigDict()
     config.loss.segmentation = ("cross_entropy", "dice")
     config.loss.consistency = "none" if "modality" in chosen else "ce"
     config.loss.consistency_weight = 1.0
-    # Label smoothing: spatial and temporal prior, its weight, and the uniform share.
+    # Label smoothing. Priors: "t" temporal, "s" spatial, "ts" their mean.
     config.loss.prior = "ts"
     config.loss.prior_weight = 0.15
     config.loss.uniform_weight = 0.05
 
     config.selection = ml_collections.ConfigDict()
     config.selection.enabled = chosen.get("selection", "on") == "on"
-    config.selection.confidence = "entropy"  # of predictions; or gini
+    config.selection.confidence = "entropy"  # or gini; for the prediction confidence
     config.selection.final_keep_fraction = 0.5
     config.selection.ramp = "exp"
     config.selection.ramp_epochs = 80
-    # Thresholds over the global batch; per_device is what the published code does under DDP.
+    # Thresholds over the global batch; "per_device" reproduces the published code under DDP.
     config.selection.scope = "global"
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adam"  # or sgd
     config.optimizer.learning_rate = 0.005
     config.optimizer.l2 = 1e-8  # added to the gradient
-    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.momentum = 0.9  # for sgd
 
     config.schedule = ml_collections.ConfigDict()
     config.schedule.name = "plateau"  # or exponential, constant
     config.schedule.factor = 0.5
-    config.schedule.patience = 30  # validations without improvement by 1e-4 relative
-    config.schedule.decay = 0.98  # an epoch, of the exponential schedule
+    config.schedule.patience = 30  # validations without a relative improvement of 1e-4
+    config.schedule.decay = 0.98  # per epoch, for the exponential schedule
 
     config.log_every_steps = 50
     config.eval_every_epochs = 1
@@ -119,7 +122,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
-    """The recipe of `make pretrain`: everything there is, small enough for two cores."""
+    """The recipe of `make pretrain`: all parts of the method, small enough for two cores."""
     config.data.dir = "data/sample"
     config.num_epochs = 14
     config.batch_size = 8

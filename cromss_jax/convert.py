@@ -1,12 +1,13 @@
-"""Weights to PyTorch and back, from the command line.
+"""Converts weights to PyTorch and back.
 
     python -m cromss_jax.convert to_torch --checkpoint=WORKDIR --output=s2.safetensors \
         --layout=encoder --modality=s2
     python -m cromss_jax.convert from_torch --input=released.ckpt --output=DIR
 
-Layouts: `lightning`, the published code's file; `unet`, the smp model of one modality (`smp.Unet`,
-or `smp.PSPNet`, `smp.DeepLabV3Plus`, `smp.FPN` by the network's decoder); `encoder`, smp's encoder;
-`torchvision`, a plain ResNet without `fc` (the same keys as smp's encoder).
+Layouts: `lightning` is the file format of the published code. `unet` is the smp model of one
+modality: `smp.Unet`, `smp.PSPNet`, `smp.DeepLabV3Plus` or `smp.FPN`, depending on the network's
+decoder. `encoder` is smp's encoder. `torchvision` is a plain ResNet without `fc`; it has the same
+keys as smp's encoder.
 """
 
 import dataclasses
@@ -23,23 +24,35 @@ from cromss_jax.weights.layouts import LAYOUTS, check_bands, to_layout
 from cromss_jax.weights.network import WeightsError
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "to_torch: folder of a run (its newest checkpoint), or of one checkpoint"
+    "checkpoint",
+    None,
+    "to_torch: folder of a run (its newest checkpoint is used) or of one checkpoint",
 )
-_INPUT = flags.DEFINE_string("input", None, "from_torch: file of PyTorch weights, any layout")
+_INPUT = flags.DEFINE_string("input", None, "from_torch: file of PyTorch weights in any layout")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "File (to_torch; .safetensors, .pt, .ckpt) or folder (from_torch) to write"
+    "output",
+    None,
+    "to_torch: file to write (.safetensors, .pt or .ckpt); from_torch: folder to write",
 )
-_LAYOUT = flags.DEFINE_enum("layout", None, LAYOUTS, "to_torch: keys of which network")
+_LAYOUT = flags.DEFINE_enum("layout", None, LAYOUTS, "to_torch: layout of the tensors' keys")
 _MODALITY = flags.DEFINE_enum(
-    "modality", None, sensors.MODALITIES, "to_torch: which one, where the layout holds one"
+    "modality",
+    None,
+    sensors.MODALITIES,
+    "to_torch: modality to write, for layouts that hold only one",
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "float16", "bfloat16"], "to_torch: of the file"
+    "dtype",
+    "float32",
+    ["float32", "float16", "bfloat16"],
+    "to_torch: dtype of the tensors in the file",
 )
 _BANDS = flags.DEFINE_list(
-    "bands", None, "from_torch: the bands in order, where their number doesn't tell them"
+    "bands",
+    None,
+    "from_torch: band names in order, needed if the number of bands does not determine them",
 )
-# By command: flags that it needs, and flags that it may have.
+# By command: required flags and optional flags.
 _COMMANDS = {
     "to_torch": ((_CHECKPOINT, _OUTPUT, _LAYOUT), (_MODALITY, _DTYPE)),
     "from_torch": ((_INPUT, _OUTPUT), (_BANDS,)),
@@ -53,13 +66,13 @@ def to_torch(
 
     Args:
       checkpoint: folder of a run, of one of its checkpoints, or of converted weights.
-      output: file to write; beside it come its card, `FILE.json` and `FILE.md`.
-      layout: see `weights.to_layout`.
-      modality: likewise.
-      dtype: of parameters and statistics in the file.
+      output: file to write; its card is written next to it as `FILE.json` and `FILE.md`.
+      layout: see `layouts.to_layout`.
+      modality: see `layouts.to_layout`.
+      dtype: dtype of parameters and statistics in the file.
 
     Raises:
-      weights.WeightsError: a sentence for the user.
+      WeightsError: if the weights cannot be read or written so; the message is for the user.
     """
     step = folders.find_checkpoint(checkpoint)
     found = folders.load_run(step)
@@ -68,29 +81,33 @@ def to_torch(
         key: array if array.dtype.kind in "iu" else array.astype(jnp.dtype(dtype))
         for key, array in arrays.items()
     }
-    for what, held in ((f"{step} holds", arrays), (f"{dtype} would make", converted)):
-        bad = [key for key, array in held.items() if not np.isfinite(array).all()]
+    for place, tensors, remedy in (
+        (step, arrays, "choose another checkpoint"),
+        (f"the conversion to {dtype}", converted, "use --dtype=float32"),
+    ):
+        bad = [key for key, array in tensors.items() if not np.isfinite(array).all()]
         if bad:
-            raise WeightsError(f"{what} NaN or infinite values in {', '.join(bad)}")
+            raise WeightsError(f"{place} has NaN or infinite values in {', '.join(bad)}: {remedy}")
     path = files.absolute(output)
     weight_files.write(path, converted, cards.make(found, network, layout))
     return f"{path}: {network}, {len(arrays)} tensors, {dtype}, from {step}"
 
 
 def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> str:
-    """Writes the weights of a PyTorch file as a checkpoint's folder; returns a summary.
+    """Writes the weights of a PyTorch file as a checkpoint folder; returns a summary.
 
     Args:
-      path: file of any layout.
-      output: folder to write, which must not be there; `to_torch` and `init_from` take it.
-      bands: of a single modality, in order, where their number doesn't tell them.
+      path: file of PyTorch weights in any layout.
+      output: folder to write, which must not exist; `to_torch` and `config.init_from` accept it.
+      bands: names of the bands of a single modality in order, needed if their number does not
+        determine them.
 
     Raises:
-      weights.WeightsError: a sentence for the user.
+      WeightsError: if the file cannot be read or `output` exists; the message is for the user.
     """
     folder = files.absolute(output)
     if folder.exists():
-        raise WeightsError(f"{output} is there already; choose another --output")
+        raise WeightsError(f"{output} already exists: choose another --output")
     known = None
     if bands:
         modality = "s1" if set(bands) <= set(sensors.S1_BANDS) else "s2"
@@ -105,10 +122,10 @@ def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> 
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command; what the user can mend is told in one sentence."""
+    """Runs the command. Errors that the user can fix are printed as one sentence, exit code 1."""
     command = arguments[1] if len(arguments) == 2 else None
     if command not in _COMMANDS:
-        sys.exit(f"error: say what to do, {' or '.join(_COMMANDS)}; found {arguments[1:]}")
+        sys.exit(f"error: the arguments are {arguments[1:]}; use {' or '.join(_COMMANDS)}")
     needed, optional = _COMMANDS[command]
     missing = [f"--{flag.name}" for flag in needed if flag.value is None]
     if missing:
@@ -117,7 +134,7 @@ def main(arguments: list[str]) -> None:
     names = {flag.name for flag in (*needed, *optional)}
     foreign = [f"--{flag.name}" for flag in ours if flag.present and flag.name not in names]
     if foreign:
-        sys.exit(f"error: {command} has no use for {', '.join(foreign)}")
+        sys.exit(f"error: {command} does not use {', '.join(foreign)}: remove it")
     logging.set_verbosity(logging.WARNING)
     try:
         if command == "to_torch":

@@ -1,13 +1,13 @@
-"""Submits a run to a Cloud TPU slice, through xpk on GKE or through queued resources.
+"""Submits a run to a Cloud TPU slice, by xpk on GKE or by queued resources.
 
     python -m cromss_jax.launch_tpu --name=mid --cluster=CLUSTER --tpu_type=v5e:4x4 \
         --config=configs/pretrain.py --workdir=gs://BUCKET/mid --data_dir=gs://BUCKET/data
 
-`--config` and `--config.x=y` are those of `cromss_jax.main` and are read here first, so that a typo
-is found before anything is asked for. What stands behind ` -- ` goes to xpk or gcloud as it is.
-Every host of the slice runs main in a container and installs the locked dependencies before, unless
-the image holds them. Hosts get the last commit, not the working tree.
-`--dry_run` prints all of it; `-- --dry-run` has xpk itself print the JobSet.
+`--config` and `--config.x=y` are the flags of `cromss_jax.main`. They are parsed here first, so a
+typo is found before a slice is requested. Arguments after ` -- ` are passed on to xpk or gcloud.
+Every host of the slice runs main in a container. It first installs the locked dependencies, unless
+the image contains them. Hosts get the last commit, not the working tree.
+`--dry_run` prints all commands; with `-- --dry-run`, xpk itself prints the JobSet.
 """
 
 import os
@@ -27,44 +27,56 @@ from cromss_jax import command_line, package
 
 _ROOT = package.ROOT
 _CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "gs:// folder of checkpoints, logs and results")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "gs:// folder of the records: config.data.dir")
+_WORKDIR = flags.DEFINE_string("workdir", None, "gs:// folder for checkpoints, logs and results")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "gs:// folder of the records; sets config.data.dir"
+)
 _BACKEND = flags.DEFINE_enum(
-    "backend", "xpk", ("xpk", "queued_resources"), "xpk needs a GKE cluster; the other only gcloud"
+    "backend",
+    "xpk",
+    ("xpk", "queued_resources"),
+    "xpk needs a GKE cluster; queued_resources needs only gcloud",
 )
-_NAME = flags.DEFINE_string("name", None, "Of the workload, or of the queued resource")
+_NAME = flags.DEFINE_string("name", None, "Name of the workload or of the queued resource")
 _TPU_TYPE = flags.DEFINE_string(
-    "tpu_type", None, "A slice, as v5e:4x4 (v4, v5e, v5p, v6e) or in the tool's own words"
+    "tpu_type",
+    None,
+    "A slice of v4, v5e, v5p or v6e, such as v5e:4x4, or the tool's own name for a slice",
 )
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that type", lower_bound=1)
-_CLUSTER = flags.DEFINE_string("cluster", None, "xpk: the GKE cluster")
-_PROJECT = flags.DEFINE_string("project", None, "Cloud project; gcloud's default unless given")
-_ZONE = flags.DEFINE_string("zone", None, "Zone of the slice; gcloud's default unless given")
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Number of slices", lower_bound=1)
+_CLUSTER = flags.DEFINE_string("cluster", None, "xpk: name of the GKE cluster")
+_PROJECT = flags.DEFINE_string("project", None, "Cloud project; default: gcloud's")
+_ZONE = flags.DEFINE_string("zone", None, "Zone of the slice; default: gcloud's")
 _MAX_RESTARTS = flags.DEFINE_integer(
-    "max_restarts", 10, "How often the run may start again after a preemption", lower_bound=0
+    "max_restarts", 10, "How often the run may restart after a preemption", lower_bound=0
 )
 _GRACE_SECONDS = flags.DEFINE_integer(
-    "grace_seconds", 300, "Between SIGTERM and the end: time for a checkpoint", lower_bound=0
+    "grace_seconds",
+    300,
+    "Seconds from SIGTERM to the kill, in which a checkpoint is written",
+    lower_bound=0,
 )
 _IMAGE = flags.DEFINE_string(
-    "image", None, "Docker image whose working directory is this source tree, installed"
+    "image", None, "Docker image with this source tree installed in its working directory"
 )
 _RUNTIME_VERSION = flags.DEFINE_string(
-    "runtime_version", None, "queued_resources: software of the TPU VM; by the slice unless given"
+    "runtime_version",
+    None,
+    "queued_resources: software version of the TPU VM; default: the usual one for the slice",
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be run, and run nothing")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands without running them")
 
-# What a host without an image of ours starts from. libtpu's wheels need glibc 2.31 or newer.
+# The base image of hosts if --image is not given. libtpu's wheels need glibc 2.31 or newer.
 _BASE_IMAGE = "python:3.12-slim"
 _ARCHIVE = "source.tar.gz"
-# One line, as xpk pastes it into YAML. The lock file pins jax, and jax[tpu] the libtpu it fits.
+# One line, because xpk pastes it into YAML. The lock file pins jax; jax[tpu] pins libtpu.
 _INSTALL = (
     f"tar -xzf {_ARCHIVE} && pip install -q uv==0.13.9 && "
     "uv pip install -q --system -r requirements.lock 'jax[tpu]' && "
     "uv pip install -q --system --no-deps . && "
 )
-# By the name before the colon: the tools' name, TensorCores a chip (which the tools count in names
-# of v4 and v5p), and the software of a TPU VM (cloud.google.com/tpu/docs/runtimes).
+# By TPU generation: the tools' name; the cores per chip by which the tools count (TensorCores for
+# v4 and v5p, else chips); the TPU VM's software (cloud.google.com/tpu/docs/runtimes).
 _GENERATIONS = {
     "v4": ("v4", 2, "tpu-ubuntu2204-base"),
     "v5e": ("v5litepod", 1, "v2-alpha-tpuv5-lite"),
@@ -72,12 +84,13 @@ _GENERATIONS = {
     "v6e": ("v6e", 1, "v2-alpha-tpuv6e"),
 }
 _TOOLS = {
-    "xpk": ("xpk", "install it apart from this project, as by `pipx install xpk`"),
+    "xpk": ("xpk", "install it separately from this project, such as by `pipx install xpk`"),
     "queued_resources": ("gcloud", "install the Google Cloud CLI (cloud.google.com/sdk)"),
 }
 
-# Runs as root on every host, at every boot. Starts again what xpk would: main leaves with 143 when
-# told to stop, JAX aborts with 134 when another host is lost; a mistake of the user's (1) stays.
+# Runs as root on every host at every boot. It restarts a run in the same cases as xpk: main exits
+# with 143 after SIGTERM, JAX aborts with 134 if another host is lost. After a user error (1) it
+# does not restart.
 _STARTUP = """\
 #!/bin/bash
 set -eu
@@ -97,24 +110,24 @@ exit $status
 """
 
 _NO_CHECKOUT = (
-    f"{_ROOT} is no git checkout, from which hosts get a commit; launch from one, or name an "
-    "--image that holds the project"
+    f"{_ROOT} is not a git checkout, and hosts get a commit: launch from a checkout, or set "
+    "--image to an image that contains the project"
 )
 
 
 class LaunchError(ValueError):
-    """The run cannot be submitted so."""
+    """The run cannot be submitted with these flags."""
 
 
 def _tool_names(tpu_type: str) -> tuple[str, str]:
-    """A slice as xpk and as gcloud call it: v5litepod-4x4 and v5litepod-16 for v5e:4x4."""
+    """The names of a slice in xpk and in gcloud: v5litepod-4x4 and v5litepod-16 for v5e:4x4."""
     generation, colon, topology = tpu_type.partition(":")
     if not colon:
         return tpu_type, tpu_type
     if generation not in _GENERATIONS or not re.fullmatch(r"\d+(x\d+){1,2}", topology):
         raise LaunchError(
-            f"--tpu_type={tpu_type} is no slice; it is one of {', '.join(_GENERATIONS)} and a "
-            "topology, as in v5e:4x4 or v5p:2x2x1"
+            f"--tpu_type={tpu_type} is not a slice; use one of {', '.join(_GENERATIONS)} and its "
+            "shape, such as v5e:4x4 or v5p:2x2x1"
         )
     name, cores, _ = _GENERATIONS[generation]
     for side in topology.split("x"):
@@ -123,38 +136,38 @@ def _tool_names(tpu_type: str) -> tuple[str, str]:
 
 
 def _runtime_version(accelerator: str) -> str:
-    """The software of a TPU VM, of --runtime_version or what is usual."""
+    """The software version of the TPU VM: --runtime_version, or the usual one for the slice."""
     if _RUNTIME_VERSION.value:
         return _RUNTIME_VERSION.value
     for name, _, version in _GENERATIONS.values():
         if accelerator.startswith(f"{name}-"):
             return version
     raise LaunchError(
-        f"--tpu_type={_TPU_TYPE.value} has no usual software; name it by --runtime_version "
-        "(gcloud compute tpus versions list)"
+        f"the software version for --tpu_type={_TPU_TYPE.value} is not known: set "
+        "--runtime_version (`gcloud compute tpus versions list` shows the versions)"
     )
 
 
 def _main_command() -> str:
-    """What every host runs in the end: main, with the configuration's flags and gs:// paths."""
+    """The command that every host runs: main, with the configuration's flags and gs:// paths."""
     path, colon, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     if "data.dir" in overrides:
-        raise LaunchError("config.data.dir is what --data_dir says here; leave the first out")
+        raise LaunchError("--config.data.dir is set by --data_dir here: remove --config.data.dir")
     folders = {"workdir": _WORKDIR.value, "data_dir": _DATA_DIR.value}
     if init_from := _CONFIG.value.get("init_from"):
         folders["config.init_from"] = init_from
     for name, folder in folders.items():
         if not folder.startswith("gs://"):
             raise LaunchError(
-                f"--{name}={folder} lies in no gs:// bucket, and the hosts of a slice see nothing "
-                "else; name a folder as gs://BUCKET/PATH (gcloud storage cp -r takes files there)"
+                f"--{name}={folder} is not in a gs:// bucket, and the hosts of a slice cannot "
+                "read it: use gs://BUCKET/PATH (`gcloud storage cp -r` copies files there)"
             )
     inside = os.path.relpath(command_line.find_config(path), _ROOT)
     if inside.startswith(".."):
         raise LaunchError(
-            f"--config={path} lies outside of {_ROOT}, which is all that hosts get; "
-            "move it into configs of the git checkout that you launch from"
+            f"--config={path} is outside of {_ROOT}, and hosts get only that folder: move the "
+            "file into configs of the git checkout that you launch from"
         )
     arguments = {
         "config": inside + colon + variant,
@@ -162,20 +175,23 @@ def _main_command() -> str:
         "config.data.dir": _DATA_DIR.value,
         "workdir": _WORKDIR.value,
         "distributed": True,
-        # So that what was told to stop is started again.
+        # So that a run is restarted after SIGTERM.
         "preemption_status": 128 + signal.SIGTERM,
     }
-    # exec, so that SIGTERM reaches Python, which then saves.
+    # exec, so that SIGTERM reaches Python, which then saves a checkpoint.
     command = "exec python -m cromss_jax.main " + shlex.join(
         f"--{name}={value}" for name, value in arguments.items()
     )
     if "\n" in command:
-        raise LaunchError("a value of --config.x=y holds a line break; xpk takes a single line")
+        raise LaunchError(
+            "the value of a --config.x=y flag contains a line break, and xpk accepts only a single "
+            "line: remove the line break"
+        )
     return command
 
 
 def _git(*arguments: str) -> str:
-    """What git prints about the source tree."""
+    """Runs git in the source tree and returns its output."""
     try:
         return subprocess.run(
             ["git", "-C", _ROOT, *arguments], check=True, capture_output=True, text=True
@@ -188,21 +204,21 @@ def _commit() -> str:
     """The commit that hosts get.
 
     Raises:
-      LaunchError: if what would run here is not what is committed.
+      LaunchError: if the working tree has changes that are not committed.
     """
-    if package.IS_INSTALLED:  # whatever repository may lie around it
+    if package.IS_INSTALLED:  # even if it is installed inside another repository
         raise LaunchError(_NO_CHECKOUT)
     sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock")
     if changed := _git("status", "--porcelain", "--", *sources):
         raise LaunchError(
-            f"hosts get the last commit, and {changed.splitlines()[0].split()[-1]} is not as "
-            "committed; commit it first, or name an --image"
+            f"hosts get the last commit, and {changed.splitlines()[0].split()[-1]} has changes "
+            "that are not committed: commit them first, or set --image"
         )
     return _git("rev-parse", "HEAD")
 
 
 def _given(**options) -> list[str]:
-    """Options of a tool, without those that have no value."""
+    """Command-line options of a tool; options without a value are left out."""
     return [
         f"--{name.replace('_', '-')}={value}"
         for name, value in options.items()
@@ -211,11 +227,11 @@ def _given(**options) -> list[str]:
 
 
 def _startup_script(command: str, archive: str = "") -> str:
-    """What a host runs when it boots.
+    """The script that a host runs at boot.
 
     Args:
-      command: what the container runs.
-      archive: gs:// path of the source tree; unless an image holds it.
+      command: command that the container runs.
+      archive: gs:// path of the source tree; empty if the image contains it.
     """
     if archive:
         prepare = f"gcloud storage cp {shlex.quote(archive)} {_ARCHIVE}"
@@ -235,17 +251,18 @@ def _startup_script(command: str, archive: str = "") -> str:
 
 
 def submission(options: Sequence[str]) -> str:
-    """The shell script that submits the run; it wants to start in an empty folder.
+    """The shell script that submits the run; it must be started in an empty folder.
 
     Args:
-      options: further options of xpk or gcloud.
+      options: further options for xpk or gcloud.
 
     Raises:
-      LaunchError: for flags that cannot work.
+      LaunchError: if the flags cannot work.
     """
     if options and not options[0].startswith("-"):
         raise LaunchError(
-            f"{options[0]} is no flag; options of the tool stand behind ` -- `, as in -- --spot"
+            f"{options[0]} is not a flag: put options of xpk or gcloud after ` -- `, such as "
+            "-- --spot"
         )
     xpk_type, accelerator = _tool_names(_TPU_TYPE.value)
     command = _main_command()
@@ -260,8 +277,8 @@ def submission(options: Sequence[str]) -> str:
     if _BACKEND.value == "xpk":
         if not _CLUSTER.value:
             raise LaunchError(
-                "xpk needs a GKE cluster: name it by --cluster, or without GKE use "
-                "--backend=queued_resources"
+                "--cluster is missing, and xpk needs a GKE cluster: set it, or use "
+                "--backend=queued_resources without GKE"
             )
         submit = ["xpk", "workload", "create", f"--cluster={_CLUSTER.value}"]
         submit += _given(workload=_NAME.value, tpu_type=xpk_type, num_slices=_NUM_SLICES.value)
@@ -271,7 +288,7 @@ def submission(options: Sequence[str]) -> str:
             termination_grace_period_seconds=_GRACE_SECONDS.value,
             docker_image=_IMAGE.value,
         )
-        if not _IMAGE.value:  # xpk puts the folder into an image of its own
+        if not _IMAGE.value:  # xpk builds an image with the contents of the folder
             submit += _given(base_docker_image=_BASE_IMAGE, script_dir=".")
         submit.append(f"--command={command}")
     else:
@@ -297,7 +314,7 @@ def submission(options: Sequence[str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Submits or prints; a sentence and exit code 1 for what the user can mend."""
+    """Submits or prints. Errors that the user can fix are printed as one sentence, exit code 1."""
     try:
         script = submission(arguments[1:])
         if _DRY_RUN.value:
@@ -305,7 +322,7 @@ def main(arguments: list[str]) -> None:
             return
         tool, remedy = _TOOLS[_BACKEND.value]
         if not shutil.which(tool):
-            raise LaunchError(f"{tool} was not found, which submits the run; {remedy}")
+            raise LaunchError(f"{tool}, which submits the run, was not found: {remedy}")
     except LaunchError as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,15 @@
-"""What pretraining will cost on a TPU slice, found out without one.
+"""Estimates what pretraining costs on a TPU slice, without the slice.
 
     python -m cromss_jax.plan --config=configs/pretrain.py --topology=v5e:4x4 [--config.x=y]
 
-compiles the very step that `cromss_jax.main` would run there, which takes minutes and needs libtpu
-(`pip install libtpu`), and prints what the compiler knows of it: a table, and as last line JSON.
-`--topology=cpu:8` compiles for so many simulated devices and needs nothing; there are no times
-then, as no peaks are published. The exit status is 1 if the step does not fit.
+compiles the step that `cromss_jax.main` would run there and prints the compiler's figures: a table,
+then JSON in the last line. Compiling takes minutes and needs libtpu (`pip install libtpu`).
+`--topology=cpu:8` compiles for 8 simulated devices and needs no libtpu; it prints no times, because
+CPUs have no published peak rates. The exit status is 1 if the step does not fit into memory.
 
-Arithmetic and memory are the compiler's figures, a TPU's memory traffic is reckoned from the
-compiled program (`traffic`). All times are bounds as far as these hold: at a chip's published
-peaks, with arithmetic, memory and network perfectly overlapped, validation and checkpoints left
-out.
+Arithmetic and memory are the compiler's figures. A TPU's memory traffic is counted in the compiled
+program (`costs.traffic`). All times are lower bounds: they assume a chip's published peak rates,
+with arithmetic, memory and network fully overlapped, and leave out validation and checkpoints.
 """
 
 import bisect
@@ -21,141 +20,60 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 from jax.experimental import topologies
 
-from cromss_jax import command_line, files, sensors
-from cromss_jax.costs import costs, traffic
-from cromss_jax.data import input_pipeline
+from cromss_jax import command_line, files
+from cromss_jax.costs import costs, table, traffic
+from cromss_jax.data import description, input_pipeline
 from cromss_jax.training import pretrain, pretrain_step, run
 from cromss_jax.training.state import TrainState
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "A slice, as v5e:4x4 (v4, v5e, v5p, v6e), or cpu:8 for simulated devices"
+    "topology",
+    None,
+    "A slice of v4, v5e, v5p or v6e, such as v5e:4x4; or cpu:8 for 8 simulated devices",
 )
 _NUM_LOCATIONS = flags.DEFINE_integer(
-    "num_locations", None, "Places of the data, those held back included", lower_bound=1
+    "num_locations",
+    None,
+    "Number of locations in the data, validation included",
+    lower_bound=1,
 )
-_TILE_SIZE = flags.DEFINE_integer("data_tile_size", None, "Pixels of a tile at 10 m", lower_bound=1)
-_SEASONS = flags.DEFINE_integer("data_seasons", None, "Most seasons of a place", lower_bound=1)
+_TILE_SIZE = flags.DEFINE_integer(
+    "data_tile_size", None, "Tile size in pixels at 10 m", lower_bound=1
+)
+_SEASONS = flags.DEFINE_integer(
+    "data_seasons", None, "Largest number of seasons of a location", lower_bound=1
+)
 _SAMPLES_PER_SECOND_PER_CORE = flags.DEFINE_float(
     "samples_per_second_per_core",
-    # 570 on two cores, records of 264 x 264 with four seasons, from a warm cache.
+    # Measured: 570 on two cores, records of 264 x 264 with four seasons, from a warm cache.
     285.0,
-    "What a reading thread manages: measure it by `python -m tests.bench.input`",
+    "Samples per second that one thread reads; measure it by `python -m tests.bench.input`",
     lower_bound=1e-3,
 )
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Where the batch does not fit, find the largest by compiling, minutes a try"
+    "search",
+    False,
+    "If the batch does not fit, find the largest that does by compiling (minutes per attempt)",
 )
 
 
 class PlanError(ValueError):
-    """Nothing can be compiled so."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What a plan must know of the data.
-
-    Attributes:
-      source: where the rest is known from.
-      num_locations: those held back included.
-      tile_size: pixels at 10 m.
-      seasons: the most that a place has.
-      features: names of what a record holds.
-    """
-
-    source: str
-    num_locations: int
-    tile_size: int
-    seasons: int
-    features: tuple[str, ...]
-
-
-# SSL4EO-S12 with noisy labels, as data_prep builds it from the distributed files.
-_PUBLISHED = Data(
-    source="SSL4EO-S12 + NoL as published",
-    num_locations=103_793,
-    tile_size=264,
-    seasons=4,
-    features=("s1", *(f"s2_{m}m" for m in sensors.S2_BANDS_BY_RESOLUTION), "labels", "season"),
-)
-
-
-def find_data(config: ml_collections.ConfigDict, **overrides: int | None) -> Data:
-    """The data set of the configuration; the published one where there is none.
-
-    Args:
-      config: the configuration.
-      **overrides: fields of `Data` that are known otherwise; None for those that are not.
-
-    Raises:
-      data.DataError: if the data set cannot be read.
-      files.PathError: if it lies where nothing can be read from.
-      PlanError: for tiles that have no whole number of pixels in every band.
-    """
-    found = _PUBLISHED
-    folder = files.absolute(config.data.dir) / config.data.name
-    if folder.exists():
-        dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
-        found = Data(
-            source=str(folder),
-            num_locations=dataset.num_locations,
-            tile_size=dataset.tile_size,
-            seasons=len(dataset.source[0]["labels"]),
-            features=dataset.features,
-        )
-    given = {name: value for name, value in overrides.items() if value is not None}
-    found = dataclasses.replace(found, **given)
-    coarsest = max(sensors.S2_BANDS_BY_RESOLUTION) // 10
-    if found.tile_size % coarsest:
-        raise PlanError(
-            f"--data_tile_size is {found.tile_size}; bands at 60 m need a multiple of {coarsest}, "
-            f"such as {max(found.tile_size // coarsest, 1) * coarsest}"
-        )
-    return found
-
-
-def record_shapes(
-    described: Data, modalities: Sequence[str], batch_size: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what `data.read_batch` makes of such a data set."""
-    size = described.tile_size
-    shapes = {
-        "s1": (size, size, len(sensors.S1_BANDS)),
-        "s2": (size, size, len(sensors.S2_BANDS)),
-        "labels": (described.seasons, size, size),
-        "truth": (size, size),
-    }
-    for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
-        side = size * 10 // metres
-        shapes[f"s2_{metres}m"] = (side, side, len(bands))
-    names = [name for m in modalities for name in input_pipeline.IMAGE_FEATURES[m]] + [
-        "labels",
-        "truth",
-    ]
-    records = {
-        name: jax.ShapeDtypeStruct((batch_size, *shapes[name]), jnp.uint8)
-        for name in names
-        if name in described.features
-    }
-    records["season"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    records["is_real"] = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
-    return records
+    """The step cannot be compiled with these flags."""
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a slice, which are there for the compiler alone; or simulated ones.
+    """The devices of a slice, which exist only for the compiler, or simulated CPU devices.
 
     Raises:
-      PlanError: for what is no slice, or without libtpu.
+      PlanError: if the topology is unknown or libtpu is not installed.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
@@ -163,35 +81,35 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
         return jax.devices("cpu")
     if kind not in costs.CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise PlanError(
-            f"--topology={topology} is no slice; it is one of {', '.join(costs.CHIPS)} and a "
-            "topology, as in v5e:4x4 or v5p:2x2x1, or cpu:8 for eight simulated devices"
+            f"--topology={topology} is not a slice; use one of {', '.join(costs.CHIPS)} and its "
+            "shape, such as v5e:4x4 or v5p:2x2x1, or cpu:8 for eight simulated devices"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
-            f"--topology={topology} needs the compiler for TPUs, libtpu, which is not installed; "
-            "`pip install libtpu` (or the extra, `pip install -e .[plan]`), or plan for cpu:8"
+            f"--topology={topology} needs libtpu, the compiler for TPUs, which is not installed: "
+            "run `pip install libtpu` (or the extra, `pip install -e .[plan]`), or use cpu:8"
         )
-    # There is no TPU, nor a cloud machine's metadata to ask; other processes may use libtpu too.
+    # There is no TPU and no cloud metadata server here. Other processes may use libtpu, too.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    # A chip of v4 is one device to JAX, as those of the others are without being told.
+    # A v4 chip is one device in JAX only with this option; chips of the other types always are.
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PlanError(
-            f"--topology={topology} is none that libtpu knows ({reason}); name another, such as "
+            f"libtpu does not know --topology={topology} ({reason}); use another one, such as "
             "v5e:4x4 or v5p:2x2x1"
         ) from error
 
 
 class OutOfMemory(Exception):
-    """The compiler found no way to fit the step.
+    """The step does not fit into the chips' memory.
 
     Attributes:
-      needed: bytes a chip.
-      available: bytes a chip.
+      needed: bytes per chip.
+      available: bytes per chip.
     """
 
     def __init__(self, needed: float, available: float):
@@ -201,8 +119,8 @@ class OutOfMemory(Exception):
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
-    """What XLA's message says of the chip's memory; None if that is not what it is about."""
-    # Its two wordings; in both the first amount is of everything, arguments included.
+    """Parses an XLA error message about the chip's memory; None for messages about other things."""
+    # XLA has two wordings. In both, the first amount is the total, arguments included.
     size = r"([\d.]+)([KMGT])"
     wordings = (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm")
     found = re.search(wordings[0], message) or re.search(wordings[1], message)
@@ -213,16 +131,11 @@ def out_of_memory(message: str) -> OutOfMemory | None:
     return OutOfMemory(float(needed) * scale[needed_unit], float(available) * scale[available_unit])
 
 
-def num_train_locations(config: ml_collections.ConfigDict, described: Data) -> int:
-    """Without those held back."""
-    locations, _ = input_pipeline.split_locations(
-        described.num_locations, config.data.validation_fraction, config.seed
-    )
-    return len(locations)
-
-
 def num_rotated(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> float:
-    """Samples that a chip rotates in a step, on average: rounds of the step's one open loop."""
+    """Mean number of samples that a chip rotates per step.
+
+    It is the number of rounds of the step's only loop without a constant number of rounds.
+    """
     return config.augmentation.rotation_probability * config.batch_size / mesh.size
 
 
@@ -232,22 +145,22 @@ def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
 
 
 def compile_step(
-    config: ml_collections.ConfigDict, described: Data, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict, described: description.Description, mesh: jax.sharding.Mesh
 ) -> jax.stages.Compiled:
-    """Compiles the training step for a mesh, none of whose devices need be there.
+    """Compiles the training step for a mesh whose devices need not exist.
 
     Raises:
-      OutOfMemory: if it does not fit.
+      OutOfMemory: if the step does not fit into the chips' memory.
     """
     train_step = pretrain.jit_train_step(
         config,
         pretrain_step.network_definition(config),
-        num_train_locations(config, described),
+        description.num_train_locations(config, described),
         mesh,
     )
-    records = record_shapes(described, config.modalities, config.batch_size)
+    records = description.record_shapes(described, config.modalities, config.batch_size)
     lowered = train_step.lower(abstract_state(config), records)
-    # Nothing is run on simulated devices: their machine code needs no care, which takes minutes.
+    # The code for simulated devices never runs, so optimising it would only cost minutes.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
     try:
@@ -259,9 +172,9 @@ def compile_step(
 
 
 def search_batch(
-    config: ml_collections.ConfigDict, described: Data, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict, described: description.Description, mesh: jax.sharding.Mesh
 ) -> int:
-    """How many images a chip fit where `config.batch_size` does not: bisection, a compile a try."""
+    """The largest number of images per chip that fits: bisection, one compile per attempt."""
 
     def overflows(images: int) -> bool:
         changed = ml_collections.ConfigDict(config)
@@ -269,20 +182,37 @@ def search_batch(
         try:
             compile_step(changed, described, mesh)
         except OutOfMemory as found:
-            print(f"{images} images a chip do not fit: {found}", flush=True)
+            print(f"{images} images per chip do not fit: {found}", flush=True)
             return True
-        print(f"{images} images a chip fit", flush=True)
+        print(f"{images} images per chip fit", flush=True)
         return False
 
     return bisect.bisect_left(range(1, config.batch_size // mesh.size), True, key=overflows)
 
 
 def estimate_batch(config: ml_collections.ConfigDict, num_chips: int, full: OutOfMemory) -> int:
-    """The same without compiling: all but state and gradients is taken to grow with the batch."""
+    """An estimate of `search_batch` without compiling.
+
+    It assumes that all memory except state and gradients grows in proportion to the batch.
+    """
     state = abstract_state(config)
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, state.params)))
     share = (full.available - fixed) / (full.needed - fixed)
     return max(int(share * (config.batch_size // num_chips)), 0)
+
+
+def _too_large(
+    full: OutOfMemory, images: int, num_chips: int, is_compiled: bool
+) -> dict[str, object]:
+    """The figures of a step that does not fit, with the largest number of images that does."""
+    return {
+        "fits": False,
+        "memory": {"peak": full.needed},
+        "memory_available": full.available,
+        "largest_images_a_chip": images,
+        "largest_batch_size": images * num_chips,
+        "largest_is": "compiled" if is_compiled else "estimated",
+    }
 
 
 def make_plan(
@@ -293,30 +223,29 @@ def make_plan(
     search: bool = False,
     **overrides: int | None,
 ) -> dict[str, object]:
-    """Compiles and reckons; returns the figures, which `table` shows.
+    """Compiles the step and returns the plan's figures, which `table.markdown` prints.
 
     Args:
       config: the configuration.
-      topology: the slice.
-      per_core: samples a second that a core reads.
-      search: whether to compile for smaller batches where this one does not fit.
-      **overrides: as for `find_data`.
+      topology: the slice, as for `find_devices`.
+      per_core: samples per second that one core reads.
+      search: whether to compile for smaller batches if this one does not fit.
+      **overrides: as for `description.describe`.
 
     Raises:
-      PlanError, data.DataError, files.PathError, run.ConfigError: each with a sentence for the
-        user.
+      PlanError, DataError, files.PathError, run.ConfigError: each with a message for the user.
     """
     if config.mode != "pretrain":
         raise PlanError(
-            f"config.mode is {config.mode!r}; only pretraining is planned, as by "
+            f"config.mode is {config.mode!r}, but only pretraining can be planned: use "
             "--config=configs/pretrain.py"
         )
     config = ml_collections.FrozenConfigDict(config)
-    described = find_data(config, **overrides)
+    described = description.describe(config, **overrides)
     pretrain.check_config(config, described.tile_size)
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     chip = costs.CHIPS.get(topology.partition(":")[0])
-    train_locations = num_train_locations(config, described)
+    train_locations = description.num_train_locations(config, described)
     figures = {
         "topology": topology,
         "data": described.source,
@@ -336,14 +265,7 @@ def make_plan(
             images = search_batch(config, described, mesh)
         else:
             images = estimate_batch(config, mesh.size, full)
-        return figures | {
-            "fits": False,
-            "memory": {"peak": full.needed},
-            "memory_available": full.available,
-            "largest_images_a_chip": images,
-            "largest_batch_size": images * mesh.size,
-            "largest_is": "compiled" if search else "estimated",
-        }
+        return figures | _too_large(full, images, mesh.size, search)
     figures["compile_seconds"] = round(time.perf_counter() - started, 1)
     cost = costs.measure(
         compiled, is_tpu=chip is not None, unknown_rounds=num_rotated(config, mesh)
@@ -369,89 +291,11 @@ def make_plan(
     return figures
 
 
-def _amount(value: float, unit: str) -> str:
-    """60.4 GB of 60.4e9 bytes."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000 or prefix == "T":
-            return f"{value:.3g} {prefix}{unit}"
-        value /= 1000
-
-
-def _reading_verdict(found: Mapping[str, object]) -> str:
-    if found["keeps_up"]:
-        return "keeps up"
-    if found["could_keep_up"]:
-        return f"too slow: set config.data.num_threads to {found['threads_a_host_needed']}"
-    return f"too slow, whatever the threads: a host has {found['cores_a_host']} cores"
-
-
-def table(figures: Mapping[str, object]) -> str:
-    """The figures of `make_plan` in Markdown."""
-    lines = [
-        f"{figures['topology']}: {figures['chips']} chips, batch {figures['batch_size']}, "
-        f"{figures['images_a_chip']} images a chip. {figures['data']}: "
-        f"{figures['train_locations']} places to train on, tiles of {figures['tile_size']} pixels, "
-        f"{figures['seasons']} seasons.",
-        "",
-    ]
-    if not figures["fits"]:
-        sizes = figures["memory"]["peak"], figures["memory_available"]
-        needed, available = (f"{size / costs.GIB:.2f}" for size in sizes)
-        lines.append(f"Does not fit: a chip needs {needed} GiB and has {available}.")
-        if not figures["largest_images_a_chip"]:
-            lines.append("Not a single image a chip does; use a smaller network or crop.")
-            return "\n".join(lines)
-        how = {
-            "compiled": "found by compiling",
-            "estimated": "an estimate from this compile alone, in proportion; --search compiles",
-        }
-        lines.append(
-            f"The largest that does is config.batch_size {figures['largest_batch_size']}, "
-            f"{figures['largest_images_a_chip']} images a chip ({how[figures['largest_is']]})."
-        )
-        return "\n".join(lines)
-
-    chip = costs.CHIPS.get(figures["topology"].partition(":")[0])
-
-    def at_peak(name: str, value: float, unit: str, peak: str) -> tuple[str, ...]:
-        if not chip:
-            return name, _amount(value, unit)
-        milliseconds = figures["seconds"][name] * 1e3
-        limit = f"{_amount(getattr(chip, peak), unit)}/s"
-        return name, _amount(value, unit), limit, f"{milliseconds:.3g} ms"
-
-    rows = [(f"memory: {k}", f"{v / costs.GIB:.3f} GiB") for k, v in figures["memory"].items()]
-    if chip:
-        share = figures["memory"]["peak"] / chip.memory
-        rows[-1] += (f"{chip.memory / costs.GIB:.0f} GiB", f"{share:.0%} of it: fits")
-    rows.append(at_peak("arithmetic", figures["flops"], "FLOP", "flops"))
-    rows.append(at_peak("HBM traffic", figures["hbm_bytes"], "B", "hbm_bytes"))
-    for kind, found in figures["collectives"].items():
-        rows.append((f"{found['count']} {kind}", _amount(found["bytes"], "B")))
-    if chip:
-        rows.append(at_peak("interconnect", figures["sent_bytes"], "B", "ici_bytes"))
-        step_milliseconds = figures["step_seconds"] * 1e3
-        rows.append(("a step, at least", "", figures["bound_by"], f"{step_milliseconds:.3g} ms"))
-        rows.append(("images a second, at most", "", "", f"{figures['images_per_second']:,.0f}"))
-        name = f"{figures['num_epochs']} epochs, at least"
-        hours = f"{figures['hours']:.3g} h, {figures['chip_hours']:.3g} chip-hours"
-        rows.append((name, f"{figures['num_steps']:,} steps", "", hours))
-        found = figures["reading"]
-        name = f"reading, hosts {found['hosts']} x {found['cores_a_host']} cores"
-        needed = f"{found['threads_a_host_needed']} threads a host"
-        threads = f"config.data.num_threads {found['threads_a_host']}"
-        rows.append((name, needed, threads, _reading_verdict(found)))
-    rows.append(("compiling", f"{figures['compile_seconds']} s"))
-    lines += ["| a chip, a step | takes | of | makes |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join((*row, '', '')[:4])} |" for row in rows]
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> None:
-    """Prints the plan; a sentence and exit code 1 for what the user can mend."""
+    """Prints the plan. Errors that the user can fix are printed as one sentence, exit code 1."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    jax.config.update("jax_platforms", "cpu")  # whatever else there is: nothing is run
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is needed
     try:
         figures = make_plan(
             _CONFIG.value,
@@ -470,7 +314,7 @@ def main(arguments: list[str]) -> None:
         traffic.UnreadableProgram,
     ) as error:
         sys.exit(f"error: {error}")
-    print(table(figures), end="\n\n")
+    print(table.markdown(figures), end="\n\n")
     print(json.dumps(figures))
     if not figures["fits"]:
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""What is fixed about the sensors and the land-cover classes: bands, statistics, names, colours.
+"""Constants of the sensors and the land-cover classes: bands, statistics, names, colours.
 
-Constants only. Band statistics are those of SSL4EO-S12 (L1C for Sentinel-2, dB for Sentinel-1),
-as the published code uses them.
+Band statistics are those of SSL4EO-S12 (L1C for Sentinel-2, dB for Sentinel-1), as in the published
+code.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ MODALITIES = ("s1", "s2")
 S1_BANDS = ("VV", "VH")
 S2_BANDS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
 
-# Bands by native ground sampling distance in metres. Within a group the order is S2_BANDS'.
+# Bands by native ground sampling distance in metres. Each group has the order of S2_BANDS.
 S2_BANDS_BY_RESOLUTION: Mapping[int, tuple[str, ...]] = {
     10: ("B2", "B3", "B4", "B8"),
     20: ("B5", "B6", "B7", "B8A", "B11", "B12"),
     60: ("B1", "B9", "B10"),
 }
 
-# The band subsets that published weights use, by their number of bands.
+# The band subsets of published weights, by number of bands.
 S2_BAND_SUBSETS: Mapping[int, tuple[str, ...]] = {
     3: ("B4", "B3", "B2"),
     9: ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12"),
@@ -46,7 +46,7 @@ BAND_STATISTICS: Mapping[str, tuple[float, float]] = {
     for band, mean, std in zip(S1_BANDS + S2_BANDS, S1_MEAN + S2_MEAN, S1_STD + S2_STD, strict=True)
 }
 
-# Classes in label order, with the colours that they are usually drawn in.
+# Class names in label order, each with its usual colour "#rrggbb".
 Legend = Mapping[str, str]
 
 DYNAMIC_WORLD: Legend = {
@@ -60,7 +60,7 @@ DYNAMIC_WORLD: Legend = {
     "bare ground": "#a59b8f",
     "snow & ice": "#b39fe1",
 }
-# Colours of the CORINE classes that they are nearest to.
+# Each class has the colour of the most similar CORINE class.
 OSM: Legend = {
     "urban": "#e6004d",
     "arable land": "#ffffa8",
@@ -88,7 +88,7 @@ DFC2020: Legend = {
     "barren": "#f9ffa4",
 }
 
-# What pretraining labels are.
+# The classes of the pretraining labels.
 CLASS_NAMES = tuple(DYNAMIC_WORLD)
 CLASS_COLOURS = tuple(DYNAMIC_WORLD.values())
 NUM_CLASSES = len(CLASS_NAMES)
@@ -99,7 +99,7 @@ def scale_to_uint8(values: np.ndarray, band: str) -> np.ndarray:
     """Maps raw values of one band to 0..255 over mean ± 2 standard deviations.
 
     `(x - (mean - 2 std)) / (4 std) * 255`, clipped to 0..255 and truncated, as the published
-    code prepares its downstream data. The network sees the result divided by 255.
+    code prepares its downstream data. The network's input is the result divided by 255.
 
     Args:
       values: any shape; S1 in dB, S2 L1C as reflectance * 10000.
@@ -113,7 +113,9 @@ def scale_to_uint8(values: np.ndarray, band: str) -> np.ndarray:
     """
     if not np.isfinite(values).all():
         count = int(np.size(values) - np.isfinite(values).sum())
-        raise ValueError(f"band {band} holds {count} pixels that are NaN or infinite")
+        raise ValueError(
+            f"band {band} has {count} pixels that are NaN or infinite: replace or remove them"
+        )
     mean, std = BAND_STATISTICS[band]
     low = mean - 2 * std
     scaled = (values - low) / (4 * std) * 255
@@ -121,7 +123,7 @@ def scale_to_uint8(values: np.ndarray, band: str) -> np.ndarray:
 
 
 def values_of_uint8(pixels: np.ndarray, band: str) -> np.ndarray:
-    """What `scale_to_uint8` was given, up to clipping and truncation.
+    """Inverse of `scale_to_uint8`, up to clipping and truncation.
 
     Args:
       pixels: any shape, 0..255.

@@ -50,7 +50,7 @@ def test_variants():
 
 @pytest.mark.parametrize("argument", ["sampel", "fusion=early", "bands=4", "selection", "sample=1"])
 def test_unknown_variants_are_refused(argument):
-    with pytest.raises(ValueError, match=r"knows no variant .*; it knows sample, fusion=mid"):
+    with pytest.raises(ValueError, match=r"has no variant .*: choose from sample, fusion=mid"):
         pretrain.get_config(argument)
 
 

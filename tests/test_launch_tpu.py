@@ -247,7 +247,7 @@ def test_values_reach_main_as_they_were_given(project, tools):
 @pytest.mark.parametrize(
     ("statuses", "attempts"),
     [((0,), 1), ((143, 134, 0), 3), ((1, 0), 1), ((143, 143, 143, 0), 3)],
-    ids=["finished", "told to stop, then a host lost", "a mistake", "too many restarts"],
+    ids=["finished", "interrupted, then a host lost", "a user error", "too many restarts"],
 )
 def test_the_startup_script_starts_again_what_was_interrupted(
     project, startup_script, tools, tmp_path, statuses, attempts
@@ -277,18 +277,18 @@ def test_the_startup_script_starts_again_what_was_interrupted(
 MISTAKES = (
     ([*XPK, "--config.los.prior=s"], 'Did you mean "loss" instead of "los"'),
     ([*XPK, "--config.batch_sise=4"], 'Did you mean "batch_size"'),
-    ([*XPK, "--config=configs/pretrain.py:fusion=early"], "knows no variant 'fusion=early'"),
+    ([*XPK, "--config=configs/pretrain.py:fusion=early"], "has no variant 'fusion=early'"),
     ([*XPK, "--config=configs/pretrian.py"], "--config=configs/pretrian.py: no such file"),
     ([*XPK, "--config=a.py", "--config.seed=1"], "--config=a.py: no such file"),
-    ([*XPK, "--workdir=runs/mid"], "--workdir=runs/mid lies in no gs:// bucket"),
-    ([*XPK, "--workdir=s3://b/mid"], "--workdir=s3://b/mid lies in no gs:// bucket"),
-    ([*XPK, "--data_dir=data"], "--data_dir=data lies in no gs:// bucket"),
-    ([*XPK, "--config.init_from=runs/x"], "--config.init_from=runs/x lies in no gs:// bucket"),
-    ([*XPK, "--config.data.dir=gs://b"], "config.data.dir is what --data_dir says"),
-    ([*SLICE, *FOLDERS], "xpk needs a GKE cluster: name it by --cluster"),
-    ([*XPK, "--tpu_type=v5e:44"], "--tpu_type=v5e:44 is no slice"),
-    ([*QUEUED, "--tpu_type=v9-8"], "name it by --runtime_version"),
-    ([*XPK, "spot"], "spot is no flag; options of the tool stand behind ` -- `"),
+    ([*XPK, "--workdir=runs/mid"], "--workdir=runs/mid is not in a gs:// bucket"),
+    ([*XPK, "--workdir=s3://b/mid"], "--workdir=s3://b/mid is not in a gs:// bucket"),
+    ([*XPK, "--data_dir=data"], "--data_dir=data is not in a gs:// bucket"),
+    ([*XPK, "--config.init_from=runs/x"], "--config.init_from=runs/x is not in a gs:// bucket"),
+    ([*XPK, "--config.data.dir=gs://b"], "config.data.dir is set by --data_dir"),
+    ([*SLICE, *FOLDERS], "--cluster is missing, and xpk needs a GKE cluster"),
+    ([*XPK, "--tpu_type=v5e:44"], "--tpu_type=v5e:44 is not a slice"),
+    ([*QUEUED, "--tpu_type=v9-8"], "set --runtime_version"),
+    ([*XPK, "spot"], "spot is not a flag: put options of xpk or gcloud after ` -- `"),
     ([*SLICE, FOLDERS[0]], "--data_dir must have a value"),
 )
 
@@ -305,17 +305,17 @@ def test_only_what_is_committed_is_sent(project, tmp_path):
     other = tmp_path / "configs"
     shutil.copytree(project / "configs", other)
     (outside,) = launch(project, [f"--config={other / 'pretrain.py'}", *XPK])
-    check_refused(outside, "move it into configs")
+    check_refused(outside, "move the file into configs")
     copy = tmp_path / "copy"
     shutil.copytree(project, copy)
     with (copy / "configs/pretrain.py").open("a") as file:
         file.write("# changed\n")
     arguments = ("--config=configs/pretrain.py", "--dry_run", *XPK)
     (changed,) = launch(copy, arguments)
-    check_refused(changed, "configs/pretrain.py is not as committed; commit it first")
+    check_refused(changed, "configs/pretrain.py has changes that are not committed: commit them")
     shutil.rmtree(copy / ".git")
     exported, image = launch(copy, arguments, [*arguments, "--image=eu.gcr.io/a/b:1"])
-    check_refused(exported, "is no git checkout")
+    check_refused(exported, "is not a git checkout")
     assert image.returncode == 0
 
 
@@ -327,7 +327,7 @@ def test_it_starts_in_any_folder(project, tmp_path):
     assert f"taken from the package, {project / 'configs/pretrain.py'}" in elsewhere.stderr
     shutil.copytree(project / "configs", tmp_path / "configs")
     (own,) = launch(project, arguments, cwd=tmp_path)
-    check_refused(own, f"--config=configs/pretrain.py lies outside of {project}")
+    check_refused(own, f"--config=configs/pretrain.py is outside of {project}")
 
 
 def test_a_missing_tool_is_named(project, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_missing_tool_is_named(project, monkeypatch):
         pytest.skip("xpk lies beside git")
     monkeypatch.setenv("PATH", str(git_folder))
     (done,) = launch(project, ["--config=configs/pretrain.py", *XPK])
-    check_refused(done, "xpk was not found, which submits the run; install it")
+    check_refused(done, "xpk, which submits the run, was not found: install it")
 
 
 def test_xpk_accepts_it_and_its_container_hands_sigterm_on(project, tools, tmp_path):
@@ -358,7 +358,7 @@ def test_xpk_accepts_it_and_its_container_hands_sigterm_on(project, tools, tmp_p
     job = slices["template"]["spec"]
     assert (slices["replicas"], job["parallelism"]) == (2, 4)  # slices, hosts of each
     (rule,) = job["podFailurePolicy"]["rules"]
-    # Does not fail the job, so that it starts again: told to stop, and another host lost.
+    # These do not fail the job, so that it restarts: interrupted, and another host lost.
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
     assert {143, 134} < set(rule["onExitCodes"]["values"])
     pod = job["template"]["spec"]

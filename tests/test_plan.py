@@ -1,4 +1,4 @@
-"""What a plan reckons, on programs and peaks small enough to work out by hand."""
+"""The figures of a plan, on programs and peaks small enough to work out by hand."""
 
 import json
 import re
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cromss_jax import plan, sensors
-from cromss_jax.costs import costs
-from cromss_jax.data import input_pipeline
+from cromss_jax.costs import costs, table
+from cromss_jax.data import description, input_pipeline
 from cromss_jax.training import run, sharding
 from tests import runs
 
@@ -104,15 +104,15 @@ def test_bounds_by_hand():
     [
         (2000.0, 8, 100, 100, "keeps up"),
         (2000.0, 8, 99, 100, "too slow: set config.data.num_threads to 100"),
-        (2020.0, 8, 200, 101, "too slow, whatever the threads: a host has 100 cores"),
+        (2020.0, 8, 200, 101, "too slow for any number of threads: a host has 100 cores"),
         (250.0, 1, 30, 25, "keeps up"),  # a quarter of a host
-        (260.0, 1, 30, 26, "too slow, whatever the threads: a host has 25 cores"),
+        (260.0, 1, 30, 26, "too slow for any number of threads: a host has 25 cores"),
     ],
 )
 def test_reading_against_need(speed, chips, threads, needed, verdict):
     found = costs.reading(speed, CHIP, num_chips=chips, num_threads=threads, per_core=10.0)
     assert found["threads_a_host_needed"] == needed
-    assert plan._reading_verdict(found) == verdict
+    assert table.reading_verdict(found) == verdict
 
 
 def test_shapes_are_those_that_are_read():
@@ -130,22 +130,22 @@ def test_shapes_are_those_that_are_read():
     dataset = input_pipeline.TileDataset(
         [record], tuple(record), T, np.ones(1), True, sensors.DYNAMIC_WORLD
     )
-    described = plan.Data("here", 1, T, S, tuple(record))
+    described = description.Description("here", 1, T, S, tuple(record))
     for modalities in (("s1", "s2"), ("s1",), ("s2",)):
         read = input_pipeline.read_batch(dataset, modalities, np.zeros(5, int))
         expected = {name: (x.shape, x.dtype) for name, x in read.items()}
-        planned = plan.record_shapes(described, modalities, 5)
+        planned = description.record_shapes(described, modalities, 5)
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == expected
 
 
 def test_published_data_stand_in_for_absent_ones():
     config = runs.tiny_config("absent", "")
-    found = plan.find_data(config, seasons=None)
+    found = description.describe(config, seasons=None)
     assert (found.num_locations, found.tile_size, found.seasons) == (103_793, 264, 4)
-    assert plan.num_train_locations(config, found) == 103_793 - 1038
-    assert plan.find_data(config, tile_size=96).tile_size == 96
-    with pytest.raises(plan.PlanError, match="a multiple of 6, such as 96$"):
-        plan.find_data(config, tile_size=100)
+    assert description.num_train_locations(config, found) == 103_793 - 1038
+    assert description.describe(config, tile_size=96).tile_size == 96
+    with pytest.raises(input_pipeline.DataError, match="a multiple of 6, such as 96$"):
+        description.describe(config, tile_size=100)
 
 
 # As libtpu 0.0.52 says it, and a message that its library holds beside.
@@ -187,30 +187,30 @@ def test_what_does_not_fit_says_what_would(too_large):
     figures = plan.make_plan(config, "v5e:2x2", per_core=1)
     # Of 25.6 million float32: state (parameters, two moments) and gradients, 0.38 GiB.
     assert figures["largest_images_a_chip"] == int((15.75 - 0.38) / (22.5 - 0.38) * 32) == 22
-    assert "does is config.batch_size 44, 22 images a chip (an estimate" in plan.table(figures)
+    assert "fits is config.batch_size 44, 22 images per chip (estimated" in table.markdown(figures)
     assert tried == [32]
 
     figures = plan.make_plan(config, "v5e:2x2", per_core=1, search=True)
     assert (figures["fits"], figures["largest_images_a_chip"]) == (False, 11)
-    lines = plan.table(figures).splitlines()
+    lines = table.markdown(figures).splitlines()
     assert lines[-2] == "Does not fit: a chip needs 22.50 GiB and has 15.75."
-    assert lines[-1].endswith("is config.batch_size 22, 11 images a chip (found by compiling).")
+    assert lines[-1].endswith("is config.batch_size 22, 11 images per chip (found by compiling).")
     assert len(tried) <= 2 + 5 + 1
 
 
 def test_a_batch_that_the_chips_cannot_share(too_large):
     config, _ = too_large
     config.batch_size = 63
-    with pytest.raises(run.ConfigError, match=r"63, which 2 devices .* use a multiple of 2"):
+    with pytest.raises(run.ConfigError, match=r"batch_size is 63\b.*\b2 devices\b.*multiple of 2"):
         plan.make_plan(config, "v5e:2x2", per_core=1)
     config.mode = "finetune"
-    with pytest.raises(plan.PlanError, match="only pretraining is planned"):
+    with pytest.raises(plan.PlanError, match="only pretraining can be planned"):
         plan.make_plan(config, "v5e:2x2", per_core=1)
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v7:4x4", "cpu:0", "cpu:2x2", "4x4", ""])
 def test_what_is_no_slice(topology):
-    with pytest.raises(plan.PlanError, match="it is one of v4, v5e, v5p, v6e and a topology"):
+    with pytest.raises(plan.PlanError, match="use one of v4, v5e, v5p, v6e and its shape"):
         plan.find_devices(topology)
 
 
@@ -224,7 +224,7 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
 def toy(monkeypatch):
     """The sample's state and records with a step that adds; two devices, of whatever topology.
 
-    The real step is that of `train.jit_train_step`; `tests.bench.scaling` compiles it.
+    The real step is that of `pretrain.jit_train_step`; `tests.bench.scaling` compiles it.
     """
 
     def jit_train_step(config, definition, num_locations, mesh):
@@ -254,7 +254,7 @@ def test_a_plan_for_simulated_devices(toy):
     assert figures["collectives"] == {"all-reduce": {"count": 1, "bytes": 28}}
     assert (figures["chips"], figures["images_a_chip"], figures["fits"]) == (2, 3, True)
     assert "hours" not in figures
-    text = plan.table(figures)
+    text = table.markdown(figures)
     assert f"| memory: arguments | {(state + 3 * sample) / 2**30:.3f} GiB |  |  |" in text
     assert "| 1 all-reduce | 28 B |  |  |" in text
     json.dumps(figures)
@@ -263,11 +263,11 @@ def test_a_plan_for_simulated_devices(toy):
 def test_a_plan_for_chips(toy):
     toy.num_epochs = 3
     figures = plan.make_plan(toy, "v5e:2x2", **SMALL)
-    text = plan.table(figures)
-    assert figures["num_steps"] == 28  # of 6, for 3 epochs of 56 places
+    text = table.markdown(figures)
+    assert figures["num_steps"] == 28  # of 6, for 3 epochs of 56 locations
     # The toy reads and writes its state, which is most of what it does.
     step_seconds = figures["hbm_bytes"] / 819e9
-    assert f"| a step, at least |  | HBM traffic | {step_seconds * 1e3:.3g} ms |" in text
+    assert f"| one step, at least |  | HBM traffic | {step_seconds * 1e3:.3g} ms |" in text
     assert figures["chip_hours"] == pytest.approx(2 * 28 * step_seconds / 3600)
     assert re.search(r"\| memory: peak \| 0\.\d+ GiB \| 16 GiB \| \d% of it: fits \|", text)
     assert "| reading, hosts 1 x 56 cores |" in text

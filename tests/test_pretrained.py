@@ -298,9 +298,9 @@ def test_cards_that_cannot_be(tmp_path, change, sentence):
 def test_what_holds_no_weights(finetuning, tmp_path):
     with pytest.raises(cromss_jax.WeightsError, match="nowhere: no such file or folder; give"):
         cromss_jax.load(tmp_path / "nowhere")
-    with pytest.raises(cromss_jax.WeightsError, match="choose one of the runs in it: seed_0"):
+    with pytest.raises(cromss_jax.WeightsError, match="such as one of the runs in it: seed_0"):
         cromss_jax.load(finetuning[1])
-    with pytest.raises(cromss_jax.WeightsError, match="a folder knows its bands"):
+    with pytest.raises(cromss_jax.WeightsError, match="a folder states its own bands"):
         cromss_jax.load(finetuning[1] / "seed_0", bands=S2)
 
 

@@ -107,14 +107,13 @@ def test_mistakes_are_told_in_a_sentence(site, tmp_path):
     stored = run(site, tmp_path, *runs.command("cromss_jax.main", **flags)[1:])
     assert stored.returncode == 1
     assert stored.stderr.splitlines()[1:] == [
-        "error: s3://bucket/run: s3:// is not supported; name a local folder, or one in a bucket "
-        "as gs://BUCKET/PATH"
+        "error: s3://bucket/run: s3:// is not supported: use a local folder or gs://BUCKET/PATH"
     ]
     flags = dict(config="configs/pretrain.py", workdir="gs://b/mid", data_dir="gs://b/data")
     flags |= dict(name="mid", cluster="cluster", tpu_type="v5e:4x4")
     launched = run(site, tmp_path, *runs.command("cromss_jax.launch_tpu", **flags)[1:])
     assert launched.returncode == 1
-    assert "is no git checkout, from which hosts get a commit" in launched.stderr
+    assert "is not a git checkout, and hosts get a commit" in launched.stderr
     flags |= dict(image="eu.gcr.io/a/b:1", dry_run=True)
     of_image = run(site, tmp_path, *runs.command("cromss_jax.launch_tpu", **flags)[1:])
     assert of_image.returncode == 0, of_image.stderr

@@ -2,7 +2,7 @@
 `pytest.importorskip("segmentation_models_pytorch")`."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def torch_network(
     seed: int,
     decoder: str = "unet",
 ) -> torch.nn.Module:
-    """smp's counterpart of `models.make_network`, initialised from `seed`.
+    """smp's counterpart of `fusion.make_network`, initialised from `seed`.
 
     Without fusion it is smp's own model, which takes and returns an image, not a dict of them.
     """
@@ -231,32 +231,15 @@ def exact_gradients(
     return {k: v.grad.numpy() for k, v in network.named_parameters() if v.grad is not None}
 
 
-def errors(
-    fusion: str,
-    depth: int,
-    num_channels: Mapping[str, int],
-    compiler_options: Mapping,
-    decoder: str = "unet",
-) -> dict[str, float]:
-    """How far the same weights are from computing the same here and in PyTorch.
+def compiled_functions(
+    config, images: Mapping, batch: Mapping, compiler_options: Mapping
+) -> tuple[Callable, Callable]:
+    """Our network of a configuration as two functions of (params, batch_stats).
 
-    Evaluation, then a forward and backward pass of the total loss in training, with random
-    weights; and, with the weights that come out of it here moved to PyTorch, evaluation again.
-    Nothing is dropped on either side.
+    Returns:
+      Logits in evaluation; and in training (loss, (logits, batch_stats)), gradients.
     """
-    config = network_config(fusion, depth, num_channels["s2"], decoder)
-    theirs = torch_network(fusion, depth, num_channels, NUM_CLASSES, seed=4, decoder=decoder)
-    without_dropout(theirs)
-    randomise_norms(theirs, seed=5)
     definition = pretrain_step.network_definition(config)
-    abstract = nnx.state(nnx.eval_shape(lambda: pretrain_step.make_network(config, nnx.Rngs(0))))
-    batch = example_batch(num_channels)
-    images = {m: batch[m] for m in num_channels}
-    torch_images = {m: to_torch_image(x) for m, x in images.items()}
-
-    def state_of(network):
-        state = torch_keys.from_torch_state(torch_arrays(network), abstract)
-        return nnx.split_state(state, nnx.Param, nnx.BatchStat)
 
     def evaluate(params, batch_stats):
         return nnx.merge(definition, params, batch_stats)(images, train=False)
@@ -267,10 +250,74 @@ def errors(
         loss, _ = objective.training_loss(config, logits, batch, EPOCH)
         return loss, (logits, nnx.state(network, nnx.BatchStat))
 
-    evaluate = jax.jit(evaluate, compiler_options=compiler_options)
-    differentiate = jax.jit(
-        jax.value_and_grad(loss_of, has_aux=True), compiler_options=compiler_options
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+    return (
+        jax.jit(evaluate, compiler_options=compiler_options),
+        jax.jit(differentiate, compiler_options=compiler_options),
     )
+
+
+def gradient_error(
+    grads: Mapping[str, np.ndarray], theirs: torch.nn.Module, exact: Mapping | None
+) -> float:
+    """Largest distance of a gradient from PyTorch's, relative to its length, beyond rounding.
+
+    Args:
+      grads: our gradients, by PyTorch's keys.
+      theirs: the network with PyTorch's gradients in float32.
+      exact: PyTorch's gradients in float64; None for a U-Net, whose float32 gradients are precise.
+    """
+    expected = {
+        key: value.grad.numpy()
+        for key, value in theirs.named_parameters()
+        if value.grad is not None
+    }
+    # A PSPNet's encoder has stages that it does not use.
+    assert not any(np.any(grads[key]) for key in grads.keys() - expected.keys())
+    if exact is None:
+        norms = {key: np.linalg.norm(value) for key, value in expected.items()}
+        slack = dict.fromkeys(norms, gradient_floor(norms))
+    else:
+        # Pooling before a BatchNorm loses digits: BatchNorm normalises over the few averages, in
+        # ASPP two, so float32 subtracts nearly equal numbers. PyTorch's own float32 gradients then
+        # differ by 2 % from its float64 ones, and biases with a gradient of zero have only
+        # rounding. So the reference is float64, and four times PyTorch's own rounding is allowed;
+        # ours was no more than three times.
+        slack = {key: 4 * np.linalg.norm(expected[key] - exact[key]) for key in exact}
+        expected = exact
+        norms = {key: np.linalg.norm(value) for key, value in expected.items()}
+    return max(
+        max(np.linalg.norm(grads[key] - expected[key]) - slack[key], 0) / max(norm, slack[key])
+        for key, norm in norms.items()
+    )
+
+
+def errors(
+    fusion: str,
+    depth: int,
+    num_channels: Mapping[str, int],
+    compiler_options: Mapping,
+    decoder: str = "unet",
+) -> dict[str, float]:
+    """Differences between our results and PyTorch's with the same weights, without dropout.
+
+    First evaluation, then a forward and backward pass of the total loss in training, with random
+    weights. Then evaluation again, with the weights after our pass moved to PyTorch.
+    """
+    config = network_config(fusion, depth, num_channels["s2"], decoder)
+    theirs = torch_network(fusion, depth, num_channels, NUM_CLASSES, seed=4, decoder=decoder)
+    without_dropout(theirs)
+    randomise_norms(theirs, seed=5)
+    abstract = nnx.state(nnx.eval_shape(lambda: pretrain_step.make_network(config, nnx.Rngs(0))))
+    batch = example_batch(num_channels)
+    images = {m: batch[m] for m in num_channels}
+    torch_images = {m: to_torch_image(x) for m, x in images.items()}
+    evaluate, differentiate = compiled_functions(config, images, batch, compiler_options)
+
+    def state_of(network):
+        state = torch_keys.from_torch_state(torch_arrays(network), abstract)
+        return nnx.split_state(state, nnx.Param, nnx.BatchStat)
+
     found = {}
     with torch.no_grad():
         expected = theirs.eval()(torch_images)
@@ -292,32 +339,8 @@ def errors(
         scaled_error(array, arrays[key])
         for key, array in torch_keys.to_torch_state(batch_stats).items()
     )
-    grads = torch_keys.to_torch_state(grads)
-    expected_grads = {
-        key: value.grad.numpy()
-        for key, value in theirs.named_parameters()
-        if value.grad is not None
-    }
-    # The stages that a PSPNet's encoder holds and doesn't use.
-    assert not any(np.any(grads[key]) for key in grads.keys() - expected_grads.keys())
-    if decoder == "unet":
-        norms = {key: np.linalg.norm(value) for key, value in expected_grads.items()}
-        slack = dict.fromkeys(norms, gradient_floor(norms))
-    else:
-        # What pools before a BatchNorm loses digits: over the few averages that it normalises, in
-        # ASPP two, float32 subtracts nearly equal numbers. PyTorch's own float32 gradients of it
-        # are 2 % beside its float64 ones, and biases whose gradient is zero have rounding alone.
-        # So the reference is float64, and four times PyTorch's own rounding is free; ours came to
-        # three times at most.
-        exact = exact_gradients(before, torch_images, batch)
-        slack = {key: 4 * np.linalg.norm(expected_grads[key] - exact[key]) for key in exact}
-        expected_grads = exact
-        norms = {key: np.linalg.norm(value) for key, value in expected_grads.items()}
-    found["gradients"] = max(
-        max(np.linalg.norm(grads[key] - expected_grads[key]) - slack[key], 0)
-        / max(norm, slack[key])
-        for key, norm in norms.items()
-    )
+    exact = None if decoder == "unet" else exact_gradients(before, torch_images, batch)
+    found["gradients"] = gradient_error(torch_keys.to_torch_state(grads), theirs, exact)
 
     moved = torch_keys.to_torch_state(params) | torch_keys.to_torch_state(batch_stats)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in moved.items()}, strict=True)

@@ -1,8 +1,8 @@
-"""What a compiled program costs a device, and how long that takes at the least.
+"""The costs of a compiled step on one device, and lower bounds of its time.
 
-Figures are of one step on one device and, but for a TPU's memory traffic, the compiler's: as right
-as its counts. Times are bounds: at the peaks that a chip's maker publishes, with arithmetic, memory
-and network perfectly overlapped.
+Figures are for one step on one device. They are the compiler's own counts, except for a TPU's
+memory traffic (`traffic`). Times are lower bounds: they assume the peak rates that the chip's maker
+publishes, with arithmetic, memory and network fully overlapped.
 """
 
 import collections
@@ -21,15 +21,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is published of a chip, and of the virtual machines that hold it.
+    """Published figures of a chip and of its host machine.
 
     Attributes:
-      flops: a second, in bfloat16; matrix products of float32 are made of these too.
-      hbm_bytes: a second.
-      ici_bytes: a second, that leave a chip through all its links; half of "bidirectional".
+      flops: operations per second in bfloat16; float32 matrix products consist of these too.
+      hbm_bytes: bytes of memory traffic per second.
+      ici_bytes: bytes per second that a chip sends through all its links; half of the
+        "bidirectional" figure.
       memory: bytes.
-      host_chips: of a machine, in slices of more than one.
-      host_cores: virtual ones, of such a machine.
+      host_chips: chips per host machine, in slices of more than one host.
+      host_cores: virtual CPU cores of such a host.
     """
 
     flops: float
@@ -40,8 +41,8 @@ class Chip:
     host_cores: int
 
 
-# From cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; machines are ct4p-hightpu-4t, ct5lp-hightpu-4t,
-# ct5p-hightpu-4t and ct6e-standard-4t.
+# From cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The hosts are the machine types ct4p-hightpu-4t,
+# ct5lp-hightpu-4t, ct5p-hightpu-4t and ct6e-standard-4t.
 CHIPS = {
     "v4": Chip(275e12, 1228e9, 300e9, 32 * GIB, 4, 240),
     "v5e": Chip(197e12, 819e9, 200e9, 16 * GIB, 4, 112),
@@ -52,11 +53,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of a kind.
+    """All collectives of one kind.
 
     Attributes:
-      count: how many run.
-      bytes: of their results, on a device.
+      count: number of collectives that run.
+      bytes: bytes of their results on one device.
     """
 
     count: int = 0
@@ -64,8 +65,8 @@ class Collective:
 
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# "... = (f32[8]{0:T(256)}, s32[]) all-reduce(", or its -done: of what runs in two parts, the second
-# has the result alone.
+# "... = (f32[8]{0:T(256)}, s32[]) all-reduce(", or its "-done": an asynchronous collective has two
+# parts, and only the second one's shape is that of the result alone.
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\(")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -73,28 +74,28 @@ _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an HLO shape, of a tuple all of them: 36 of `(f32[8]{0}, s32[])`."""
+    """Bytes of an HLO shape; for a tuple, of all its elements: 36 for `(f32[8]{0}, s32[])`."""
     total = 0
     for dtype, sides in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape):
-        bits = re.search(r"\d+", dtype)  # none in pred, which takes a byte
+        bits = re.search(r"\d+", dtype)  # "pred" has no number and takes one byte
         count = math.prod(int(side) for side in sides.split(",") if side)
         total += count * (int(bits[0]) if bits else 8) // 8
     return total
 
 
 def find_collectives(hlo: str) -> dict[str, Collective]:
-    """What a compiled program communicates, by kind.
+    """The collectives of a compiled program, by kind.
 
-    The collectives of a loop count once a round where the program says how many rounds there are,
-    as for CPUs, and once in all where it doesn't, as for TPUs. Of the training step's loops only
-    the searches of `selection.class_thresholds` communicate, 108 bytes a round.
+    If the program states how many rounds a loop has, as for CPUs, the loop's collectives count once
+    per round. If it does not, as for TPUs, they count only once. Of the training step's loops, only
+    the searches of `selection.class_thresholds` communicate, 108 bytes per round.
 
     Args:
       hlo: text of the optimised program.
     """
     entry, name = "", ""
-    own = collections.defaultdict(list)  # by computation, (kind, bytes)
-    called = collections.defaultdict(list)  # by computation, (other computation, times)
+    own = collections.defaultdict(list)  # by computation: (kind, bytes)
+    called = collections.defaultdict(list)  # by computation: (called computation, times)
     for line in hlo.splitlines():
         if header := traffic.COMPUTATION.match(line):
             name = header[2]
@@ -129,14 +130,14 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a compiled step takes of each device.
+    """Costs of a compiled step on each device.
 
     Attributes:
-      memory: bytes by what they hold; "peak" is what is there at once.
-      flops: operations a step.
-      hbm_bytes: of a TPU's memory, read and written a step (`traffic`); elsewhere the compiler's
-        count of all that is accessed.
-      collectives: by kind.
+      memory: bytes by content; "peak" is their sum, the memory needed at once.
+      flops: operations per step.
+      hbm_bytes: for TPUs, bytes of memory read and written per step (`traffic`); for other devices,
+        the compiler's count of bytes accessed.
+      collectives: the collectives of a step, by kind.
     """
 
     memory: dict[str, int]
@@ -148,18 +149,18 @@ class Cost:
 def measure(
     compiled: jax.stages.Compiled, *, is_tpu: bool = False, unknown_rounds: float = 0
 ) -> Cost:
-    """Asks the compiler what a step costs.
+    """The costs of a compiled step, from the compiler and from the program's text.
 
     Args:
       compiled: the step.
       is_tpu: whether it is compiled for TPUs.
-      unknown_rounds: to be expected of its loops whose rounds are not known before they run.
+      unknown_rounds: expected number of rounds of loops whose number of rounds is not constant.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        # The new state takes the place of the old one.
+        # The new state reuses the memory of the old one.
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "generated code": memory.generated_code_size_in_bytes,
     }
@@ -175,7 +176,7 @@ def measure(
 
 
 def sent_bytes(found: Mapping[str, Collective], num_chips: int) -> float:
-    """Bytes that each chip must send at least, whatever the algorithm."""
+    """The least number of bytes that each chip must send, for any algorithm."""
     others = (num_chips - 1) / num_chips
     shares = {"all-reduce": 2 * others, "all-gather": others, "all-to-all": others}
     shares |= {"reduce-scatter": num_chips - 1, "collective-permute": 1}
@@ -185,14 +186,14 @@ def sent_bytes(found: Mapping[str, Collective], num_chips: int) -> float:
 def bounds(
     cost: Cost, chip: Chip, *, num_chips: int, batch_size: int, num_samples: int
 ) -> dict[str, object]:
-    """The least time and the most speed that a chip's peaks allow.
+    """Lower bounds of time and upper bounds of speed from a chip's peak rates.
 
     Args:
-      cost: of a step.
-      chip: its peaks.
-      num_chips: that share a batch.
-      batch_size: samples of all chips together.
-      num_samples: to train on in all, epochs times locations.
+      cost: costs of a step.
+      chip: the chip with its peak rates.
+      num_chips: number of chips that share a batch.
+      batch_size: samples per step on all chips together.
+      num_samples: samples in the whole training, epochs times locations.
     """
     sent = sent_bytes(cost.collectives, num_chips)
     seconds = {
@@ -218,14 +219,14 @@ def bounds(
 def reading(
     images_per_second: float, chip: Chip, *, num_chips: int, num_threads: int, per_core: float
 ) -> dict[str, object]:
-    """Whether the slice's machines read as fast as its chips could train.
+    """Compares how fast the hosts can read with how fast the chips could train.
 
     Args:
-      images_per_second: of the whole slice.
-      chip: with its machine.
-      num_chips: of the slice; fewer than a machine has come with their share of its cores.
-      num_threads: `config.data.num_threads`, of each machine.
-      per_core: samples a second that a core reads.
+      images_per_second: training speed of the whole slice.
+      chip: the chip and its host machine.
+      num_chips: chips of the slice. A slice smaller than a host gets a share of the host's cores.
+      num_threads: `config.data.num_threads`, reading threads of each host.
+      per_core: samples per second that one core reads.
     """
     num_hosts = -(-num_chips // chip.host_chips)
     host_cores = chip.host_cores * num_chips // (chip.host_chips * num_hosts)

@@ -1,9 +1,10 @@
-"""What a program compiled for a TPU moves between chip and memory (HBM), by its text.
+"""Memory traffic of a program compiled for a TPU: bytes between chip and memory (HBM).
 
-An instruction reads its operands and writes its results, padded as they lie in memory. What the
-compiler keeps on the chip, in memory space 1, moves nothing; a copy between chip and memory counts
-once. Unlike the compiler's own count ("bytes accessed"), which takes both kinds of memory for one
-and a loop for a single round of it, this one leaves out what stays on the chip and has every round.
+The count is made from the program's text. An instruction reads its operands and writes its results,
+with the padding that they have in memory. Arrays that the compiler keeps on the chip, in memory
+space 1, cause no traffic; a copy between chip and memory counts once. The compiler's own count
+("bytes accessed") does not distinguish the two kinds of memory and counts a single round of each
+loop. This count leaves out what stays on the chip and includes every round.
 """
 
 import collections
@@ -15,11 +16,11 @@ from collections.abc import Mapping, Sequence
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)((?::[^}]*)?)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
-# The line that a computation begins with: whether it is the program's first, and its name.
+# The first line of a computation: whether the program starts with it, and its name.
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # "%name = shape opcode(%operand, ...), attributes"
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)$")
-# These move nothing. Custom calls allocate, or name parts of an array as a whole.
+# These move no data. Custom calls only allocate memory, or combine parts into one array.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all")
 _FREE += ("custom-call",)
 _SLICES = ("slice", "dynamic-slice", "dynamic-update-slice")
@@ -37,7 +38,7 @@ class Instruction:
     is_root: bool
 
     def attribute(self, name: str) -> str:
-        """Its value, "" where there is none."""
+        """The value of an attribute, "" if the instruction does not have it."""
         found = re.search(rf'\b{name}="?%?([^",\s]+)', self.attributes)
         return found[1] if found else ""
 
@@ -46,14 +47,14 @@ Computation = Mapping[str, Instruction]
 
 
 class UnreadableProgram(ValueError):
-    """A compiled program whose traffic cannot be counted."""
+    """The traffic of a compiled program cannot be counted."""
 
 
 def hbm_bytes(shape: str) -> int:
-    """Bytes that a shape takes of HBM, padded to its tiles; of a tuple all of them.
+    """Bytes of a shape in HBM, padded to its tiles; for a tuple, of all its elements.
 
-    `bf16[16,256,256,16]{3,0,2,1:T(8,128)}` lists its dimensions from the innermost outwards, and
-    the two innermost, 16 channels and 16 images, are padded to 128 and to multiples of 8.
+    `bf16[16,256,256,16]{3,0,2,1:T(8,128)}` lists its dimensions from the innermost outwards. The
+    two innermost ones, 16 channels and 16 images, are padded to multiples of 128 and of 8.
     """
     total = 0
     for dtype, sides, order, memory in _SHAPE.findall(shape):
@@ -65,17 +66,17 @@ def hbm_bytes(shape: str) -> int:
             sides = [sides[int(i)] for i in order.split(",")]
         tile = _TILE.search(memory)
         tile = [int(side) for side in tile[1].split(",")][::-1] if tile else []
-        if len(tile) > 1:  # those of vectors are none of theirs
+        if len(tile) > 1:  # one-dimensional tiles of vectors are not counted as padding
             sides += [1] * (len(tile) - len(sides))
             padded = [-(-side // of) * of for side, of in zip(sides, tile, strict=False)]
             sides = padded + sides[len(tile) :]
-        bits = re.search(r"\d+", dtype)  # none in pred, which takes a byte
+        bits = re.search(r"\d+", dtype)  # "pred" has no number and takes one byte
         total += math.prod(sides) * max(int(bits[0]) // 8 if bits else 1, 1)
     return total
 
 
 def parse(hlo: str) -> dict[str, dict[str, Instruction]]:
-    """The computations of a compiled program's text, by name; the last is where it begins."""
+    """The computations of a compiled program's text, by name; the program starts with the last."""
     computations = {}
     for line in hlo.splitlines():
         if header := COMPUTATION.match(line):
@@ -90,7 +91,7 @@ def parse(hlo: str) -> dict[str, dict[str, Instruction]]:
 
 
 def _read_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
-    """Of what an instruction reads; of an operand that it reads slices of, the slices."""
+    """Bytes that an instruction reads; of an operand read only in slices, those of the slices."""
     parameters = {i.operands[0]: i.name for i in fused.values() if i.opcode == "parameter"}
     total = 0
     for position, operand in enumerate(instruction.operands):
@@ -105,16 +106,16 @@ def _read_bytes(instruction: Instruction, computation: Computation, fused: Compu
 
 
 def _in_hbm(shape: str) -> str:
-    """The same shape, if it lay in HBM."""
+    """The same shape, with HBM as its memory space."""
     return re.sub(r"S\(\d+\)", "", shape)
 
 
 def _written_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
-    """Of what an instruction writes; of an array that it updates in place, the update."""
+    """Bytes that an instruction writes; for an array updated in place, those of the update."""
     root = next((i for i in fused.values() if i.is_root), instruction)
     inside = fused or computation
     roots, shapes = [root], [instruction.shape]
-    if root.opcode == "tuple":  # of a fusion that makes several arrays
+    if root.opcode == "tuple":  # a fusion with several results
         roots = [inside[name] for name in root.operands]
         shapes = [found[0] for found in re.finditer(_SHAPE, instruction.shape)]
     total = 0
@@ -124,15 +125,15 @@ def _written_bytes(instruction: Instruction, computation: Computation, fused: Co
             update = inside[result.operands[1]].shape
             size = min(size, hbm_bytes(_in_hbm(update)))
             if not fused:
-                size += hbm_bytes(update)  # read
+                size += hbm_bytes(update)  # the update is also read
         total += size
     return total
 
 
 def _moved_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
-    """Read and written by an instruction that is no loop."""
+    """Bytes read and written by an instruction that is not a loop."""
     if instruction.opcode.endswith("-done"):
-        # Its operand is a tuple: of a copy (to, from, context), else ((from), to, context).
+        # The operand is a tuple: (to, from, context) for a copy, else ((from), to, context).
         operand = computation[instruction.operands[0]].shape
         shapes = [found[0] for found in re.finditer(_SHAPE, operand)]
         read = hbm_bytes(shapes[instruction.opcode == "copy-done"])
@@ -150,10 +151,11 @@ def _moved_bytes(instruction: Instruction, computation: Computation, fused: Comp
 
 
 def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
-    """Which of `parts` each instruction is of, "" of none.
+    """Which of `parts` each instruction belongs to, "" for none.
 
-    By its own name, such as "jit(train_step)/transpose(jvp(encoder))/dot_general", or else by what
-    it reads first, which comes before it.
+    An instruction's own name decides, such as
+    "jit(train_step)/transpose(jvp(encoder))/dot_general". If it names no part, the instruction
+    belongs to the part of its first operand, which comes before it in the program.
     """
     found: dict[str, str] = {}
     for name, instruction in computation.items():
@@ -165,25 +167,25 @@ def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
 
 
 def _rounds(loop: Instruction, computations: Mapping[str, Computation], unknown: float) -> float:
-    """Of a loop, which counts from 0 to a constant; `unknown` if not to one."""
+    """Number of rounds of a loop that counts from 0 to a constant; otherwise `unknown`."""
     condition = computations[loop.attribute("condition")]
     bounds = [i.operands[0] for i in condition.values() if i.opcode == "constant"]
     return max((int(bound) for bound in bounds if bound.isdigit()), default=unknown)
 
 
 def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> dict[str, float]:
-    """Bytes of HBM that a program moves.
+    """Bytes of HBM traffic of a program, by part.
 
     Args:
       hlo: the compiled program's text.
-      parts: of the program, names that it gives by `jax.named_scope`.
-      unknown_rounds: of a loop whose rounds are not known before it runs.
+      parts: parts of the program, named by `jax.named_scope`.
+      unknown_rounds: expected number of rounds of loops whose number of rounds is not constant.
 
     Returns:
-      Bytes by part, and "others" of none.
+      Bytes by part; "others" has the bytes that belong to no part.
 
     Raises:
-      UnreadableProgram: for a program with branches, or written otherwise than is known here.
+      UnreadableProgram: if the program has branches, or if its text has an unknown form.
     """
     computations = parse(hlo)
     found = collections.Counter(dict.fromkeys((*parts, "others"), 0.0))
@@ -200,8 +202,8 @@ def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> di
                 walk(instruction.attribute("to_apply"), times, part)
             elif instruction.opcode == "conditional":
                 raise UnreadableProgram(
-                    f"the compiled program has a branch, {instruction.name}, and which way it "
-                    "goes is not known: its memory traffic can't be counted"
+                    f"the compiled program has a branch, {instruction.name}: its memory traffic "
+                    "cannot be counted, because it is not known which side of the branch runs"
                 )
             elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
                 fused = computations.get(instruction.attribute("calls"), {})
@@ -211,7 +213,7 @@ def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> di
         walk(list(computations)[-1], 1, "others")
     except (KeyError, IndexError) as error:
         raise UnreadableProgram(
-            f"the compiled program's text is not as this version of libtpu's was ({error}): its "
-            "memory traffic can't be counted; install libtpu==0.0.52"
+            f"the text of the compiled program has an unknown form ({error}): its memory traffic "
+            "cannot be counted; install libtpu==0.0.52"
         ) from error
     return dict(found)

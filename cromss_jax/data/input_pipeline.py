@@ -1,7 +1,7 @@
-"""From ArrayRecord to batches of uint8 on the host. Decodes and stacks, nothing else; no jax.
+"""From ArrayRecord files to batches of uint8 on the host: decoding and stacking only, without jax.
 
-A data set holds one record per (location, season), the seasons of a location next to each other,
-so that a record's index is the location's start plus the season.
+A data set holds one record per (location, season). The seasons of a location are adjacent, so a
+record's index is the index of the location's first record plus the season.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cromss_jax import files, sensors
 
-# What the device needs of a record (preprocess.py), by modality; a data set has S2 in one array at
-# 10 m or at native sizes.
+# The features of a record that the device needs (see preprocess.py), by modality. A data set has S2
+# either as one array at 10 m or as one array per native resolution.
 IMAGE_FEATURES = {"s1": ("s1",), "s2": ("s2", "s2_10m", "s2_20m", "s2_60m")}
 
 
 class DataError(ValueError):
-    """A data set is missing or does not fit the configuration."""
+    """The data set is missing or does not fit the configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class TileDataset:
     """A prepared data set.
 
     Attributes:
-      source: random access to records: name of feature to array, number or bytes.
-      features: names of what a record holds.
+      source: random access to records; a record maps feature names to arrays, numbers or bytes.
+      features: names of a record's features.
       tile_size: T, pixels at 10 m.
-      season_counts: [locations] int, how many seasons each location has.
-      has_truth: whether records hold the true classes beside the noisy labels.
+      season_counts: [locations] int, number of seasons of each location.
+      has_truth: whether records hold the true classes in addition to the noisy labels.
       legend: the classes in label order, each with its colour.
     """
 
@@ -48,22 +48,22 @@ class TileDataset:
 
     @property
     def num_locations(self) -> int:
-        """Number of places."""
+        """Number of locations."""
         return len(self.season_counts)
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """[locations] int, index of each location's first record."""
+        """Index of each location's first record, [locations] int."""
         return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
 
     @property
     def by_record(self) -> "TileDataset":
-        """The same records, each a place of its own, so that an epoch visits all of them."""
+        """The same data set with one location per record, so that an epoch visits every record."""
         return dataclasses.replace(self, season_counts=np.ones(len(self.source), int))
 
     @property
     def identity(self) -> dict[str, int | str]:
-        """What must not change under a run, since the order of visits follows from it."""
+        """Values that must not change during a run, because the order of visits depends on them."""
         digest = hashlib.sha256(np.asarray(self.season_counts, np.int64).tobytes())
         return {"tile_size": self.tile_size, "season_counts": digest.hexdigest()}
 
@@ -73,7 +73,7 @@ class TileDataset:
 
 
 class _Records(Sequence):
-    """The records of a split, decoded. TFDS's own decoding copies each array once more."""
+    """The decoded records of a split. TFDS's own decoding would copy each array once more."""
 
     def __init__(self, serialized: Sequence[bytes], features: tfds.features.FeaturesDict):
         self._serialized = serialized
@@ -84,10 +84,10 @@ class _Records(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | bytes]:
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+            raise IndexError(f"record {index} does not exist: the split has {len(self)} records")
         stored = tf_example_pb2.Example.FromString(self._serialized[index]).features.feature
         record = {}
-        # Arrays are stored as their bytes (data_prep), numbers and texts as themselves.
+        # data_prep stores arrays as bytes, and numbers and texts as they are.
         for name, form in self._features.items():
             if isinstance(form, tfds.features.Text):
                 record[name] = stored[name].bytes_list.value[0]
@@ -100,14 +100,14 @@ class _Records(Sequence):
 
 
 def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
-    """Opens a split of the newest version of a data set that `data_prep.build` wrote.
+    """Opens a split of the newest version of a data set written by `data_prep.build`.
 
     Raises:
-      DataError: if there is none; says what was looked for and how to make it.
-      files.PathError: if `data_dir` lies where nothing can be read from.
+      DataError: if it does not exist; says where it was expected and how to build it.
+      files.PathError: if the program cannot read from the storage of `data_dir`.
     """
     root = files.absolute(data_dir) / name
-    # Not `incomplete.*`, what a killed build leaves.
+    # Excludes `incomplete.*`, which a killed build leaves behind.
     versions = sorted(
         (tuple(map(int, info.parent.name.split("."))), info.parent)
         for info in root.glob("*.*.*/dataset_info.json")
@@ -115,7 +115,7 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
     )
     if not versions:
         raise DataError(
-            f"no data set found: looked for {root}/VERSION/dataset_info.json. Make it with "
+            f"no data set found: {root}/VERSION/dataset_info.json does not exist. Build it with "
             f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
             f"--data_dir={data_dir}`; `python -m data_prep.sample` makes GeoTIFFs to try it with"
         )
@@ -123,7 +123,8 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
     metadata = builder.info.metadata
     if split not in builder.info.splits:
         raise DataError(
-            f"{versions[-1][1]} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            f"{versions[-1][1]} has no split {split!r}: choose one of "
+            f"{', '.join(builder.info.splits)}"
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     return TileDataset(
@@ -141,22 +142,24 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
 def split_locations(
     num_locations: int, validation_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Holds back a share of the locations, at least one if the share is above 0.
+    """Splits the locations into training and validation.
+
+    Validation gets at least one location if `validation_fraction` is above 0.
 
     Returns:
       Indices of the training and of the validation locations, both sorted.
 
     Raises:
-      DataError: if no location would be left to train on.
+      DataError: if no training location would be left.
     """
     num_validation = round(num_locations * validation_fraction)
     if validation_fraction > 0:
         num_validation = max(num_validation, 1)
     if num_validation >= num_locations:
         raise DataError(
-            f"{num_locations} locations with a validation fraction of {validation_fraction} "
-            "leave none to train on; use more locations or a smaller "
-            "config.data.validation_fraction"
+            f"no training locations are left: the data set has {num_locations} locations and "
+            f"config.data.validation_fraction is {validation_fraction}; use more locations or a "
+            "smaller fraction"
         )
     order = np.random.default_rng(seed).permutation(num_locations)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
@@ -166,20 +169,21 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
     """Reads and stacks records.
 
     Args:
-      dataset: where from.
-      modalities: which imagery is wanted.
-      records: [B] int record indices; -1 stands for padding.
+      dataset: the data set to read from.
+      modalities: the imagery to read.
+      records: [B] int record indices; -1 means padding.
 
     Returns:
       Arrays of the features that the device needs, [B, ...], and `is_real` [B] bool. A padding
-      row repeats a record with all its labels ignored.
+      row repeats a record and has all its labels set to 255, ignored.
     """
     is_real = records >= 0
     names = [name for m in modalities for name in IMAGE_FEATURES[m] if name in dataset.features]
     names += ["labels", "season"] + (["truth"] if dataset.has_truth else [])
     batch = {}
-    # One record at a time: the next one reuses the memory of the last. Held all at once, most of
-    # the time goes to the kernel for fresh pages (1.1 ms against 4 ms a record of 0.9 MB).
+    # One record at a time, so that the next record reuses the memory of the last one: 1.1 ms per
+    # record of 0.9 MB. With all records in memory at once it is 4 ms, mostly spent by the operating
+    # system on new memory pages.
     for row, record in enumerate(np.where(is_real, records, max(records[0], 0)).tolist()):
         decoded = dataset.source[record]
         for name in names:
@@ -197,11 +201,11 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
 def training_records(
     dataset: TileDataset, locations: np.ndarray, batch_size: int, seed: int
 ) -> grain.MapDataset:
-    """Which records make which global batch: an endless, random-access sequence of [B] indices.
+    """The records of each global batch: an endless random-access sequence of [B] indices.
 
-    Every epoch visits each location once, in an order of its own, with a season drawn for the
-    visit. Batches run across the border of epochs, so nothing is dropped: batch k holds visits
-    k B to (k + 1) B of the sequence.
+    Every epoch visits each location once, in a new random order, and draws a season for the visit.
+    Batches continue across the end of an epoch, so no visit is dropped: batch k holds the visits
+    from k B up to (k + 1) B of the sequence.
     """
 
     def draw_season(location: int, rng: np.random.Generator) -> int:
@@ -225,23 +229,23 @@ def training_batches(
     rows: np.ndarray | slice = slice(None),
     num_threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Rows of every global batch, read ahead by threads.
+    """This process's rows of every global batch, prefetched by threads.
 
-    The iterator's state is the number of batches taken, whatever the rows.
+    The iterator's state is the number of batches taken; it does not depend on `rows`.
 
     Args:
-      dataset: where from.
-      modalities: which imagery is wanted.
-      records: of `training_records`.
-      rows: which of a batch's rows are this process's; all by default.
-      num_threads: that read.
+      dataset: the data set to read from.
+      modalities: the imagery to read.
+      records: sequence from `training_records`.
+      rows: the rows of a batch that belong to this process; all rows by default.
+      num_threads: number of reading threads.
     """
 
     def read(batch: np.ndarray) -> dict:
         return read_batch(dataset, modalities, batch[rows])
 
-    # Elements are whole batches of about 0.5 MB a sample: a short buffer is enough. Threads, not
-    # processes: reading and copying release the GIL, and a killed run leaves no orphans behind.
+    # An element is a batch of about 0.5 MB per sample, so a short buffer is enough. Threads are
+    # enough because reading and copying release the GIL; processes would outlive a killed run.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     return iter(records.map(read).to_iter_dataset(options))
 
@@ -249,7 +253,7 @@ def training_batches(
 def validation_records(
     dataset: TileDataset, locations: np.ndarray, batch_size: int
 ) -> list[np.ndarray]:
-    """Every season of the held-back locations, in batches of B indices, the last padded with -1."""
+    """All seasons of the validation locations in batches of B indices; the last is padded by -1."""
     records = np.concatenate(
         [dataset.starts[i] + np.arange(dataset.season_counts[i]) for i in locations]
         or [np.zeros(0, int)]

@@ -1,14 +1,14 @@
-"""From decoded records to what the networks see, on the device and inside the jitted step.
+"""From decoded records to the input of the networks, on the device and inside the jitted step.
 
-A batch of records is the dict that the host makes: uint8 arrays at native resolution,
+A batch of records is the dict that the host prepares, uint8 arrays at native resolution:
     s1 [B, T, T, 2], s2_10m [B, T, T, 4], s2_20m [B, T/2, T/2, 6], s2_60m [B, T/6, T/6, 3] (or
-    s2 [B, T, T, 13] where a data set comes at 10 m), labels [B, S, T, T] of all seasons, season
-    [B] int32, and truth [B, T, T] where there is one.
-A batch of examples is what leaves: imagery in [0, 1], labels, prior, cropped and augmented.
+    s2 [B, T, T, 13] if a data set has all bands at 10 m), labels [B, S, T, T] of all seasons,
+    season [B] int32, and truth [B, T, T] if it is known.
+A batch of examples is the result: imagery in [0, 1], labels and prior, cropped and augmented.
 
-Upsampling, the prior's filter, crop and flips work along each axis by itself: they are one matrix
-an axis, the rows of the filter that are shown, in the order in which they are. Only rotation mixes
-the axes. It comes last, for the samples that are rotated.
+Upsampling, the prior's filter, crop and flips work along each axis separately. Together they are
+one matrix per axis: the filter's rows of the cropped pixels, in the order of these pixels. Only
+rotation mixes the axes. It comes last and only for the samples that are rotated.
 Dimensions: B batch, T tile size, S seasons, H = W crop size, K bands, C classes.
 """
 
@@ -26,12 +26,12 @@ from cromss_jax.networks import packing
 
 Records = Maps = Mapping[str, jax.Array]
 
-# Pixels along the side of the squares that a rotated crop is made of.
+# Side of the square blocks in which a crop is rotated, pixels.
 BLOCK = 8
 
 
 def bicubic_matrix(size: int, factor: int) -> np.ndarray:
-    """Bicubic upsampling along an axis, as PIL's resize: a = -0.5, taps renormalised at borders.
+    """Bicubic upsampling along an axis, as in PIL's resize: a = -0.5, renormalised at the borders.
 
     Returns:
       [size * factor, size] float32; rows sum to 1.
@@ -48,36 +48,37 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
 def upsample(
     bands: jax.Array,
     factor: int,
-    shown: smoothing.Shown = None,
+    crop: smoothing.Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """Brings bands to 10 m, to the grey level PIL's `resize(..., BICUBIC)` of uint8 images.
+    """Upsamples bands to 10 m; equals PIL's `resize(..., BICUBIC)` of uint8 images exactly.
 
     Args:
       bands: [B, h, w, K] uint8.
-      factor: whole number of output pixels a pixel.
-      shown: rows [B, H] and columns [B, W] of the upsampled image to return; all unless given.
-      dtype: a float one; bfloat16 has all whole numbers up to 256, too.
+      factor: number of output pixels per input pixel along an axis.
+      crop: indices of the upsampled image's rows [B, H] and columns [B, W] to return; by default
+        the whole image.
+      dtype: a float dtype; bfloat16 is enough, as it represents all integers up to 256.
 
     Returns:
-      [B, H, W, K] of `dtype`, whole numbers in 0..255.
+      [B, H, W, K] of `dtype`, integer values in 0..255.
     """
     values = bands.astype(dtype)
-    if factor == 1 and shown is None:
+    if factor == 1 and crop is None:
         return values
-    # PIL filters along rows first and rounds to 8 bits after each pass.
+    # PIL filters along the rows first and rounds to 8 bits after each axis.
     for axis in (2, 1):
         size = bands.shape[axis]
         matrix = bicubic_matrix(size, factor) if factor > 1 else np.eye(size, dtype=np.float32)
-        if shown is not None:
-            matrix = jnp.take(matrix, shown[axis - 1], axis=0)
+        if crop is not None:
+            matrix = jnp.take(matrix, crop[axis - 1], axis=0)
         values = smoothing.along_axis(matrix, values, axis)
         values = jnp.clip(jnp.floor(values + 0.5), 0.0, 255.0).astype(dtype)
     return values
 
 
 def _take(images: jax.Array, names: Sequence[str], chosen: Sequence[str]) -> jax.Array:
-    """Bands of [B, h, w, K] by name: slices, which move less than a gather."""
+    """Selects bands of [B, h, w, K] by name, by slices, which move less memory than a gather."""
     return jnp.stack([images[..., names.index(name)] for name in chosen], axis=-1)
 
 
@@ -85,24 +86,24 @@ def stack_bands(
     records: Records,
     modality: str,
     s2_bands: Sequence[str],
-    shown: smoothing.Shown = None,
+    crop: smoothing.Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """Grey levels of a modality at 10 m, [B, H, W, K], bands as asked for.
+    """Pixel values of a modality at 10 m, [B, H, W, K], with the S2 bands in the given order.
 
-    Whole numbers in 0..255; the networks see them divided by 255. `shown` and `dtype` as for
+    Integer values in 0..255; `examples` divides them by 255. `crop` and `dtype` are as for
     `upsample`.
     """
     if modality == "s1":
-        return upsample(records["s1"], 1, shown, dtype)
+        return upsample(records["s1"], 1, crop, dtype)
     if "s2" in records:
-        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, shown, dtype)
+        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, crop, dtype)
     stacked, names = [], []
     for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
         used = [band for band in group if band in s2_bands]
         if used:
             chosen = _take(records[f"s2_{resolution}m"], group, used)
-            stacked.append(upsample(chosen, resolution // 10, shown, dtype))
+            stacked.append(upsample(chosen, resolution // 10, crop, dtype))
             names += used
     return _take(jnp.concatenate(stacked, axis=-1), names, s2_bands)
 
@@ -110,14 +111,14 @@ def stack_bands(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Where each sample of a batch is looked at: crop, then flips, then rotation about the centre.
+    """Geometry of a batch's augmentation: crop, then flips, then rotation about the crop's centre.
 
     Attributes:
       top: [B] int32, first row of the crop.
       left: [B] int32, first column of the crop.
-      flip_rows: [B] bool, upside down.
-      flip_columns: [B] bool, left to right.
-      angle: [B] float32, radians, counter-clockwise; None where no sample is ever rotated.
+      flip_rows: [B] bool, whether the crop is flipped upside down.
+      flip_columns: [B] bool, whether the crop is flipped left to right.
+      angle: [B] float32, radians, counter-clockwise; None if no sample is ever rotated.
     """
 
     top: jax.Array
@@ -126,10 +127,10 @@ class Geometry:
     flip_columns: jax.Array
     angle: jax.Array | None
 
-    def shown(self, size: int, cell: int) -> tuple[jax.Array, jax.Array]:
-        """Rows and columns of the tile that the crop of `size` shows, [B, size] int32 each.
+    def crop(self, size: int, cell: int) -> tuple[jax.Array, jax.Array]:
+        """Rows and columns of the tile in a crop of `size` pixels, [B, size] int32 each.
 
-        In the order of `packing.order`, from first to last in cells of a single pixel.
+        They are in the order of `packing.order`; with `cell` = 1 this is the natural order.
         """
         steps = packing.order(size, cell)[None]
 
@@ -151,11 +152,11 @@ def random_geometry(
     """Draws crops, flips and rotations.
 
     Args:
-      key: PRNG key, one a step.
-      batch_size: B, of the global batch.
+      key: PRNG key, a new one for each step.
+      batch_size: B, size of the global batch.
       margin: tile size minus crop size, pixels.
-      flip_probability: chance of one of the three flips (rows, columns, both), each as likely.
-      rotation_probability: chance of a rotation by U(-max_angle, max_angle).
+      flip_probability: probability of a flip; rows, columns and both are equally likely.
+      rotation_probability: probability of a rotation by an angle from U(-max_angle, max_angle).
       max_angle: degrees.
     """
     keys = jax.random.split(key, 5)
@@ -175,51 +176,52 @@ def random_geometry(
 
 
 def centre_geometry(batch_size: int, margin: int) -> Geometry:
-    """The crop in the middle, neither flipped nor rotated."""
+    """The central crop, neither flipped nor rotated."""
     offset = jnp.full((batch_size,), margin // 2, jnp.int32)
     still = jnp.zeros((batch_size,), bool)
     return Geometry(offset, offset, still, still, None)
 
 
 def _reflect(coordinate: jax.Array, size: int) -> jax.Array:
-    """Folds coordinates into [0, size - 1], the border reflected without repeating its pixel."""
+    """Folds coordinates into [0, size - 1] by reflection; the border pixel is not repeated."""
     period = 2 * (size - 1)
     return (size - 1) - jnp.abs(coordinate % period - (size - 1))
 
 
 def _source_coordinates(angle: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns, [H, W] float32, that the rotated crop shows, in the unrotated crop."""
+    """Rows and columns in the unrotated crop of each rotated pixel, [H, W] float32 each."""
     centre = (size - 1) / 2
     rows = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(-1, 1)
     columns = (jnp.arange(size, dtype=jnp.float32) - centre).reshape(1, -1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # Rows grow downwards: this sign turns the picture counter-clockwise.
+    # Row numbers increase downwards; with these signs the rotation is counter-clockwise.
     source_rows = cos * rows + sin * columns + centre
     source_columns = cos * columns - sin * rows + centre
     return _reflect(source_rows, size), _reflect(source_columns, size)
 
 
 def _rotate(images: Maps, labels: Maps, angle: jax.Array, dtype: jnp.dtype) -> tuple[Maps, Maps]:
-    """Turns a sample about its centre, its border reflected.
+    """Rotates a sample about its centre; the border is reflected.
 
-    Block by block: a block's pixels come from one small square of the crop, and are that square's
-    pixels times a matrix of weights. To gather them one by one moves 53 GB an image as compiled for
-    v5e.
+    The result is computed in blocks. All source pixels of a block lie in one small square of the
+    crop, and the block is the product of a matrix of weights with the pixels of that square.
+    Gathering single pixels instead would move 53 GB per image when compiled for v5e.
 
     Args:
-      images: by name [H, H, K] float32, turned bilinearly.
-      labels: by name [H, H, 1] float32, turned to the nearest pixel.
+      images: by name, [H, H, K] float32; interpolated bilinearly.
+      labels: by name, [H, H, 1] float32; the nearest pixel is taken.
       angle: radians, counter-clockwise.
-      dtype: of what returns.
+      dtype: dtype of the results.
 
     Returns:
-      Both, turned.
+      Images and labels, rotated.
     """
     maps = [*images.values(), *labels.values()]
     size, ends = maps[0].shape[0], np.cumsum([x.shape[-1] for x in maps])
     block = math.gcd(size, BLOCK)
-    # The pixels of a block turned by any angle lie within (block - 1) sqrt(2) of each other, in
-    # rows as in columns, reflected or not; each needs the pixel at or before it and the one after.
+    # For any angle, and also after reflection, the source coordinates of a block span at most
+    # (block - 1) sqrt(2) rows and as many columns. Each coordinate needs the pixel at or before it
+    # and the next one.
     side = min(math.ceil((block - 1) * math.sqrt(2)) + 2, size)
 
     def into_blocks(x: jax.Array) -> jax.Array:
@@ -231,65 +233,66 @@ def _rotate(images: Maps, labels: Maps, angle: jax.Array, dtype: jnp.dtype) -> t
     cut = jax.vmap(lambda i, j: jax.lax.dynamic_slice(maps, (i, j, 0), (side, side, ends[-1])))
 
     def row_of_blocks(source: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Rows and columns that the pixels show, [N, block^2] each -> [block, W, bands]."""
+        """Maps source rows and columns, [N, block^2] each, to rotated pixels [block, W, bands]."""
         first = [
-            jnp.minimum(jnp.floor(jnp.min(where, axis=-1)).astype(jnp.int32), size - side)
-            for where in source
+            jnp.minimum(jnp.floor(jnp.min(coordinate, axis=-1)).astype(jnp.int32), size - side)
+            for coordinate in source
         ]
 
-        def seen(source: Sequence[jax.Array], squares: jax.Array) -> jax.Array:
+        def interpolate(source: Sequence[jax.Array], squares: jax.Array) -> jax.Array:
             steps = [f[:, None, None] + jnp.arange(side).reshape(1, 1, -1) for f in first]
-            down, right = (
-                jnp.maximum(0.0, 1.0 - jnp.abs(where[:, :, None] - step))
-                for where, step in zip(source, steps, strict=True)
+            row_weights, column_weights = (
+                jnp.maximum(0.0, 1.0 - jnp.abs(coordinate[:, :, None] - step))
+                for coordinate, step in zip(source, steps, strict=True)
             )
-            weights = down[:, :, :, None] * right[:, :, None, :]
-            # float32 products: pixels that are not between others keep their values.
+            weights = row_weights[:, :, :, None] * column_weights[:, :, None, :]
+            # float32 products, so that coordinates on a pixel give exactly its value.
             return jnp.einsum("npij,nijk->npk", weights, squares, precision="highest")
 
         squares, num_images = cut(*first), ends[len(images) - 1]
-        turned = [seen(source, squares[..., :num_images])]
-        turned.append(seen([jnp.floor(x + 0.5) for x in source], squares[..., num_images:]))
-        turned = jnp.concatenate(turned, axis=-1).astype(dtype)
-        turned = turned.reshape(-1, block, block, ends[-1])
-        return turned.swapaxes(0, 1).reshape(block, size, ends[-1])
+        rotated = [interpolate(source, squares[..., :num_images])]
+        rotated.append(interpolate([jnp.floor(x + 0.5) for x in source], squares[..., num_images:]))
+        rotated = jnp.concatenate(rotated, axis=-1).astype(dtype)
+        rotated = rotated.reshape(-1, block, block, ends[-1])
+        return rotated.swapaxes(0, 1).reshape(block, size, ends[-1])
 
-    # A row at a time: what it needs stays on the chip.
+    # One row of blocks at a time, so that its data stays in the chip's own memory.
     source = tuple(into_blocks(x) for x in _source_coordinates(angle, size))
-    turned = jax.lax.map(row_of_blocks, source).reshape(size, size, -1)
-    turned = dict(zip([*images, *labels], jnp.split(turned, ends[:-1], axis=-1), strict=True))
-    return {name: turned[name] for name in images}, {name: turned[name] for name in labels}
+    rotated = jax.lax.map(row_of_blocks, source).reshape(size, size, -1)
+    rotated = dict(zip([*images, *labels], jnp.split(rotated, ends[:-1], axis=-1), strict=True))
+    return {name: rotated[name] for name in images}, {name: rotated[name] for name in labels}
 
 
 def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tuple[Maps, Maps]:
-    """Turns those samples whose angle is not 0; the others are not touched.
+    """Rotates the samples whose angle is not 0; the others are not changed.
 
     Args:
-      images: by name [B, H, H, K], of one float dtype.
-      labels: by name [B, H, H, 1] of the same.
-      angle: [B] float32.
-      cell: rows and columns are in the order of `packing.order`.
+      images: by name, [B, H, H, K], all of one float dtype.
+      labels: by name, [B, H, H, 1] of the same dtype.
+      angle: [B] float32, radians.
+      cell: rows and columns are in the order of `packing.order(H, cell)`.
 
     Returns:
-      Both, turned, in the same order.
+      Images and labels, rotated, in the same order.
     """
 
     def one(i: jax.Array, maps: tuple[Maps, Maps]) -> tuple[Maps, Maps]:
-        sample = turned[i]
-        # Widened at once: else XLA brings all samples of a band to the chip for each of them.
-        taken = jax.tree.map(lambda x: x[sample].astype(jnp.float32), maps)
-        images, labels = jax.tree.map(lambda x: packing.in_order(x, cell), taken)
+        sample = rotated[i]
+        # Converted to float32 at once. Otherwise XLA moves all samples of a band to the chip for
+        # each rotated sample.
+        widened = jax.tree.map(lambda x: x[sample].astype(jnp.float32), maps)
+        images, labels = jax.tree.map(lambda x: packing.in_order(x, cell), widened)
         own = _rotate(images, labels, angle[sample], dtype)
         own = jax.tree.map(lambda x: packing.in_order(x, x.shape[0] // cell), own)
         return jax.tree.map(lambda x, y: x.at[sample].set(y), maps, own)
 
     dtype = jnp.result_type(*images.values())
-    turned = jnp.flatnonzero(angle, size=angle.size, fill_value=0)
+    rotated = jnp.flatnonzero(angle, size=angle.size, fill_value=0)
     return jax.lax.fori_loop(0, jnp.count_nonzero(angle), one, (images, labels))
 
 
 def drawn_labels(records: Records) -> jax.Array:
-    """The labels of each record's own season, [B, T, T] int32."""
+    """The labels of each record's season, [B, T, T] int32."""
     season = records["season"].reshape(-1, 1, 1, 1)
     is_drawn = jnp.arange(records["labels"].shape[1]).reshape(1, -1, 1, 1) == season
     return jnp.sum(jnp.where(is_drawn, records["labels"], 0), axis=1, dtype=jnp.int32)
@@ -308,46 +311,49 @@ def examples(
     cell: int = 1,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, jax.Array]:
-    """What the step works on.
+    """Makes a batch of examples, the input of a training or validation step.
 
     Args:
-      records: a batch as the host decodes it (module docstring).
-      geometry: views of the batch's samples.
-      modalities: which of "s1" and "s2".
+      records: a batch of records (see the module docstring).
+      geometry: crops, flips and rotations of the batch's samples.
+      modalities: "s1", "s2" or both.
       s2_bands: names of the Sentinel-2 bands, in the network's order.
-      crop_size: H = W.
+      crop_size: H = W, pixels.
       num_classes: C.
-      prior_kind: of `smoothing.smoothing_prior`, made from the whole tile; None leaves it out.
-      cell: more than 1, which must divide H, packs images (`packing.pack`) and cuts all else into
+      prior_kind: kind of `smoothing.smoothing_prior`, computed from the whole tile; None for no
+        prior.
+      cell: side of the cells of packed images, pixels; H must be divisible by it. If it is larger
+        than 1, images are packed (`packing.pack`) and all other maps are in the order of
         `packing.planes`.
-      dtype: in which images and prior are kept, that of the networks.
+      dtype: dtype of images and prior; the networks' dtype.
 
     Returns:
-      One [B, H, W, K] in [0, 1] a modality; `labels` [B, H, W] uint8, 255 where ignored; `truth`
-      likewise where the records have it; `prior` [B, H, W, C]. Packed, images are
-      [B, H / cell, W / cell, cell^2 K], and of all else cell^2 x (H W / cell^2) stands for H x W.
+      For each modality an image [B, H, W, K] in [0, 1]; `labels` [B, H, W] uint8, 255 at ignored
+      pixels; `truth`, like `labels`, if the records have it; `prior` [B, H, W, C]. Packed images
+      are [B, H / cell, W / cell, cell^2 K]; the other maps then have the dimensions
+      cell^2 x (H W / cell^2) instead of H x W.
     """
-    shown = geometry.shown(crop_size, cell)
+    crop = geometry.crop(crop_size, cell)
     drawn = drawn_labels(records)
-    images = {m: stack_bands(records, m, s2_bands, shown, dtype) for m in modalities}
+    images = {m: stack_bands(records, m, s2_bands, crop, dtype) for m in modalities}
     if prior_kind is not None:
         prior = smoothing.smoothing_prior(
-            records["labels"], drawn, num_classes, prior_kind, shown, dtype
+            records["labels"], drawn, num_classes, prior_kind, crop, dtype
         )
         images["prior"] = prior.astype(dtype)
     labels = {"labels": drawn}
     if "truth" in records:
         labels["truth"] = records["truth"]
-    labels = {name: upsample(x[..., None], 1, shown, dtype) for name, x in labels.items()}
+    labels = {name: upsample(x[..., None], 1, crop, dtype) for name, x in labels.items()}
     if geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 
-    told = {name: x[..., 0].astype(jnp.uint8) for name, x in labels.items()}
+    maps = {name: x[..., 0].astype(jnp.uint8) for name, x in labels.items()}
     if prior_kind is not None:
-        told["prior"] = images.pop("prior")
+        maps["prior"] = images.pop("prior")
     if cell > 1:
         images = {m: packing.pack(x, cell) for m, x in images.items()}
-        told = {name: packing.planes(x, cell) for name, x in told.items()}
-        # Without the barrier XLA makes float32 of bfloat16 first, and then cells and planes of it.
-        images, told = jax.lax.optimization_barrier((images, told))
-    return {m: (x.astype(jnp.float32) / 255.0).astype(dtype) for m, x in images.items()} | told
+        maps = {name: packing.planes(x, cell) for name, x in maps.items()}
+        # Without the barrier XLA converts bfloat16 to float32 first and packs the float32 arrays.
+        images, maps = jax.lax.optimization_barrier((images, maps))
+    return {m: (x.astype(jnp.float32) / 255.0).astype(dtype) for m, x in images.items()} | maps

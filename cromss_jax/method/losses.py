@@ -1,8 +1,8 @@
 """Segmentation and consistency losses (paper, Section III).
 
-Arrays and scalars only. Dimensions: B batch, H height, W width, C classes. A pixel's loss is
-computed without regard to its weight; `weighted_mean` is where weights and ignored pixels enter.
-Soft dice is not a mean over pixels and takes the weights itself.
+Arrays and scalars only. Dimensions: B batch, H height, W width, C classes. The per-pixel losses are
+unweighted; `weighted_mean` applies the weights, which are 0 at ignored pixels. Soft dice is not a
+mean over pixels, so it takes the weights itself.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,16 @@ CONSISTENCY_LOSSES = ("ce", "kl", "mse", "none")
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum(w v) / sum(w), and 0 where all weights are 0. Both [B, H, W] float32."""
+    """Returns sum(w v) / sum(w), or 0 if all weights are 0. Both inputs are [B, H, W] float32."""
     total = jnp.sum(weights)
     return jnp.sum(weights * values) / jnp.where(total > 0, total, 1.0)
 
 
 def argmax(values: jax.Array) -> jax.Array:
-    """The class of the largest value, [B, H, W, C] -> [B, H, W] int32, the first of equals.
+    """The class of the largest value, [B, H, W, C] -> [B, H, W] int32; of equal values the first.
 
-    Two plain reductions: one of pairs needs the classes in a TPU's rows, which are of 128.
+    `jnp.argmax` reduces (value, index) pairs, for which XLA puts the classes into a TPU's rows of
+    128 values. Two plain reductions avoid that.
     """
     num_classes = values.shape[-1]
     largest = jnp.max(values, axis=-1, keepdims=True)
@@ -73,7 +74,7 @@ def segmentation_loss(
       log_probs: [B, H, W, C] float32, log-softmax of the logits.
       targets: [B, H, W, C] float32, smoothed labels, zero vectors at ignored pixels.
       weights: [B, H, W] float32, selection weights, 0 at ignored pixels.
-      kinds: names out of `SEGMENTATION_LOSSES`.
+      kinds: names from `SEGMENTATION_LOSSES`.
 
     Returns:
       Scalar float32.
@@ -87,7 +88,9 @@ def segmentation_loss(
         elif kind == "focal":
             total += weighted_mean(focal(log_probs, targets), weights)
         else:
-            raise ValueError(f"segmentation loss {kind!r} is none of {SEGMENTATION_LOSSES}")
+            raise ValueError(
+                f"unknown segmentation loss {kind!r}: choose from {SEGMENTATION_LOSSES}"
+            )
     return total
 
 
@@ -97,8 +100,8 @@ def consistency_loss(
     """Distance of the student's prediction from the teacher's; no gradient reaches the teacher.
 
     Args:
-      teacher: [B, H, W, C] float32 log-probabilities of the modality that teaches.
-      student: [B, H, W, C] float32 log-probabilities of the other.
+      teacher: [B, H, W, C] float32 log-probabilities of the teaching modality.
+      student: [B, H, W, C] float32 log-probabilities of the other modality.
       weights: [B, H, W] float32, the TEACHER's consistency weights.
       kind: "ce", "kl" or "mse" (summed over classes), or "none".
 
@@ -115,5 +118,5 @@ def consistency_loss(
     elif kind == "none":
         return jnp.float32(0.0)
     else:
-        raise ValueError(f"consistency loss {kind!r} is none of {CONSISTENCY_LOSSES}")
+        raise ValueError(f"unknown consistency loss {kind!r}: choose one of {CONSISTENCY_LOSSES}")
     return weighted_mean(values, weights)

@@ -1,4 +1,4 @@
-"""Scores from confusion matrices, and how well confidence tells wrong labels from right ones."""
+"""Scores from confusion matrices, and how well confidence separates right from wrong labels."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
       num_classes: C.
 
     Returns:
-      [C, C] int32, rows labels, columns predictions.
+      [C, C] int32; rows are labels, columns are predictions.
     """
-    # The product runs in float32, exact while an image has fewer than 2^24 pixels.
+    # The product runs in float32, which is exact for images of fewer than 2^24 pixels.
     label_one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     prediction_one_hot = jax.nn.one_hot(predictions, num_classes, dtype=jnp.float32)
     per_image = jnp.einsum("bhwc,bhwd->bcd", label_one_hot, prediction_one_hot)
@@ -26,17 +26,18 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
 
 
 def no_counts(num_classes: int) -> np.ndarray:
-    """What `add_counts` begins with: [2, C, C] int32."""
+    """The initial value for `add_counts`: zeros, [2, C, C] int32."""
     return np.zeros((2, num_classes, num_classes), np.int32)
 
 
 def add_counts(counts: jax.Array, confusion: jax.Array) -> jax.Array:
     """Adds a batch's confusion matrix to the counts of a whole data set, on the device.
 
-    A test set has more pixels than an int32 can count, and there is no int64 on the device.
+    A test set has more pixels than an int32 can count, and int64 is not available on the device.
+    Each count is therefore stored as two int32: a multiple of 2^20 and a remainder.
 
     Args:
-      counts: [2, C, C] int32, multiples of 2^20 and the rest.
+      counts: [2, C, C] int32, the multiples of 2^20 and the remainders.
       confusion: [C, C] int32, below 2^30.
 
     Returns:
@@ -47,7 +48,7 @@ def add_counts(counts: jax.Array, confusion: jax.Array) -> jax.Array:
 
 
 def counted(counts: np.ndarray) -> np.ndarray:
-    """The confusion matrix [C, C] int64 that the counts [2, C, C] hold."""
+    """Converts the counts [2, C, C] of `add_counts` to a confusion matrix [C, C] int64."""
     high, rest = np.asarray(counts, np.int64)
     return (high << 20) + rest
 
@@ -56,13 +57,13 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
     """Scores of a confusion matrix.
 
     Args:
-      confusion: [C, C] integers, rows labels, columns predictions.
+      confusion: [C, C] integers; rows are labels, columns are predictions.
 
     Returns:
-      Per class, [C] float64: `iou`, `f1`, `precision`, `recall`, NaN where undefined (a class
-      absent from labels and predictions has no IoU; the published code counts it as 1). Scalars
-      in [0, 1]: `oa` overall accuracy, and the means over the classes that the labels hold:
-      `aa` (recall), `miou`, `mf1`, `mprecision`.
+      Per class, [C] float64: `iou`, `f1`, `precision`, `recall`. Undefined values are NaN: a class
+      absent from labels and predictions has no IoU (the published code counts it as 1).
+      Scalars in [0, 1]: `oa` (overall accuracy), and the means over the classes that occur in the
+      labels: `aa` (of recall), `miou`, `mf1`, `mprecision`.
     """
     confusion = np.asarray(confusion, np.float64)
     hits, labelled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
@@ -75,7 +76,7 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
         }
         oa = float(hits.sum() / labelled.sum())
     present = labelled > 0
-    # A class that is never predicted has no precision; its share of the mean is 0.
+    # A class that is never predicted has no precision; it enters the mean as 0.
     means = {
         f"m{name}": float(np.nan_to_num(values[present]).mean()) if present.any() else np.nan
         for name, values in per_class.items()
@@ -89,11 +90,11 @@ def confidence_counts(confidence: jax.Array, right: jax.Array, wrong: jax.Array)
 
     Args:
       confidence: [B, H, W] float32 in [0, 1].
-      right: [B, H, W] bool, pixels whose noisy label is the truth.
-      wrong: [B, H, W] bool, pixels whose noisy label is not.
+      right: [B, H, W] bool, pixels whose noisy label equals the true class.
+      wrong: [B, H, W] bool, pixels whose noisy label differs from the true class.
 
     Returns:
-      [2, 256] int32: right, wrong; level i is i / 256.
+      [2, 256] int32: counts of right and of wrong labels; level i is i / 256.
     """
 
     def count_above(level: jax.Array) -> jax.Array:
@@ -105,13 +106,14 @@ def confidence_counts(confidence: jax.Array, right: jax.Array, wrong: jax.Array)
 
 
 def auroc(counts: np.ndarray) -> float:
-    """Area under the ROC curve of telling right labels from wrong by their confidence.
+    """Area under the ROC curve for detecting right labels by their confidence.
 
     Args:
-      counts: [2, L] of `confidence_counts`, right and wrong at or above rising levels from 0.
+      counts: [2, L] from `confidence_counts`: right and wrong labels at or above levels that rise
+        from 0.
 
     Returns:
-      In [0, 1], 0.5 for chance; NaN if either kind is absent.
+      A value in [0, 1], 0.5 for chance; NaN if there are no right or no wrong labels.
     """
     right, wrong = np.asarray(counts, np.float64)
     if right[0] == 0 or wrong[0] == 0:

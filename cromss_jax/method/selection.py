@@ -1,7 +1,7 @@
-"""Sample selection: which noisy labels to believe (paper, Section III-B).
+"""Sample selection: how much to trust each noisy label (paper, Section III-B).
 
-Everything here is weighing, not learning: the callers pass probabilities through
-`jax.lax.stop_gradient`. Dimensions: B batch, H height, W width, C classes.
+The weights carry no gradient: callers pass probabilities through `jax.lax.stop_gradient` first.
+Dimensions: B batch, H height, W width, C classes.
 """
 
 import math
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 PREDICTION_CONFIDENCES = ("entropy", "gini")
 
-# Of a number of pixels within `class_thresholds`; three of them lie in an int32.
+# Bits of one pixel count in `class_thresholds`. Three counts share an int32.
 _COUNT_BITS = 10
 
 
 def label_confidence(probs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Probability that the network gives to the noisy label, P[y].
+    """Probability that the network assigns to the noisy label, P[y].
 
     Args:
       probs: [B, H, W, C] float32, softmax.
@@ -30,11 +30,11 @@ def label_confidence(probs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def prediction_confidence(log_probs: jax.Array, kind: str) -> jax.Array:
-    """How sure the network is of its own prediction.
+    """Confidence of the network in its own prediction.
 
     Args:
-      log_probs: [B, H, W, C] float32, log-softmax. Log-probabilities, not probabilities: the
-        published code takes the logarithm of a softmax, which is NaN where it saturates.
+      log_probs: [B, H, W, C] float32, log-softmax. The published code takes the logarithm of a
+        softmax instead, which gives NaN where the softmax saturates.
       kind: "entropy" for 1 - H(P) / log C, "gini" for the sum of squared probabilities.
 
     Returns:
@@ -46,47 +46,50 @@ def prediction_confidence(log_probs: jax.Array, kind: str) -> jax.Array:
         return jnp.clip(1.0 - entropy / jnp.log(probs.shape[-1]), 0.0, 1.0)
     if kind == "gini":
         return jnp.sum(probs**2, axis=-1)
-    raise ValueError(f"prediction confidence {kind!r} is none of {PREDICTION_CONFIDENCES}")
+    raise ValueError(
+        f"unknown prediction confidence {kind!r}: choose one of {PREDICTION_CONFIDENCES}"
+    )
 
 
 def entangle(own: jax.Array, other: jax.Array) -> jax.Array:
-    """Confidence of one modality, tempered by the other's: (c_d + c_1 c_2) / 2."""
+    """Combines a modality's confidence with the other's: (c_d + c_1 c_2) / 2."""
     return (own + own * other) / 2
 
 
 def class_thresholds(
     confidence: jax.Array, labels: jax.Array, counts_to_keep: jax.Array
 ) -> jax.Array:
-    """The k_c-th largest confidence among the pixels labelled c, exactly and without sorting.
+    """The k_c-th largest confidence among the pixels labelled c, exact and without sorting.
 
-    Non-negative floats order as their bits do, so the threshold is the largest integer whose
-    number of pixels at or above it is still k_c. It is found from the top, two bits a round. Over
-    a sharded batch a round costs one all-reduce of 3 C integers; a sort would gather every pixel.
+    Non-negative floats have the same order as their bits read as integers. So the threshold is the
+    largest integer for which at least k_c pixels lie at or above it. The search starts at the
+    highest bits and finds two bits per round. For a sharded batch, a round costs one all-reduce of
+    3 C integers; a sort would gather every pixel.
 
     Args:
       confidence: [B, H, W] float32 in [0, 1].
       labels: [B, H, W] integers; those outside 0..C-1 belong to no class.
-      counts_to_keep: [C] int32, k_c, at most the number of pixels labelled c.
+      counts_to_keep: [C] int32, k_c, no larger than the number of pixels labelled c.
 
     Returns:
-      [C] float32. Meaningless for classes with k_c = 0.
+      [C] float32. Undefined for classes with k_c = 0.
     """
     num_classes = counts_to_keep.shape[0]
-    # Each image in rows of 128, a TPU's, and fewer of them than a count can be.
+    # Rows of 128 pixels fit a TPU. A column count must fit `_COUNT_BITS`, which limits the height.
     num_pixels = math.prod(confidence.shape[1:])
     width = math.gcd(num_pixels, 128)
     height = max(h for h in range(1, 1 << _COUNT_BITS) if num_pixels // width % h == 0)
     confidence, labels = (x.reshape(-1, height, width) for x in (confidence, labels))
     bits = jax.lax.bitcast_convert_type(confidence.astype(jnp.float32), jnp.int32)[None]
-    # Classes first: a CPU counts along rows of pixels four times as fast as along nine classes.
+    # Classes come first: a CPU counts along rows of pixels four times as fast as along 9 classes.
     member = labels[None] == jnp.arange(num_classes, dtype=labels.dtype).reshape(-1, 1, 1, 1)
     offsets = [i * _COUNT_BITS for i in range(3)]
 
     def one_round(round_index: jax.Array, found: jax.Array) -> jax.Array:
-        # 1.0 is 0x3f800000: the highest bit that a confidence can have is bit 29.
+        # 1.0 is 0x3f800000, so the highest bit of a confidence is bit 29.
         shift = 28 - 2 * round_index
         candidates = [found + (digit << shift) for digit in (1, 2, 3)]
-        # A number has three counts in it, side by side, so that one sum counts them all.
+        # Three counts are packed into one integer, so a single sum counts all three candidates.
         above = sum(
             (bits >= candidate.reshape(-1, 1, 1, 1)).astype(jnp.int32) << offset
             for candidate, offset in zip(candidates, offsets, strict=True)
@@ -109,15 +112,15 @@ def selection_weights(
     num_classes: int,
     num_scopes: int = 1,
 ) -> jax.Array:
-    """Weights of the segmentation loss: 1 for the most confident share of each class, less below.
+    """Weights of the segmentation loss: 1 for each class's most confident pixels, less for others.
 
     Args:
       confidence: [B, H, W] float32 in [0, 1], the entangled label confidence.
-      labels: [B, H, W] noisy labels; those outside 0..C-1 are ignored and weigh 0.
-      keep_fraction: scalar in [0, 1], the share of each class that keeps full weight.
+      labels: [B, H, W] noisy labels; pixels with labels outside 0..C-1 are ignored: weight 0.
+      keep_fraction: scalar in [0, 1], the fraction of each class that keeps full weight.
       num_classes: C.
-      num_scopes: the batch is cut into this many equal parts with thresholds of their own. 1 is
-        the global batch; the number of devices is what the published code does under DDP.
+      num_scopes: number of equal parts of the batch that have their own thresholds. 1 is the
+        global batch; the number of devices reproduces the published code under DDP.
 
     Returns:
       [B, H, W] float32 in [0, 1]: clip(confidence / threshold of the pixel's class, 0, 1).
@@ -144,16 +147,16 @@ def selection_weights(
 
 
 def keep_fraction(ramp: jax.Array, final_keep_fraction: float) -> jax.Array:
-    """Share of each class that keeps full weight: from 1 down to `final_keep_fraction`."""
+    """Fraction of each class that keeps full weight: falls from 1 to `final_keep_fraction`."""
     return 1.0 - ramp * (1.0 - final_keep_fraction)
 
 
 def consistency_weights(confidence: jax.Array, ramp: jax.Array) -> jax.Array:
-    """Weights of the consistency loss: (1 - r) + r confidence, from 1 to the confidence itself.
+    """Weights of the consistency loss, (1 - r) + r confidence: 1 at first, later the confidence.
 
     Args:
       confidence: [B, H, W] float32 in [0, 1], the entangled prediction confidence.
-      ramp: scalar r in [0, 1]; it is 1 from the end of the ramp on.
+      ramp: scalar r in [0, 1], which is 1 after the end of the ramp.
 
     Returns:
       [B, H, W] float32 in [0, 1].

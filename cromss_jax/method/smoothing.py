@@ -1,6 +1,6 @@
-"""Spatial-temporal label smoothing (paper, Section III-C): what neighbours and other seasons say.
+"""Spatial-temporal label smoothing with neighbouring pixels and other seasons (Section III-C).
 
-Dimensions: B batch, S seasons, T tile size, H height and W width of what is shown, C classes.
+Dimensions: B batch, S seasons, T tile size, H height and W width of the crop, C classes.
 """
 
 import jax
@@ -11,13 +11,14 @@ SIGMA = 3.0  # pixels
 RADIUS = 12  # truncated at 4 sigma
 
 PRIOR_KINDS = ("ts", "t", "s")
-Shown = tuple[jax.Array, jax.Array] | None
+# Row indices [B, H] and column indices [B, W] of the tile; None for the whole tile.
+Crop = tuple[jax.Array, jax.Array] | None
 
 
 def gaussian_matrix(size: int) -> np.ndarray:
     """The Gaussian filter along an axis of `size` pixels, as a matrix.
 
-    Sigma 3, truncated at 12 pixels, normalised; borders are half-sample symmetric (… 1 0 | 0 1 …).
+    Sigma is 3, truncated at 12 pixels. Borders are half-sample symmetric (… 1 0 | 0 1 …).
 
     Returns:
       [size, size] float32; the filtered signal is `matrix @ signal`. Rows sum to 1.
@@ -34,35 +35,35 @@ def gaussian_matrix(size: int) -> np.ndarray:
 
 
 def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
-    """`matrix` times each row or column of maps.
+    """Multiplies each row or column of maps by a matrix.
 
     Args:
-      matrix: [N, n], or [B, N, n] with one for each sample.
-      maps: [B, h, w, C] of any float dtype, n long along `axis`.
+      matrix: [N, n], or [B, N, n] with one matrix per sample.
+      maps: [B, h, w, C] of any float dtype, of size n along `axis`.
       axis: 1 for columns, 2 for rows.
 
     Returns:
-      [B, H, W, C] float32, N long along `axis`.
+      [B, H, W, C] float32, of size N along `axis`.
     """
     batch = "b" if matrix.ndim == 3 else ""
     equation = {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
-    # float32 products: TPUs would round to bfloat16, and a prior would not sum to one.
+    # float32 products: a TPU would round to bfloat16, and the prior would not sum to one.
     maps = maps.astype(jnp.float32)
     return jnp.einsum(batch + equation, matrix, maps, precision="highest")
 
 
-def _filtered(maps: jax.Array, shown: Shown) -> jax.Array:
+def _filtered(maps: jax.Array, crop: Crop) -> jax.Array:
     """Gaussian filter of [B, T, T, C] along both axes, normalised over the classes.
 
-    Between the axes maps are kept in their dtype; what returns is float32.
+    Between the two axes, maps are stored in the dtype of the input. The result is float32.
     """
     num_classes, dtype = maps.shape[-1], maps.dtype
-    # The filtered sum of the classes, rather than the sum of the filtered: a ninth of it to read.
+    # Sums over the classes first and then filters: a ninth of the data to read (C = 9).
     total = jnp.sum(maps.astype(jnp.float32), axis=-1, keepdims=True)
     for axis in (1, 2):
         matrix = gaussian_matrix(maps.shape[axis])
-        if shown is not None:
-            matrix = jnp.take(matrix, shown[axis - 1], axis=0)
+        if crop is not None:
+            matrix = jnp.take(matrix, crop[axis - 1], axis=0)
         maps, total = along_axis(matrix, maps.astype(dtype), axis), along_axis(matrix, total, axis)
     return jnp.where(total > 0, maps / jnp.where(total > 0, total, 1.0), 1.0 / num_classes)
 
@@ -70,32 +71,32 @@ def _filtered(maps: jax.Array, shown: Shown) -> jax.Array:
 def temporal_prior(
     season_labels: jax.Array,
     num_classes: int,
-    shown: Shown = None,
+    crop: Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Class frequencies over all seasons, filtered in space.
 
     Args:
-      season_labels: [B, S, T, T] integers. Labels outside 0..C-1 are left out of their pixel's
-        frequencies; a season of nothing else does not count.
+      season_labels: [B, S, T, T] integers. Labels outside 0..C-1 are not counted; a season that
+        holds only such labels has no effect.
       num_classes: C.
-      shown: as for `smoothing_prior`.
-      dtype: likewise.
+      crop: as for `smoothing_prior`.
+      dtype: as for `smoothing_prior`.
 
     Returns:
-      [B, H, W, C] float32, summing to one over C; uniform where no label is near.
+      [B, H, W, C] float32, summing to one over C; uniform where no label lies within the filter.
     """
-    # Their sum does as well as their mean: what is filtered is normalised.
+    # The sum is as good as the mean, because the filtered result is normalised.
     seasons = [season_labels[:, season] for season in range(season_labels.shape[1])]
     counts = sum(jax.nn.one_hot(labels, num_classes, dtype=dtype) for labels in seasons)
-    return _filtered(counts, shown)
+    return _filtered(counts, crop)
 
 
 def spatial_prior(
-    labels: jax.Array, num_classes: int, shown: Shown = None, dtype: jnp.dtype = jnp.float32
+    labels: jax.Array, num_classes: int, crop: Crop = None, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
     """Class frequencies around each pixel of one season, [B, T, T] -> [B, H, W, C]."""
-    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=dtype), shown)
+    return _filtered(jax.nn.one_hot(labels, num_classes, dtype=dtype), crop)
 
 
 @jax.named_scope("prior")
@@ -104,31 +105,31 @@ def smoothing_prior(
     labels: jax.Array,
     num_classes: int,
     kind: str,
-    shown: Shown = None,
+    crop: Crop = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """The prior M of a sample, of the whole tile whatever is shown of it.
+    """The prior M of a sample, computed from the whole tile and returned for a crop.
 
     Args:
       season_labels: [B, S, T, T], the labels of all seasons.
-      labels: [B, T, T], those of the drawn season.
+      labels: [B, T, T], the labels of the drawn season.
       num_classes: C.
       kind: "t" temporal, "s" spatial, "ts" their mean.
-      shown: rows [B, H] and columns [B, W] of the tile to return the prior of, in their order;
-        all of them unless given.
-      dtype: in which frequencies are kept between the filter's two axes.
+      crop: indices of the tile's rows [B, H] and columns [B, W] to return, in this order; by
+        default the whole tile.
+      dtype: stores the class frequencies between the filter's two axes.
 
     Returns:
       [B, H, W, C] float32, summing to one over C.
     """
     if kind == "ts":
-        temporal = temporal_prior(season_labels, num_classes, shown, dtype)
-        return (temporal + spatial_prior(labels, num_classes, shown, dtype)) / 2
+        temporal = temporal_prior(season_labels, num_classes, crop, dtype)
+        return (temporal + spatial_prior(labels, num_classes, crop, dtype)) / 2
     if kind == "t":
-        return temporal_prior(season_labels, num_classes, shown, dtype)
+        return temporal_prior(season_labels, num_classes, crop, dtype)
     if kind == "s":
-        return spatial_prior(labels, num_classes, shown, dtype)
-    raise ValueError(f"smoothing prior {kind!r} is none of {PRIOR_KINDS}")
+        return spatial_prior(labels, num_classes, crop, dtype)
+    raise ValueError(f"unknown smoothing prior {kind!r}: choose one of {PRIOR_KINDS}")
 
 
 @jax.named_scope("prior")

@@ -1,8 +1,9 @@
-"""What stands on an encoder: decoders and heads of segmentation_models_pytorch, by its defaults.
+"""Decoders and heads of segmentation_models_pytorch (smp), with its default settings.
 
-Each decoder says which `smp` class it is of, what it needs of the encoder and how its head is made.
-Every attribute path is the key of the corresponding tensor in smp 0.6.0's `state_dict`; a None in
-a list keeps the place of a layer without parameters. Arrays are NHWC.
+Each decoder states its `smp` class, what it needs from the encoder, and the settings of its head.
+Every attribute path is the key of the corresponding tensor in smp 0.6.0's `state_dict`. A None in
+a list stands for a layer without parameters, so that the other layers keep their index. Arrays are
+NHWC.
 
 Source: Ronneberger et al., "U-Net" (2015); Zhao et al., "Pyramid scene parsing network" (2017);
 Chen et al., "Encoder-decoder with atrous separable convolution" (2018); Kirillov et al., "Panoptic
@@ -24,13 +25,11 @@ from cromss_jax.networks.layers import (
     DepthwiseConv,
     GroupNorm,
     KernelInit,
-    average_pool,
     conv_bn,
     dropout,
-    resize,
-    upsample,
 )
 from cromss_jax.networks.packing import cell_size, pack_kernel
+from cromss_jax.networks.resampling import average_pool, resize, upsample
 
 # kaiming_uniform_(mode="fan_in", nonlinearity="relu"), zero biases.
 DECODER_INIT = KernelInit("uniform", 2.0, "in")
@@ -41,19 +40,19 @@ UNET_CHANNELS = (256, 128, 64, 32, 16)
 
 
 class Decoder(nnx.Module):
-    """What the decoders have in common.
+    """Base class of the decoders.
 
-    A decoder is made for the encoder's channels, finest features first, and called as
-    `decoder(features, train, dropout_key)`. It drops something in training only, and only if
-    given a key; it draws from it once.
+    A decoder is built from the encoder's numbers of channels, finest features first, and is called
+    as `decoder(features, train, dropout_key)`. Dropout is applied only in training and only if a
+    key is given; the key is used once.
 
     Attributes:
-      num_features: how many of the encoder's feature maps are computed.
-      output_stride: of the deepest features, at most; what would go beyond it is dilated.
-      head_kernel_size: of the head's convolution.
-      head_upsampling: how often the image's size is that of the head's convolution.
-      head_init: of the head's convolution.
-      out_channels: that the head takes.
+      num_features: number of the encoder's feature maps that are computed.
+      output_stride: largest stride of the features; later encoder stages are dilated instead.
+      head_kernel_size: kernel size of the head's convolution.
+      head_upsampling: factor from the size of the head's convolution to the size of the image.
+      head_init: initialisation of the head's convolution.
+      out_channels: number of channels that the decoder returns and the head takes.
     """
 
     num_features = 5
@@ -67,7 +66,7 @@ class Decoder(nnx.Module):
 class UNetBlock(nnx.Module):
     """Upsampling, concatenation with the skipped features, two 3x3 conv-BatchNorm-ReLU.
 
-    Neither the upsampled nor the concatenated features are made.
+    Neither the upsampled nor the concatenated features are written to memory.
     """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
@@ -88,9 +87,10 @@ class UNetBlock(nnx.Module):
         return self._rest(y, train)
 
     def packed(self, x: jax.Array, skip: jax.Array | None, train: bool) -> jax.Array:
-        """The same in cells: of n x n pixels of `x`, 2 n x 2 n pixels of `skip` and of the result.
+        """The same on packed images (see `packing`).
 
-        Maps [B, h, w, n^2 in_channels] and [B, h, w, 4 n^2 skip] to [B, h, w, 4 n^2 out_channels].
+        The cells are n x n pixels of `x` and 2 n x 2 n pixels of `skip` and of the result. Maps
+        [B, h, w, n^2 in_channels] and [B, h, w, 4 n^2 skip] to [B, h, w, 4 n^2 out_channels].
         """
         own, skipped = self._kernels()
         cell = cell_size(x, own.shape[2])
@@ -100,29 +100,29 @@ class UNetBlock(nnx.Module):
         return self._rest(y, train)
 
     def _kernels(self) -> tuple[jax.Array, jax.Array]:
-        """The first convolution's, for what is upsampled and for the skipped features.
+        """The first convolution's kernels for the upsampled and for the skipped features.
 
-        The sum of both convolutions is the one of what is concatenated, which would have to be
-        written first, and its gradient cut.
+        The sum of the two convolutions equals one convolution of the concatenated features. It
+        avoids writing these to memory and splitting their gradient.
         """
         kernel = self.conv1[0].weight[...]
         in_channels = kernel.shape[2] - self.skip_channels
         return kernel[:, :, :in_channels], kernel[:, :, in_channels:]
 
     def _rest(self, y: jax.Array, train: bool) -> jax.Array:
-        """What follows the first convolution."""
+        """The layers after the first convolution."""
         x = jax.nn.relu(self.conv1[1](y, train))
         return jax.nn.relu(conv_bn(self.conv2, x, train))
 
 
 class UNetDecoder(Decoder):
-    """`smp.Unet`'s: five blocks from the deepest features back to the image's size."""
+    """The decoder of `smp.Unet`: five blocks from the deepest features to the image's size."""
 
     head_kernel_size = 3
     head_upsampling = 1
 
     def __init__(self, encoder_channels: Sequence[int]):
-        # As many as smp's on a stem of 64 channels, fewer on a narrower one.
+        # The numbers of channels in smp, which has a stem of 64; fewer for a narrower stem.
         channels = [count * encoder_channels[0] // 64 for count in UNET_CHANNELS]
         self.out_channels = channels[-1]
         deepest, *skips = reversed(encoder_channels)
@@ -132,14 +132,17 @@ class UNetDecoder(Decoder):
     def __call__(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Maps features to [B, H, W, out_channels]. Has no dropout."""
+        """Maps features to [B, H, W, out_channels]. There is no dropout."""
         x, *skips = reversed(features)
         for block, skip in zip(self.blocks, (*skips, None), strict=True):
             x = block(x, skip, train)
         return x
 
     def packed(self, features: Sequence[jax.Array], train: bool) -> jax.Array:
-        """Maps features, the finest in cells of 2 x 2, to [B, H/4, W/4, 4^2 out_channels]."""
+        """Maps features to packed [B, H/4, W/4, 4^2 out_channels].
+
+        The finest features are packed in cells of 2 x 2 pixels.
+        """
         x, *skips = reversed(features)
         *coarse, finest, last = self.blocks
         for block, skip in zip(coarse, skips[:-1], strict=True):
@@ -153,7 +156,7 @@ class PSPBlock(nnx.Module):
 
     def __init__(self, in_channels: int, out_channels: int, grid_size: int):
         self.grid_size = grid_size
-        # Of one image, a single cell is one value: too few for BatchNorm, so it has a bias.
+        # A grid of one cell has one value per image: too few for BatchNorm, so it has a bias.
         has_norm = grid_size > 1
         conv = Conv(in_channels, out_channels, 1, use_bias=not has_norm, init=DECODER_INIT)
         layers = [conv, BatchNorm(out_channels)] if has_norm else [conv]
@@ -169,7 +172,7 @@ class PSPBlock(nnx.Module):
 
 
 class PSPModule(nnx.Module):
-    """The features beside what they are on average on four grids."""
+    """The features concatenated with their averages on four grids."""
 
     def __init__(self, in_channels: int):
         sizes = (1, 2, 3, 6)
@@ -182,7 +185,7 @@ class PSPModule(nnx.Module):
 
 
 class PSPDecoder(Decoder):
-    """`smp.PSPNet`'s: the pyramid of averages over the features at stride 8."""
+    """The decoder of `smp.PSPNet`: a pyramid of averages over the features at stride 8."""
 
     num_features = 3
     head_kernel_size = 3
@@ -199,13 +202,13 @@ class PSPDecoder(Decoder):
     def __call__(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Maps features to [B, H/8, W/8, 512]. Drops whole channels."""
+        """Maps features to [B, H/8, W/8, 512]. Dropout zeroes whole channels."""
         x = jax.nn.relu(conv_bn(self.conv, self.psp(features[-1], train), train))
         return dropout(x, self.dropout_rate, dropout_key if train else None, whole_channels=True)
 
 
 class SeparableConv(nnx.List):
-    """A 3x3 convolution within each channel, then a 1x1 across them."""
+    """A 3x3 convolution within each channel, then a 1x1 convolution across channels."""
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 1):
         depthwise = DepthwiseConv(in_channels, 3, dilation=dilation, init=TORCH_INIT)
@@ -218,7 +221,7 @@ class SeparableConv(nnx.List):
 
 
 class ASPP(nnx.Module):
-    """Atrous spatial pyramid pooling: the surroundings at several distances, and the average."""
+    """Atrous spatial pyramid pooling: convolutions at several dilations, and the image average."""
 
     rates = (12, 24, 36)
     dropout_rate = 0.5
@@ -238,7 +241,7 @@ class ASPP(nnx.Module):
         self.project = nnx.List([pointwise(5 * out_channels), BatchNorm(out_channels)])
 
     def __call__(self, x: jax.Array, train: bool, dropout_key: jax.Array | None) -> jax.Array:
-        """Maps [B, H, W, in_channels] to [B, H, W, out_channels]. Drops single values."""
+        """Maps [B, H, W, in_channels] to [B, H, W, out_channels]. Dropout zeroes single values."""
         *convs, (_, *pooling) = self.convs
         branches = [jax.nn.relu(conv_bn(conv, x, train)) for conv in convs]
         pooled = jax.nn.relu(conv_bn(pooling, average_pool(x, 1), train))
@@ -248,10 +251,10 @@ class ASPP(nnx.Module):
 
 
 class DeepLabV3PlusDecoder(Decoder):
-    """`smp.DeepLabV3Plus`'s: ASPP at stride 16, refined by the features at stride 4.
+    """The decoder of `smp.DeepLabV3Plus`: ASPP at stride 16, refined by features at stride 4.
 
-    The encoder's last stage is dilated by 2 instead of strided. smp draws nothing of its own
-    here: decoder and head start as torch makes convolutions, the head's bias included.
+    The encoder's last stage is dilated by 2 instead of strided. smp does not initialise this
+    decoder: its convolutions and the head keep torch's default, including the head's bias.
     """
 
     output_stride = 16
@@ -275,7 +278,7 @@ class DeepLabV3PlusDecoder(Decoder):
     def __call__(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Maps features to [B, H/4, W/4, 256]. Drops single values within ASPP."""
+        """Maps features to [B, H/4, W/4, 256]. Dropout in ASPP zeroes single values."""
         aspp, *refining = self.aspp
         x = aspp(features[-1], train, dropout_key)
         x = jax.nn.relu(conv_bn(refining, x, train))
@@ -285,7 +288,7 @@ class DeepLabV3PlusDecoder(Decoder):
 
 
 class FPNBlock(nnx.Module):
-    """A step of the pyramid: the coarser level upsampled, plus the encoder's features."""
+    """One level of the pyramid: the coarser level upsampled, plus the encoder's features."""
 
     def __init__(self, skip_channels: int, channels: int):
         self.skip_conv = Conv(skip_channels, channels, 1, use_bias=True, init=DECODER_INIT)
@@ -327,7 +330,7 @@ class FPNSegmentationBlock(nnx.Module):
 
 
 class FPNDecoder(Decoder):
-    """`smp.FPN`'s: a pyramid of the features at strides 4 to 32, summed at stride 4."""
+    """The decoder of `smp.FPN`: a pyramid of features at strides 4 to 32, summed at stride 4."""
 
     out_channels = 128
     dropout_rate = 0.2
@@ -345,7 +348,7 @@ class FPNDecoder(Decoder):
     def __call__(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Maps features to [B, H/4, W/4, 128]. Drops whole channels."""
+        """Maps features to [B, H/4, W/4, 128]. Dropout zeroes whole channels."""
         c2, c3, c4, c5 = features[-4:]
         p5 = self.p5(c5)
         p4 = self.p4(p5, c4)
@@ -362,19 +365,19 @@ DECODERS = {
     "deeplabv3plus": DeepLabV3PlusDecoder,
     "fpn": FPNDecoder,
 }
-# Height and width of the images must be multiples of these.
+# By decoder: the image's height and width must be divisible by this number of pixels.
 STRIDES = {name: min(cls.output_stride, 2**cls.num_features) for name, cls in DECODERS.items()}
 
 
 def pad_to_stride(image: jax.Array, stride: int) -> jax.Array:
-    """Reflects the lower and right border of an image of any size, to multiples of `stride`.
+    """Pads an image at its lower and right border by reflection, to multiples of `stride`.
 
     Args:
       image: [B, H, W, K].
-      stride: of `STRIDES`.
+      stride: a value of `STRIDES`.
 
     Returns:
-      [B, H', W', K], H' and W' the next multiples. Results are cropped to H, W by the caller.
+      [B, H', W', K] with H' and W' the next multiples. The caller crops results to H, W.
     """
     _, height, width, _ = image.shape
     borders = ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0))

@@ -1,17 +1,17 @@
-"""Segmentation networks for one or two modalities, parameter for parameter those of PyTorch.
+"""Segmentation networks for one or two modalities, with the same parameters as in PyTorch.
 
 Every attribute path is the key of the corresponding tensor in the `state_dict` of
-segmentation_models_pytorch (smp) 0.6.0 or, for two modalities, of the published code:
+segmentation_models_pytorch (smp) 0.6.0. For two modalities it is the key in the published code:
 
 * `SegmentationNetwork`: `encoder.*`, `decoder.*`, `segmentation_head.*`;
-* `MidFusion`: the same with `encoder1.*` (S1) beside `encoder.*` (S2);
-* `LateFusion`: `model1.*` (S1) and `model2.*` (S2), each a whole network.
+* `MidFusion`: the same, with `encoder1.*` for S1 and `encoder.*` for S2;
+* `LateFusion`: `model1.*` (S1) and `model2.*` (S2), each a complete network.
 
-`torch_keys` moves the values. Arrays are NHWC, convolution kernels HWIO. Activations are computed
-in `dtype`; parameters, BatchNorm statistics and the returned logits are float32.
+`weights.torch_keys` converts the values. Arrays are NHWC, convolution kernels HWIO. Activations are
+computed in `dtype`; parameters, BatchNorm statistics and the returned logits are float32.
 
-Source: Liu et al., "CromSS" (arXiv 2405.01217), whose networks are U-Nets; `resnet` and `decoders`
-name those of the parts.
+Source: Liu et al., "CromSS" (arXiv 2405.01217), whose networks are U-Nets. The sources of the parts
+are in `resnet` and `decoders`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,40 +22,42 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cromss_jax.networks.decoders import DECODERS, STRIDES, segmentation_head
-from cromss_jax.networks.layers import draw_kernels, resize
+from cromss_jax.networks.layers import draw_kernels
 from cromss_jax.networks.packing import unpack_planes
-from cromss_jax.networks.resnet import RESNETS, ResNetEncoder, encode_beside
+from cromss_jax.networks.resampling import resize
+from cromss_jax.networks.resnet import RESNETS, ResNetEncoder, encode_together
 from cromss_jax.sensors import MODALITIES
 
-# Pixels along the side of the cells of packed images; features of stride 4 are then as they are.
+# Side of the cells of packed images, pixels. Features of stride 4 then need no packing.
 PACKED_CELL = 4
 
-# Multiples of it suit every decoder.
+# Image sizes divisible by this number of pixels suit every decoder.
 STRIDE = max(STRIDES.values())
 
 
 def _check_image(image: jax.Array, num_channels: int, stride: int, cell: int) -> None:
-    """Raises ValueError unless `image` is [B, H, W, num_channels] of multiples of `stride`."""
+    """Checks that `image` is [B, H, W, num_channels] with H and W divisible by `stride`."""
     if image.ndim != 4 or image.shape[-1] != cell**2 * num_channels:
         raise ValueError(
-            f"image of shape {image.shape}: the network needs [B, H, W, {cell**2 * num_channels}]"
+            f"the image has shape {image.shape}: the network needs "
+            f"[B, H, W, {cell**2 * num_channels}]"
         )
     height, width = (size * cell for size in image.shape[1:3])
     if height % stride or width % stride:
         padded_height, padded_width = (-(-size // stride) * stride for size in (height, width))
         raise ValueError(
-            f"image of {height} x {width} pixels: the network needs multiples of {stride}, "
+            f"the image has {height} x {width} pixels: both must be divisible by {stride}, "
             f"pad it to {padded_height} x {padded_width}"
         )
 
 
 def _modality_key(key: jax.Array | None, modality: str) -> jax.Array | None:
-    """A key of the modality's own, so that what is dropped in one is not dropped in the other."""
+    """The modality's own dropout key, so that dropout differs between the modalities."""
     return None if key is None else jax.random.fold_in(key, MODALITIES.index(modality))
 
 
 class SegmentationNetwork(nnx.Module):
-    """One encoder, decoder and head: `smp.Unet("resnet<depth>")` or another by `decoder`."""
+    """One encoder, decoder and head: `smp.Unet("resnet<depth>")`, or another smp model."""
 
     def __init__(
         self,
@@ -89,20 +91,20 @@ class SegmentationNetwork(nnx.Module):
     def encode(
         self, encoders: Sequence[ResNetEncoder], images: Sequence[jax.Array], train: bool
     ) -> list[list[jax.Array]]:
-        """Features of one or two images, each under an encoder of its own."""
+        """Features of one or two images, each from its own encoder."""
         cell = PACKED_CELL if self.packed else 1
         for encoder, image in zip(encoders, images, strict=True):
             _check_image(image, encoder.conv1.weight.shape[2], self.stride, cell)
         images = [image.astype(self.dtype) for image in images]
-        if self.packed and len(encoders) == 2:  # TPUs alone gain by it
-            return encode_beside(encoders, images, train)
+        if self.packed and len(encoders) == 2:  # faster on TPUs only
+            return encode_together(encoders, images, train)
         return [encoder(x, train) for encoder, x in zip(encoders, images, strict=True)]
 
     @jax.named_scope("decoder")
     def decode(
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [B, H, W, C], float32, of an encoder's features."""
+        """Logits [B, H, W, C], float32, from an encoder's features."""
         (head,) = self.segmentation_head
         if self.packed:
             logits = head(self.decoder.packed(features, train))
@@ -116,13 +118,13 @@ class SegmentationNetwork(nnx.Module):
 
 
 def make_encoder(depth: int, num_channels: int, decoder: str = "unet") -> ResNetEncoder:
-    """An encoder of the features that a decoder needs."""
+    """Builds an encoder that computes the features that a decoder needs."""
     needs = DECODERS[decoder]
     return ResNetEncoder(depth, num_channels, needs.num_features, needs.output_stride)
 
 
 class SingleModality(SegmentationNetwork):
-    """A network that takes and returns a dict of modalities, as the fusion networks do."""
+    """A network for one modality that takes and returns a dict, as the fusion networks do."""
 
     def __init__(
         self,
@@ -155,10 +157,10 @@ class SingleModality(SegmentationNetwork):
 
 
 class MidFusion(SegmentationNetwork):
-    """An encoder each for S1 (`encoder1`) and S2 (`encoder`), one decoder and head for both.
+    """One encoder for S1 (`encoder1`), one for S2 (`encoder`), a shared decoder and head.
 
-    The decoder takes S1's features, then S2's, as the published code does: in training its
-    BatchNorms normalise each by its own statistics and track both, in this order.
+    The decoder runs first on S1's features, then on S2's, as in the published code. In training,
+    its BatchNorms normalise each modality by its own statistics and track both, in this order.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class MidFusion(SegmentationNetwork):
 
 
 class LateFusion(nnx.Module):
-    """A whole network each for S1 (`model1`) and S2 (`model2`)."""
+    """Two complete networks, for S1 (`model1`) and S2 (`model2`)."""
 
     def __init__(
         self,
@@ -243,31 +245,32 @@ def make_network(
 ) -> nnx.Module:
     """Builds a network, initialised as smp does.
 
-    Call it as `network(images, train, train_encoder=True, dropout_key=None)`: `images` maps each
-    modality to [B, H, W, K] with H and W multiples of `decoders.STRIDES[decoder]`, the result maps
-    it to logits [B, H, W, C], float32. With `train` BatchNorm uses and tracks the batch's
-    statistics; without `train_encoder` that holds for the decoder alone, and the encoders use and
-    keep their running statistics. In training, decoders that have dropout do it if given a
-    `dropout_key`.
+    Call it as `network(images, train, train_encoder=True, dropout_key=None)`. `images` maps each
+    modality to [B, H, W, K], H and W divisible by `decoders.STRIDES[decoder]`. The result maps each
+    modality to logits [B, H, W, C], float32. With `train`, BatchNorm uses and tracks the batch's
+    statistics. With `train` but without `train_encoder`, only the decoder does so; the encoders use
+    their running statistics and leave them unchanged. Dropout, in decoders that have it, is applied
+    in training if a `dropout_key` is given.
 
     Args:
       fusion: "mid" (two encoders, shared decoder), "late" (two networks) or "none" (one network).
-      depth: of the ResNet encoders: 18, 34 or 50; 10 is a small one.
+      depth: depth of the ResNet encoders: 18, 34 or 50; 10 is a small network for first tries.
       num_channels: number of bands K by modality: "s1" and "s2", or one of them without fusion.
       num_classes: C.
-      dtype: of the activations, float32 or bfloat16. Parameters are float32.
-      rngs: the `params` stream draws the initial kernels.
+      dtype: dtype of the activations, float32 or bfloat16. Parameters are float32.
+      rngs: its `params` stream gives the keys for the initial kernels.
       decoder: "unet", "pspnet", "deeplabv3plus" or "fpn".
-      packed: whether a U-Net computes its layers of few channels on packed images, which spares a
-        TPU most of their memory traffic and costs arithmetic. It takes `packing.pack`ed images, in
-        cells of `PACKED_CELL` = 4, [B, H / 4, W / 4, 16 K], and returns logits in the order of
-        `packing.planes`, [B, 16, H W / 16, C]. Parameters are the same, values but for the order
-        of sums, and gradients but where `layers.max_pool` meets ties.
+      packed: whether a U-Net computes its layers of few channels on packed images. On a TPU this
+        saves most of these layers' memory traffic and costs arithmetic. The network then takes
+        images from `packing.pack` with cells of `PACKED_CELL` = 4, [B, H / 4, W / 4, 16 K], and
+        returns logits in the order of `packing.planes`, [B, 16, H W / 16, C]. The parameters are
+        the same. Values differ only by the order of sums; gradients also differ where pixels tie
+        in `resampling.max_pool`.
 
     Raises:
-      ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`, for modalities that do
-        not suit `fusion`, for packing another decoder than the U-Net's; when called, for an image
-        of another size or number of bands than described.
+      ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`; for modalities that do
+        not suit `fusion`; for `packed` with a decoder other than the U-Net's. The call raises it
+        for an image of the wrong size or number of bands.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}: choose one of {list(FUSIONS)}")
@@ -280,11 +283,11 @@ def make_network(
     needed = 1 if fusion == "none" else len(MODALITIES)
     if len(num_channels) != needed or not set(num_channels) <= set(MODALITIES):
         raise ValueError(
-            f"num_channels names the modalities {list(num_channels)}: fusion {fusion!r} needs "
+            f"num_channels has the modalities {list(num_channels)}: fusion {fusion!r} needs "
             f"{needed} of {list(MODALITIES)}"
         )
     if packed and decoder != "unet":
-        raise ValueError(f"decoder {decoder!r} cannot be packed, only 'unet'")
+        raise ValueError(f"decoder {decoder!r} does not support packed images: use 'unet'")
     network = FUSIONS[fusion](depth, num_channels, num_classes, dtype, decoder, packed)
     draw_kernels(network, rngs)
     return network

@@ -1,4 +1,4 @@
-"""torchvision's ResNets as encoders, parameter for parameter.
+"""torchvision's ResNets as encoders, with the same parameters.
 
 Every attribute path is the key of the corresponding tensor in the `state_dict` of
 segmentation_models_pytorch's encoders, which are torchvision's ResNets without `fc`.
@@ -21,10 +21,10 @@ from cromss_jax.networks.layers import (
     KernelInit,
     conv_bn,
     materialised,
-    max_pool,
 )
+from cromss_jax.networks.resampling import max_pool
 
-# What torchvision leaves: kaiming_normal_(mode="fan_out", nonlinearity="relu").
+# torchvision's initialisation: kaiming_normal_(mode="fan_out", nonlinearity="relu").
 ENCODER_INIT = KernelInit("normal", 2.0, "out")
 
 
@@ -81,7 +81,7 @@ def _encoder_conv(
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | None:
-    """The shortcut's projection, where its shape changes."""
+    """The shortcut's projection; None if the block keeps the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = _encoder_conv(in_channels, out_channels, 1, stride)
@@ -90,11 +90,11 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nnx.List | 
 
 @dataclasses.dataclass(frozen=True)
 class ResNet:
-    """What a ResNet is made of.
+    """The architecture of a ResNet.
 
     Attributes:
-      block: the kind of its residual blocks.
-      num_blocks: blocks of each of the four stages.
+      block: class of the residual blocks.
+      num_blocks: number of blocks in each of the four stages.
       width: channels of the stem, and of the first stage before the block's expansion.
     """
 
@@ -103,7 +103,7 @@ class ResNet:
     width: int = 64
 
 
-# By depth. The ResNet-10 is no published one: it is small, for tests and first tries.
+# By depth. ResNet-10 is not a published architecture; it is small, for tests and first tries.
 RESNETS = {
     10: ResNet(BasicBlock, (1, 1, 1, 1), width=16),
     18: ResNet(BasicBlock, (2, 2, 2, 2)),
@@ -117,16 +117,16 @@ class ResNetEncoder(nnx.Module):
 
     [B, H, W, K] -> features at strides 2, 4, 8, 16, 32:
     [B, H/2, W/2, w], [B, H/4, W/4, w e], [B, H/8, W/8, 2 w e], [B, H/16, W/16, 4 w e],
-    [B, H/32, W/32, 8 w e], with width w = 64, 16 for ResNet-10, and expansion e = 1, 4 for
+    [B, H/32, W/32, 8 w e]. The width w is 64, or 16 for ResNet-10. The expansion e is 1, or 4 for
     ResNet-50.
 
     Args:
       depth: a key of `RESNETS`.
       in_channels: number of bands K.
-      num_features: how many of the five feature maps are computed. The later stages' parameters
-        are held all the same, as smp does.
-      output_stride: stages that would go beyond this stride are dilated instead: with 16, the
-        last features have stride 16, from convolutions of dilation 2.
+      num_features: how many of the five feature maps are computed. The parameters of later stages
+        exist nevertheless, as in smp.
+      output_stride: largest stride; later stages are dilated instead. With 16, the last features
+        have stride 16 and come from convolutions of dilation 2.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ResNetEncoder(nnx.Module):
     ):
         resnet = RESNETS[depth]
         expansion = resnet.block.expansion
-        # smp replaces a first convolution of other than 3 bands, and leaves torch's default there.
+        # smp replaces the first convolution if there are not 3 bands; it keeps torch's default.
         init = ENCODER_INIT if in_channels == 3 else TORCH_INIT
         self.conv1 = Conv(in_channels, resnet.width, 7, stride=2, init=init)
         self.bn1 = BatchNorm(resnet.width)
@@ -155,24 +155,25 @@ class ResNetEncoder(nnx.Module):
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         """Returns the feature maps, finest first.
 
-        Of an image in cells of 4 x 4 pixels the first is in cells of 2 x 2, the others not packed.
+        For an image packed in cells of 4 x 4 pixels, the first map is packed in cells of 2 x 2 and
+        the others are not packed.
         """
         first, x = self._stem(x, train)
         return [first, *self._run(self._stages(), x, train)]
 
     def _stages(self) -> list[nnx.List]:
-        """Those whose features are computed."""
+        """The stages whose features are computed."""
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         return list(stages[: len(self.out_channels) - 1])
 
     def _stem(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        """The first features, and what the stages get of them."""
+        """The first features, and the input of the first stage."""
         x = jax.nn.relu(self.bn1(self.conv1(x), train))
         return x, max_pool(x, self.bn1.weight.size)
 
     @staticmethod
     def _run(stages: Sequence[nnx.List], x: jax.Array, train: bool) -> list[jax.Array]:
-        """What each of the stages makes of the one before it."""
+        """Runs the stages one after another; returns the output of each."""
         features = []
         for stage in stages:
             for block in stage:
@@ -181,9 +182,9 @@ class ResNetEncoder(nnx.Module):
         return features
 
 
-def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Two parameters as one that acts on the channels of both: kernels keep to their own."""
-    if a.ndim == 0:  # counts
+def _join_parameters(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Joins two parameters into one for the concatenated channels; kernels are block-diagonal."""
+    if a.ndim == 0:  # num_batches_tracked
         return jnp.stack([a, b])
     if a.ndim == 1:
         return jnp.concatenate([a, b])
@@ -194,20 +195,21 @@ def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a, jnp.concatenate([zeros, b], axis=2)], axis=3)
 
 
-def _part(values: jax.Array, index: int) -> jax.Array:
-    """The channels of the first or second of two, index 0 or 1."""
+def _split_part(values: jax.Array, index: int) -> jax.Array:
+    """The channels of the first (index 0) or second (index 1) encoder; undoes the joining."""
     own = jnp.split(values, 2, axis=-1)[index]
-    return own.reshape(()) if jnp.issubdtype(values.dtype, jnp.integer) else own  # counts
+    is_count = jnp.issubdtype(values.dtype, jnp.integer)  # num_batches_tracked
+    return own.reshape(()) if is_count else own
 
 
-def encode_beside(
+def encode_together(
     encoders: Sequence[ResNetEncoder], images: Sequence[jax.Array], train: bool
 ) -> list[list[jax.Array]]:
-    """Two encoders' features, as each would return for its own image [B, H, W, K].
+    """Two encoders' features, as each would return them for its own image [B, H, W, K].
 
-    Their first stages run as one, on the channels of both: of 64 channels each, they would fill
-    half a TPU's row of 128. It costs arithmetic; numbers that are finite differ by the order of
-    their sums alone.
+    The first stages run as one, on the concatenated channels: with 64 channels each, they would
+    fill only half of a TPU's row of 128. This costs arithmetic. Finite results differ only by the
+    order of sums.
     """
     features, inputs = [], []
     for encoder, image in zip(encoders, images, strict=True):
@@ -216,11 +218,15 @@ def encode_beside(
         inputs.append(x)
 
     stages = [encoder.layer1 for encoder in encoders]
-    both = nnx.merge(nnx.graphdef(stages[0]), jax.tree.map(_beside, *map(nnx.state, stages)))
+    both = nnx.merge(
+        nnx.graphdef(stages[0]), jax.tree.map(_join_parameters, *map(nnx.state, stages))
+    )
     (x,) = ResNetEncoder._run([both], jnp.concatenate(inputs, axis=-1), train)
     statistics = nnx.state(both, nnx.BatchStat)
     for index, encoder in enumerate(encoders):
-        nnx.update(encoder.layer1, jax.tree.map(functools.partial(_part, index=index), statistics))
-        own = _part(x, index)
+        nnx.update(
+            encoder.layer1, jax.tree.map(functools.partial(_split_part, index=index), statistics)
+        )
+        own = _split_part(x, index)
         features[index] += [own, *ResNetEncoder._run(encoder._stages()[1:], own, train)]
     return features

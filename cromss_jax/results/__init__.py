@@ -1,5 +1,5 @@
-"""What people look at: tables, logs, pictures, maps.
+"""Results for people to read: tables, logs, pictures, maps.
 
-Functions of NumPy arrays that write files. May import `data` and what lies below it. Begin with
+Functions of NumPy arrays that write files. May import `data` and the rooms below it. Begin with
 `report`.
 """

@@ -1,4 +1,4 @@
-"""Predicted maps as GeoTIFFs: classes where they lie on the Earth, in their usual colours."""
+"""Predicted class maps as georeferenced GeoTIFFs in the legend's colours."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,14 @@ def write_map(
     transform: Sequence[float],
     legend: sensors.Legend,
 ) -> None:
-    """Writes a class map, whole or not at all.
+    """Writes a class map as a GeoTIFF. A killed process leaves no partial file.
 
     Args:
-      path: ends in `.tif`.
-      classes: [H, W] uint8, indices into `legend`; 255 is written as no data.
-      crs: coordinate reference system as WKT; empty if it is not known.
-      transform: the six numbers of rasterio's Affine, pixels to coordinates.
-      legend: names and colours, kept in the file's colour table and tags.
+      path: file name that ends in `.tif`.
+      classes: [H, W] uint8, indices into `legend`; 255 means no data.
+      crs: coordinate reference system as WKT; empty if unknown.
+      transform: the six numbers of rasterio's Affine, which maps pixels to coordinates.
+      legend: names and colours, stored in the file's tags and colour table.
     """
     with rasterio.io.MemoryFile() as memory:
         _write(memory, classes, crs, transform, legend)
@@ -51,7 +51,7 @@ def _write(
         compress="deflate",
     ) as file:
         file.write(classes, 1)
-        # "#rrggbb" each
+        # Legend colours are strings "#rrggbb".
         colours = {i: (*bytes.fromhex(c[1:]), 255) for i, c in enumerate(legend.values())}
         file.write_colormap(1, colours)
         file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend)})

@@ -1,6 +1,6 @@
-"""Pictures of a run: what the method does to samples, and confusion matrices.
+"""Pictures of a run: samples with their labels, confidences and weights, and confusion matrices.
 
-Its own module for matplotlib, which takes a second to import: import it where something is drawn.
+Import this module only where something is drawn: matplotlib takes a second to import.
 """
 
 import io
@@ -31,7 +31,7 @@ def class_colours(labels: np.ndarray) -> np.ndarray:
 
 
 def _stretch(image: np.ndarray) -> np.ndarray:
-    """Stretches [H, W, 3] between its 2nd and 98th percentile, for looking at."""
+    """Stretches the contrast of [H, W, 3] from its 2nd and 98th percentile to 0 and 1."""
     low, high = np.percentile(image, (2, 98), axis=(0, 1))
     return np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1)
 
@@ -41,7 +41,7 @@ def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.nd
         return _stretch(values[..., [0, 1, 0]])
     if name == "s2":
         colours = [s2_bands.index(band) for band in ("B4", "B3", "B2") if band in s2_bands]
-        # Without all three colours, the first band in grey.
+        # If red, green or blue is missing, the first band is shown in grey.
         return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
     if name.startswith(("label_confidence", "selection_weights")):
         return values
@@ -49,11 +49,11 @@ def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.nd
 
 
 def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> np.ndarray:
-    """Draws samples as rows and what is known of them as columns.
+    """Draws one row per sample, with a column for each of its maps.
 
     Args:
-      shown: what the picture step returns, [n, H, W] or [n, H, W, K].
-      s2_bands: names of the bands of `shown["s2"]`.
+      shown: the result of the picture step, [n, H, W] or [n, H, W, K] by name.
+      s2_bands: names of the bands in `shown["s2"]`.
 
     Returns:
       [H, W, 3] uint8.
@@ -88,11 +88,11 @@ def save_picture(path: epath.Path, pixels: np.ndarray) -> None:
 
 
 def draw_confusion(confusion: np.ndarray, legend: sensors.Legend) -> np.ndarray:
-    """Draws a confusion matrix, each label's row in percent, the classes in their colours.
+    """Draws a confusion matrix in percent of each row, with the classes in their colours.
 
     Args:
-      confusion: [C, C] integers, rows labels, columns predictions.
-      legend: names and colours.
+      confusion: [C, C] integers; rows are labels, columns are predictions.
+      legend: names and colours of the classes.
 
     Returns:
       [H, W, 3] uint8.

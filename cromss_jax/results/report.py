@@ -1,4 +1,4 @@
-"""What people read of a run: metric logs, TensorBoard and tables."""
+"""Reports of a run: metric logs, TensorBoard and tables."""
 
 import functools
 import json
@@ -12,10 +12,10 @@ from cromss_jax import files
 
 
 class MetricLog:
-    """Writes scalars and pictures to `metrics.jsonl` and TensorBoard, on one process."""
+    """Writes scalars to `metrics.jsonl`, and scalars and pictures to TensorBoard; one process."""
 
     def __init__(self, workdir: str, step: int):
-        """Opens the logs, dropping what an interrupted run wrote past `step`."""
+        """Opens the logs and removes entries that an interrupted run wrote after `step`."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
         kept = [entry for entry in files.read_metrics(self._path) if entry["step"] <= step]
         self._text = "".join(json.dumps(entry) + "\n" for entry in kept)
@@ -23,19 +23,19 @@ class MetricLog:
         self._workdir, self._step = workdir, step
 
     def open_board(self) -> None:
-        """Opens TensorBoard, which else waits for the first numbers: seconds of importing."""
+        """Opens TensorBoard now; otherwise the first scalars wait some seconds for its import."""
         _ = self._board
 
     @functools.cached_property
     def _board(self):
-        # Late, as it imports torch where that is installed. A run should train by then.
+        # Imported late because it imports torch if that is installed, which delays the start.
         import tensorboardX
 
         folder = os.path.join(self._workdir, "tensorboard")
         return tensorboardX.SummaryWriter(folder, purge_step=self._step + 1)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes one line of named numbers; NaN becomes null."""
+        """Writes one line of named numbers; NaN and infinity become null."""
         finite = {k: float(v) if np.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, "split": split, **finite}) + "\n"
         self._text += line
@@ -50,32 +50,32 @@ class MetricLog:
         self._board.flush()
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows [H, W, 3] uint8 in TensorBoard."""
+        """Writes a picture, [H, W, 3] uint8, to TensorBoard."""
         self._board.add_image(name, pixels, step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:
-        """Ends writing."""
+        """Closes the logs."""
         if "_board" in vars(self):
             self._board.close()
 
 
 def _percent(values: Sequence[float]) -> str:
-    """The mean in percent, with the standard deviation where there are several."""
+    """The mean in percent, with the standard deviation if there are several values."""
     known = np.array([value for value in values if not np.isnan(value)])
     if not known.size:
         return "–"
     mean = f"{100 * known.mean():.1f}"
-    # Of a sample: the seeds are a few of many.
+    # The sample standard deviation (ddof=1), because the seeds are a sample.
     return mean if known.size == 1 else f"{mean} ± {100 * known.std(ddof=1):.1f}"
 
 
 def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[str]) -> str:
-    """Scores in Markdown, percent: OA, AA, mIoU, mF1 and each class's IoU.
+    """Table of scores in Markdown, in percent: OA, AA, mIoU, mF1 and the IoU of each class.
 
     Args:
-      scores: by row, `metrics.scores` of one or several runs; of several, mean ± standard
-        deviation is shown.
+      scores: by row, `metrics.scores` of one or more runs. For several runs the table shows mean ±
+        standard deviation.
       class_names: C names.
     """
     lines = ["| scored | OA | AA | mIoU | mF1 | " + " | ".join(class_names) + " |"]
@@ -88,11 +88,11 @@ def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[
 
 
 def transfer_table(cells: Mapping[tuple[str, str, str], Mapping[str, Sequence[float]]]) -> str:
-    """The mIoU of many runs in Markdown, laid out like the paper's tables: frozen / fine-tuned.
+    """Table of mIoU of many runs in Markdown, like the paper's: frozen / fine-tuned encoder.
 
     Args:
-      cells: by (data set, input, weights), then by encoder ("frozen" or "trained"), the mIoU of
-        each run.
+      cells: the mIoU of each run by (data set, input, weights), then by encoder: "frozen" or
+        "trained" (fine-tuned).
     """
     rows = list(dict.fromkeys(dataset for dataset, _, _ in cells))
     columns = list(dict.fromkeys(key[1:] for key in cells))

@@ -1,4 +1,4 @@
-"""Checkpoints: the device state and the data iterator, together or not at all."""
+"""Checkpoints of the device state and the data iterator; both are saved together."""
 
 from typing import Any
 
@@ -11,54 +11,56 @@ from cromss_jax import files
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder is not what it should be."""
+    """A checkpoint folder is incomplete or was not written by this program."""
 
 
 class Checkpoints:
-    """Numbered checkpoints under one folder, written in the background.
+    """Numbered checkpoints in one folder, written in the background.
 
-    A checkpoint appears under its final name when it is complete; what a killed run left behind is
-    removed on opening. As a context, it waits at the end for what is being written. Of several
-    processes all must do the same; process 0 tells the others which checkpoints there are.
+    A checkpoint gets its final name when it is complete. Opening removes what a killed run left
+    behind. Used as a context manager, it waits at the end for checkpoints that are being written.
+    With several processes, all must make the same calls; process 0 tells the others which
+    checkpoints exist.
     """
 
     def __init__(self, directory: str, keep: int):
-        """Opens the folder, making it if needed.
+        """Opens the folder and creates it if needed.
 
         Args:
-          directory: absolute path or bucket address.
-          keep: how many of the newest checkpoints stay.
+          directory: absolute path or gs:// address.
+          keep: number of newest checkpoints to keep.
 
         Raises:
-          CheckpointError: if the newest folder with a step's name holds no finished checkpoint.
-            Older ones are what a kill left of a checkpoint that was being removed.
+          CheckpointError: if the newest folder named like a step holds no complete checkpoint.
+            Older folders of this kind are checkpoints whose removal was interrupted.
         """
         steps = [path for path in epath.Path(directory).glob("*") if path.name.isdigit()]
         newest = max(steps, key=lambda path: int(path.name), default=None)
-        # In a bucket, where nothing is renamed, it is what a kill left, and is removed on opening.
+        # A bucket has no renaming, so there it is an interrupted write, which opening removes.
         bad = newest is not None and not (newest / "_CHECKPOINT_METADATA").exists()
         if bad and not files.in_bucket(directory):
             raise CheckpointError(
-                f"{newest} has a checkpoint's name but is none (no _CHECKPOINT_METADATA); "
-                "move it away, and the run continues from the newest real checkpoint"
+                f"{newest} is named like a checkpoint but does not contain one (no "
+                "_CHECKPOINT_METADATA): move it away to continue from the newest complete "
+                "checkpoint"
             )
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                # A disk that the hosts share may show them its folders at different times.
+                # On a shared disk, hosts may see new folders at different times.
                 single_host_load_and_broadcast=True,
             ),
         )
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None if there is none."""
+        """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, host_state: dict) -> None:
-        """Saves in the background; a step that is there already is left as it is."""
+        """Saves in the background; does nothing if `step` is the newest checkpoint already."""
         if step == self.latest_step:
             return
         self._manager.save(
@@ -75,7 +77,7 @@ class Checkpoints:
           abstract_state: the state's shapes, dtypes and shardings.
 
         Returns:
-          The state, and the host's: the data iterator's and what identifies its data.
+          The device state, and the host state: that of the data iterator, and the data's identity.
         """
         restored = self._manager.restore(
             self.latest_step,
@@ -83,18 +85,18 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract_state), host=ocp.args.JsonRestore()
             ),
         )
-        # A copy of XLA's own making: restored buffers on CPU may be borrowed, and are donated.
+        # XLA must own buffers that will be donated; restored buffers on CPU may be borrowed.
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
         copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
         return copy(restored.state), restored.host
 
     def __enter__(self) -> "Checkpoints":
-        """Starts nothing."""
+        """Returns itself."""
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Waits for what is being written."""
-        # Nothing is finished without the other processes, and where the devices fail they are lost.
+        """Waits for checkpoints that are being written."""
+        # A device failure means that other processes are lost, and a save needs all of them.
         lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
         if not lost:
             self._manager.close()

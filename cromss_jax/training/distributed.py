@@ -1,4 +1,4 @@
-"""Starting JAX's runtime of several processes: on Cloud TPU, under SLURM, or by flags."""
+"""Starting and ending JAX's multi-process runtime: on Cloud TPU, under SLURM, or by flags."""
 
 import logging
 import os
@@ -12,9 +12,11 @@ import jax
 
 _log = logging.getLogger(__name__)
 
-# As JAX's own runtime ends a process that has lost another: what starts runs again knows it.
+# The exit status after another process was lost. JAX's runtime uses it too, and tools that restart
+# runs know it.
 LOST_STATUS = 128 + signal.SIGABRT
-# How long JAX waits for the others, when starting and for their signs of life.
+
+# How long JAX waits for the other processes, at the start and for their heartbeats.
 _START_SECONDS, _LOST_SECONDS = 300, 100
 _LEAVE_SECONDS = 5
 
@@ -27,7 +29,7 @@ def is_one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether SLURM or a TPU slice started this process as one of several.
 
     Args:
-      environment: `os.environ`. SLURM's `srun` numbers its tasks; a slice on GKE names its hosts.
+      environment: `os.environ`. SLURM's `srun` sets task numbers; a slice on GKE sets host names.
     """
     by_slurm = "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
     return by_slurm or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -39,104 +41,118 @@ def initialize(
     process_id: int | None = None,
     wanted: bool | None = None,
 ) -> bool:
-    """Starts the runtime of several processes, before any device is used.
+    """Starts the multi-process runtime; must be called before any device is used.
 
-    JAX ends (SIGABRT) a process that finds no coordinator, and one that waits for another that was
-    lost; what is logged here says so beforehand.
+    JAX ends a process by SIGABRT if it finds no coordinator, or if it waits for a process that was
+    lost. The log messages announce these timeouts.
 
     Args:
       coordinator_address: "host:port" of process 0.
-      num_processes: how many.
-      process_id: which this is, from 0. All three or none; without them JAX asks SLURM or Cloud
-        TPU.
-      wanted: False for a process on its own, whatever started it; None for what
-        `is_one_of_several` says or the three ask for.
+      num_processes: number of processes.
+      process_id: number of this process, from 0. Give all three of these or none; without them JAX
+        asks SLURM or Cloud TPU.
+      wanted: True to start the runtime, False for a single process in any environment. None starts
+        it if the three arguments are given or `is_one_of_several` is true.
 
     Returns:
-      Whether it was started.
+      Whether the runtime was started.
 
     Raises:
-      DistributedError: a sentence for the user.
+      DistributedError: if the arguments cannot work or the processes do not find each other; the
+        message is for the user.
     """
-    told = (coordinator_address, num_processes, process_id)
-    if any(x is not None for x in told) and None in told:
-        raise DistributedError(
-            "--coordinator_address, --num_processes and --process_id belong together: give all "
-            "three, or none where SLURM or Cloud TPU tells them"
-        )
-    if None not in told:
-        host, _, port = coordinator_address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise DistributedError(
-                f"--coordinator_address is {coordinator_address}; it must be HOST:PORT of process "
-                "0, such as 10.0.0.1:1234"
-            )
-        if process_id >= num_processes:
-            raise DistributedError(
-                f"--process_id is {process_id} of --num_processes={num_processes}; they are "
-                f"numbered from 0 to {num_processes - 1}"
-            )
-        if wanted is False:
-            raise DistributedError(
-                "--nodistributed is for a process on its own; leave out --coordinator_address, "
-                "--num_processes and --process_id"
-            )
+    given = (coordinator_address, num_processes, process_id)
+    _check(*given, wanted)
     if wanted is None:
-        wanted = None not in told or is_one_of_several(os.environ)
+        wanted = None not in given or is_one_of_several(os.environ)
     if not wanted:
         return False
-    _log.info("waiting at most %d s for all processes to start", _START_SECONDS)
+    _log.info("waiting up to %d s for all processes to start", _START_SECONDS)
     try:
         jax.distributed.initialize(
-            *told,
+            *given,
             initialization_timeout=_START_SECONDS,
             heartbeat_timeout_seconds=_LOST_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         remedy = f"{coordinator_address} must be the host of process 0 and a free port there"
-        if None in told:
-            remedy = "where neither SLURM nor Cloud TPU tells them, give each "
-            remedy += "--coordinator_address, --num_processes and --process_id"
+        if None in given:
+            remedy = "without SLURM or Cloud TPU, set --coordinator_address, --num_processes and "
+            remedy += "--process_id for each process"
         reason = str(error).splitlines()[0]
         raise DistributedError(
-            f"the processes did not find each other ({reason}); {remedy}"
+            f"the processes did not find each other ({reason}): {remedy}"
         ) from error
     _log.info(
-        "process %d of %d, with %d of %d devices; process 0 writes. If one is lost, the others "
-        "end within %d s",
+        "process %d of %d, with %d of %d devices; process 0 writes the files. If a process is "
+        "lost, the others end within %d s",
         jax.process_index(),
         jax.process_count(),
         jax.local_device_count(),
         jax.device_count(),
         _LOST_SECONDS,
     )
-    if jax.process_index() > 0:  # what is reported is the same for all
+    if jax.process_index() > 0:  # all processes would log the same
         logging.getLogger(__package__).setLevel(logging.WARNING)
     return True
 
 
+def _check(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    wanted: bool | None,
+) -> None:
+    """Raises DistributedError for arguments of `initialize` that cannot work."""
+    given = (coordinator_address, num_processes, process_id)
+    if all(x is None for x in given):
+        return
+    if None in given:
+        raise DistributedError(
+            "some of --coordinator_address, --num_processes and --process_id are missing: set all "
+            "three, or none under SLURM or Cloud TPU"
+        )
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise DistributedError(
+            f"--coordinator_address is {coordinator_address}: it must be HOST:PORT of process 0, "
+            "such as 10.0.0.1:1234"
+        )
+    if process_id >= num_processes:
+        raise DistributedError(
+            f"--process_id is {process_id} and --num_processes is {num_processes}: processes are "
+            f"numbered from 0 to {num_processes - 1}"
+        )
+    if wanted is False:
+        raise DistributedError(
+            "--nodistributed is for a single process: remove --coordinator_address, "
+            "--num_processes and --process_id"
+        )
+
+
 def leave(sentence: str, status: int) -> NoReturn:
-    """Ends the command early: says why, and waits only shortly for the other processes.
+    """Ends the command early: prints the reason and waits only briefly for the other processes.
 
     Args:
-      sentence: for the user.
+      sentence: the reason, a message for the user.
       status: exit status.
     """
     if not jax.distributed.is_initialized():
         print(sentence, file=sys.stderr)
         sys.exit(status)
     print(sentence, file=sys.stderr, flush=True)
-    # JAX would wait for 300 s for processes that may be gone, or that wait for this one in turn.
-    # If all end for the same reason they take leave of each other, at once.
-    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    goodbye.start()
-    goodbye.join(_LEAVE_SECONDS)
+    # JAX would wait up to 300 s for processes that have ended or that are waiting for this one. If
+    # all processes end for the same reason, the shutdown succeeds at once.
+    shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(_LEAVE_SECONDS)
     os._exit(status)
 
 
 def lost(error: jax.errors.JaxRuntimeError) -> str:
-    """What to say when the devices fail under several processes."""
+    """The message for a device failure with several processes."""
     return (
-        f"error: what the processes compute together failed ({str(error).splitlines()[0]}); where "
-        "another process ended, its log says why; the same command on all continues"
+        f"error: the joint computation of the processes failed ({str(error).splitlines()[0]}): if "
+        "another process ended, its log has the reason; run the same command on all hosts to "
+        "continue"
     )

@@ -1,7 +1,7 @@
-"""The compiled steps of finetuning one network on clean labels: training and scoring.
+"""The compiled steps of finetuning a network on clean labels: training and scoring.
 
-Pure functions of (state, records), as in `step`, whose state they share. Dimensions: B batch,
-T tile size, H = W crop size, K bands, C classes.
+All steps are pure functions of (state, records), with the same state as in `pretrain_step`.
+Dimensions: B batch, T tile size, H = W crop size, K bands, C classes.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from cromss_jax.training import optimizers, pretrain_step
 from cromss_jax.training.state import Maps, Metrics, TrainState, first_bad_step
 
 ENCODERS = ("frozen", "trained", "late")
-# Parts of the encoder from the last to the first, for the layer-wise decay of learning rates.
+# Stages of the encoder from the last to the first, for the layer-wise decay of the learning rate.
 _ENCODER_STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")
 
 
 def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
-    """The network of the configuration: one encoder, one decoder."""
+    """The network of the configuration, with one encoder and one decoder."""
     (modality,) = config.modalities
     bands = sensors.S1_BANDS if modality == "s1" else config.s2_bands
     return fusion.make_network(
@@ -41,21 +41,21 @@ def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Modul
 
 
 def network_definition(config: ml_collections.ConfigDict) -> nnx.GraphDef:
-    """The network without its arrays, for `nnx.merge`."""
+    """The network without arrays, for `nnx.merge`."""
     return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
 
 
 def split_encoder(params: nnx.State) -> dict[str, nnx.State]:
-    """Parameters of the "encoder" and of the "decoder" with its head, apart."""
+    """Splits parameters into those of the "encoder" and those of the "decoder" and head."""
     encoder, decoder = nnx.split_state(params, lambda path, _: path[0] == "encoder", ...)
     return {"encoder": encoder, "decoder": decoder}
 
 
 def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
-    """A fresh state. Run it under `jax.jit`, or `jax.eval_shape` for its shapes.
+    """The initial state. Call it under `jax.jit`, or under `jax.eval_shape` for the shapes.
 
-    Encoder and decoder have moments of their own: Adam must count from where the encoder begins
-    to move.
+    Encoder and decoder have separate optimizer states, because Adam must count the encoder's steps
+    from the epoch in which it is unfrozen.
     """
     init_key, draw_key = jax.random.split(key)
     network = make_network(config, nnx.Rngs(init_key))
@@ -73,10 +73,10 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
 
 
 def rate_factors(params: nnx.State, layer_decay: float) -> nnx.State:
-    """By which each parameter's learning rate is multiplied, floats in a state like `params`.
+    """Factors of the learning rate for each parameter, floats in a state like `params`.
 
-    1 for decoder and head; in the encoder `layer_decay` for its last stage, its square for the
-    one before, and so on to the fifth power for the stem (after BEiT, Bao et al. 2022).
+    The factor is 1 for decoder and head. In the encoder it is `layer_decay` for the last stage, its
+    square for the stage before, up to the fifth power for the stem (as in BEiT, Bao et al. 2022).
     """
 
     def factor(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -100,21 +100,17 @@ def make_train_step(
 
     Args:
       config: the configuration.
-      definition: of the network.
-      num_tiles: number of training records, which is an epoch's number of samples.
-      train_encoder: without it the encoder's parameters and BatchNorm statistics stay.
-      mesh: over whose devices the batch is cut.
+      definition: the network, from `network_definition`.
+      num_tiles: number of training records, which is the number of samples in an epoch.
+      train_encoder: if false, the encoder's parameters and BatchNorm statistics do not change.
+      mesh: devices over which the batch is sharded.
 
     Returns:
-      (state, records) -> (state, metrics), to be jitted, its state donated.
+      A function (state, records) -> (state, metrics), to be jitted with its state donated.
     """
-    optimizer = optimizers.make_optimizer(config)
-    (modality,) = config.modalities
-    trained_parts = ("encoder", "decoder") if train_encoder else ("decoder",)
-    num_classes = config.network.num_classes
+    update = make_update(config, definition, num_tiles, train_encoder)
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
-        epoch = state.step * config.batch_size // num_tiles
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         geometry_key, dropout_key = jax.random.split(key)
         margin = records["labels"].shape[-1] - config.data.crop_size
@@ -122,6 +118,32 @@ def make_train_step(
             geometry_key, config.batch_size, margin, **config.augmentation
         )
         batch = pretrain_step.make_examples(config, records, geometry, None, mesh=mesh)
+        return update(state, batch, dropout_key)
+
+    return train_step
+
+
+def make_update(
+    config: ml_collections.ConfigDict,
+    definition: nnx.GraphDef,
+    num_tiles: int,
+    train_encoder: bool,
+) -> Callable[[TrainState, Maps, jax.Array], tuple[TrainState, Metrics]]:
+    """Builds the training step without preprocessing; for the arguments see `make_train_step`.
+
+    Returns:
+      A function (state, examples, dropout key) -> (state, metrics), with examples from
+      `preprocess.examples`.
+    """
+    optimizer = optimizers.make_optimizer(config)
+    (modality,) = config.modalities
+    trained_parts = ("encoder", "decoder") if train_encoder else ("decoder",)
+    num_classes = config.network.num_classes
+
+    def update(
+        state: TrainState, batch: Maps, dropout_key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        epoch = state.step * config.batch_size // num_tiles
         labels = batch["labels"]
         valid = (labels < num_classes).astype(jnp.float32)
         targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
@@ -178,17 +200,18 @@ def make_train_step(
         )
         return new_state, report
 
-    return train_step
+    return update
 
 
 def make_eval_step(
     config: ml_collections.ConfigDict, definition: nnx.GraphDef
 ) -> Callable[[TrainState, jax.Array, Maps], tuple[jax.Array, jax.Array]]:
-    """Builds the scoring step, to be jitted, its counts donated.
+    """Builds the scoring step, to be jitted with its counts donated.
 
-    (state, counts, records) -> (counts, predictions): `metrics.add_counts` of the batch's
-    confusion matrix, and the likeliest classes [B, T, T] uint8 of the whole tiles. Padding rows
-    count nowhere. A tile that the network can't take as it is gets its border reflected.
+    The step is a function (state, counts, records) -> (counts, predictions). It adds the batch's
+    confusion matrix to the counts (`metrics.add_counts`). Predictions are the most probable
+    classes [B, T, T] uint8 of the whole tiles. Padding rows are not counted. If a tile's size does
+    not suit the network, it is padded by reflection at its border.
     """
     (modality,) = config.modalities
     stride = decoders.STRIDES[config.network.decoder]

@@ -1,7 +1,7 @@
-"""The method as a whole, as a configuration wants it: `training_loss` is what is minimised.
+"""The training objective of a configuration: `training_loss` combines the parts of the method.
 
-Every equation is a function of `cromss_jax.method`; here they are put together. Dimensions: B
-batch, H height, W width, C classes.
+Each equation is a function in `cromss_jax.method`. Dimensions: B batch, H height, W width,
+C classes.
 """
 
 import jax
@@ -16,12 +16,12 @@ NUM_CLASSES = sensors.NUM_CLASSES
 
 
 def others(modality: str, maps: Maps) -> jax.Array | None:
-    """The other modality's entry, None where there is a single one."""
+    """The other modality's entry; None if there is only one modality."""
     return next((value for name, value in maps.items() if name != modality), None)
 
 
 def entangled(confidences: Maps) -> dict[str, jax.Array]:
-    """Each modality's confidence tempered by the other's; a single modality's as it is."""
+    """Each modality's confidence combined with the other's; unchanged for a single modality."""
     return {
         modality: own
         if len(confidences) == 1
@@ -32,7 +32,7 @@ def entangled(confidences: Maps) -> dict[str, jax.Array]:
 
 @jax.named_scope("selection")
 def label_confidences(log_probs: Maps, labels: jax.Array) -> dict[str, jax.Array]:
-    """P[y] of each modality, [B, H, W], no gradient."""
+    """P[y] of each modality, [B, H, W], without gradient."""
     return {
         modality: selection.label_confidence(jnp.exp(jax.lax.stop_gradient(x)), labels)
         for modality, x in log_probs.items()
@@ -47,7 +47,7 @@ def selection_weights(
     ramp: jax.Array,
     num_scopes: int,
 ) -> dict[str, jax.Array]:
-    """Weights of the segmentation loss by modality, [B, H, W]; 0 at ignored pixels."""
+    """Weights of the segmentation loss by modality, [B, H, W], 0 at ignored pixels."""
     if not config.selection.enabled:
         return dict.fromkeys(confidences, (labels < NUM_CLASSES).astype(jnp.float32))
     keep = selection.keep_fraction(ramp, config.selection.final_keep_fraction)
@@ -67,7 +67,7 @@ def selection_weights(
 def consistency_weights(
     config: ml_collections.ConfigDict, log_probs: Maps, ramp: jax.Array
 ) -> dict[str, jax.Array]:
-    """Weights of the consistency loss by teaching modality, [B, H, W], no gradient."""
+    """Weights of the consistency loss by teaching modality, [B, H, W], without gradient."""
     kind = config.selection.confidence
     if not config.selection.enabled:
         return {modality: jnp.ones(x.shape[:-1]) for modality, x in log_probs.items()}
@@ -84,7 +84,10 @@ def consistency_weights(
 def consistency_losses(
     config: ml_collections.ConfigDict, log_probs: Maps, weights: Maps
 ) -> Metrics:
-    """Both directions, each with its teacher's weights; none for a single modality."""
+    """Consistency losses in both directions, each with the teacher's weights.
+
+    The result is empty for a single modality.
+    """
     return {
         f"consistency/{teacher}_to_{student}": losses.consistency_loss(
             log_probs[teacher], log_probs[student], weights[teacher], config.loss.consistency
@@ -96,7 +99,7 @@ def consistency_losses(
 
 
 def total_loss(config: ml_collections.ConfigDict, parts: Metrics) -> jax.Array:
-    """Sum of the segmentation losses + lambda times that of the consistency losses."""
+    """Sum of the segmentation losses plus lambda times the sum of the consistency losses."""
     weight = {"segmentation": 1.0, "consistency": config.loss.consistency_weight}
     return sum(weight[name.split("/")[0]] * value for name, value in parts.items())
 
@@ -109,21 +112,21 @@ def training_loss(
     epoch: jax.Array,
     num_scopes: int = 1,
 ) -> tuple[jax.Array, Metrics]:
-    """The loss that is minimised, and what to report of it (paper, Section III).
+    """The loss to minimise and the metrics to report (paper, Section III).
 
     Args:
       config: the configuration.
-      logits: [B, H, W, C] float32 a modality; of packed networks, here and in all that follows,
-        [B, 16, H W / 16, C].
-      batch: `preprocess.examples`, with a prior if the configuration has one.
-      epoch: scalar from 0, drives the ramp.
-      num_scopes: number of equal parts of the batch with class thresholds of their own.
+      logits: [B, H, W, C] float32 for each modality. For packed networks all maps, here and below,
+        have the dimensions [B, 16, H W / 16] instead of [B, H, W].
+      batch: examples from `preprocess.examples`, with a prior if the configuration needs one.
+      epoch: scalar, counted from 0; determines the ramp.
+      num_scopes: number of equal parts of the batch that have their own class thresholds.
 
     Returns:
-      Scalar loss; scalar metrics by name.
+      The scalar loss, and scalar metrics by name.
     """
     labels = batch["labels"]
-    # In float32: the networks return logits so, whatever they compute in.
+    # In float32, because the networks return float32 logits for every compute dtype.
     log_probs = {m: jax.nn.log_softmax(x) for m, x in logits.items()}
     ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
 
@@ -155,7 +158,7 @@ def training_loss(
 
 
 def smoothed_targets(config: ml_collections.ConfigDict, batch: Maps) -> jax.Array:
-    """Targets y' of a batch, [B, H, W, C]; plain one-hot labels without a prior."""
+    """Targets y' of a batch, [B, H, W, C]; one-hot labels if the batch has no prior."""
     if "prior" not in batch:
         return jax.nn.one_hot(batch["labels"], NUM_CLASSES, dtype=jnp.float32)
     return smoothing.smoothed_targets(
@@ -164,6 +167,6 @@ def smoothed_targets(config: ml_collections.ConfigDict, batch: Maps) -> jax.Arra
 
 
 def prior_kind(config: ml_collections.ConfigDict) -> str | None:
-    """The smoothing prior that the configuration needs; None without label smoothing."""
+    """The kind of smoothing prior that the configuration needs; None without label smoothing."""
     smooths = config.loss.prior_weight > 0 or config.loss.uniform_weight > 0
     return config.loss.prior if smooths else None

@@ -1,4 +1,4 @@
-"""Optimizers, and a network's vectors joined into one, so that an update has few operations."""
+"""Optimizers. A network's vectors are joined into one, so that an update has few operations."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,24 +11,24 @@ from flax import nnx
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam or SGD without the learning rate, which the step applies. L2 joins the gradient."""
+    """Adam or SGD. L2 is added to the gradient; the step applies the learning rate."""
     l2 = optax.add_decayed_weights(config.optimizer.l2)
     if config.optimizer.name == "adam":
         return optax.chain(l2, optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
     if config.optimizer.name == "sgd":
         return optax.chain(l2, optax.trace(decay=config.optimizer.momentum))
-    raise ValueError(f"optimizer {config.optimizer.name!r} must be 'adam' or 'sgd'")
+    raise ValueError(f"unknown optimizer {config.optimizer.name!r}: choose 'adam' or 'sgd'")
 
 
 class Joined(NamedTuple):
-    """A network's arrays, for what is done to each number by itself, and for norms of all.
+    """A network's arrays with all vectors joined, for element-wise operations and norms.
 
-    Two thirds of the arrays are vectors, of biases and BatchNorms, with 0.2 % of the numbers. Adam
-    and the norms need 30 operations an array: on joined vectors a third of them is left to trace,
-    compile and read where they were compiled before.
+    Two thirds of the arrays are vectors of biases and BatchNorms, with 0.2 % of the numbers. Adam
+    and the norms need 30 operations per array. With joined vectors, only a third of these
+    operations must be traced, compiled and read from the compilation cache.
 
     Attributes:
-      vectors: all vectors, one after another; there is one at least, and all are of one dtype.
+      vectors: all vectors concatenated; there must be at least one, and all must have one dtype.
       others: the other arrays.
     """
 
@@ -41,7 +41,7 @@ def _is_state(tree: Any) -> bool:
 
 
 def join(tree: Any) -> Any:
-    """`tree` with a `Joined` in place of every `nnx.State`: parameters, gradients or moments."""
+    """Replaces every `nnx.State` in a tree (parameters, gradients, moments) by a `Joined`."""
 
     def join_state(part: Any) -> Any:
         if not _is_state(part):
@@ -54,11 +54,11 @@ def join(tree: Any) -> Any:
 
 
 def split(tree: Any, like: Any) -> Any:
-    """Undoes `join`.
+    """Reverses `join`.
 
     Args:
-      tree: what became of a joined tree.
-      like: that tree before it was joined, of whose structure and shapes the result is.
+      tree: a joined tree.
+      like: a tree before `join`, which has the structure and shapes of the result.
     """
 
     def split_state(part: Any, joined: Any) -> Any:

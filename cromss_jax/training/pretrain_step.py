@@ -1,7 +1,7 @@
 """The compiled steps of pretraining: training, validation, pictures.
 
-Pure functions of (state, records). What they minimise stands in `objective.training_loss`.
-Dimensions: B batch, H height, W width, C classes.
+All steps are pure functions of (state, records). `objective.training_loss` is the loss that they
+minimise. Dimensions: B batch, H height, W width, C classes.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def make_network(
 
 
 def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
-    """A fresh state. Run it under `jax.jit`, or `jax.eval_shape` for its shapes."""
+    """The initial state. Call it under `jax.jit`, or under `jax.eval_shape` for the shapes."""
     init_key, augmentation_key = jax.random.split(key)
     network = make_network(config, nnx.Rngs(init_key))
     params, batch_stats = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
@@ -63,14 +63,14 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
 
 
 def network_definition(config: ml_collections.ConfigDict, packed: bool = False) -> nnx.GraphDef:
-    """The networks without their arrays, for `nnx.merge`; `packed` as for `models.make_network`."""
+    """The networks without arrays, for `nnx.merge`; `packed` as for `fusion.make_network`."""
     return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), packed)))
 
 
 def draw_geometry(
     config: ml_collections.ConfigDict, state: TrainState, tile_size: int
 ) -> preprocess.Geometry:
-    """How the step that comes next cuts, flips and rotates its B samples."""
+    """Random crops, flips and rotations of the B samples for the step `state.step`."""
     return preprocess.random_geometry(
         jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
         config.batch_size,
@@ -87,19 +87,19 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     cell: int = 1,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
-    """Builds the training step, the same one for all epochs.
+    """Builds the training step, which is the same for all epochs.
 
     Args:
       config: the configuration.
-      definition: of the networks.
-      num_locations: number of training locations, which is an epoch's number of samples.
-      num_scopes: as for `training_loss`; 1 is the global batch.
-      mesh: over whose devices the batch is cut.
-      cell: `models.PACKED_CELL` if the networks are packed.
+      definition: the networks, from `network_definition`.
+      num_locations: number of training locations, which is the number of samples in an epoch.
+      num_scopes: as for `objective.training_loss`; 1 is the global batch.
+      mesh: devices over which the batch is sharded.
+      cell: `fusion.PACKED_CELL` if the networks are packed.
 
     Returns:
-      (state, records) -> (state, metrics), to be jitted, its state donated. `records` as in
-      `preprocess`; B is `config.batch_size`.
+      A function (state, records) -> (state, metrics), to be jitted with its state donated.
+      `records` is a batch of records as in `preprocess`, of `config.batch_size` samples.
     """
     update = make_update(config, definition, num_locations, num_scopes)
 
@@ -117,15 +117,15 @@ def make_update(
     num_locations: int,
     num_scopes: int = 1,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
-    """Builds the training step without its preprocessing; for the arguments see `make_train_step`.
+    """Builds the training step without preprocessing; for the arguments see `make_train_step`.
 
     Returns:
-      (state, examples) -> (state, metrics), `examples` as `preprocess.examples` makes them.
+      A function (state, examples) -> (state, metrics), with examples from `preprocess.examples`.
     """
     optimizer = optimizers.make_optimizer(config)
 
     def update(state: TrainState, batch: Maps) -> tuple[TrainState, Metrics]:
-        # Visits go on from epoch to epoch: a batch belongs to the epoch of its first sample.
+        # A batch can span two epochs; it belongs to the epoch of its first sample.
         epoch = state.step * config.batch_size // num_locations
 
         def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
@@ -174,16 +174,16 @@ def make_examples(
     cell: int = 1,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """`preprocess.examples` as the configuration wants them.
+    """`preprocess.examples` with the settings of the configuration.
 
     Args:
       config: the configuration.
-      records: of B samples.
-      geometry: theirs.
-      kind: of the prior, if one is wanted.
+      records: records of B samples.
+      geometry: crops, flips and rotations of these samples.
+      kind: kind of the prior; None for no prior.
       cell: as for `preprocess.examples`.
-      mesh: over whose devices the samples are cut, to be made by each on its own. Without it a
-        batch that is cut is brought together to be rotated.
+      mesh: devices over which the samples are sharded; each device then makes its own examples.
+        Without it, a sharded batch is gathered for the rotation.
     """
     make = functools.partial(
         preprocess.examples,
@@ -196,7 +196,7 @@ def make_examples(
         dtype=jnp.dtype(config.network.dtype),
     )
     if mesh is not None:
-        # How many samples are rotated differs from device to device.
+        # `shard_map`, because the number of rotated samples differs between devices.
         rows = sharding.batch_sharded(mesh).spec
         make = jax.shard_map(make, mesh=mesh, in_specs=rows, out_specs=rows)
     return make(records, geometry)
@@ -205,7 +205,7 @@ def make_examples(
 def predict(
     config: ml_collections.ConfigDict, definition: nnx.GraphDef, state: TrainState, batch: Maps
 ) -> dict[str, jax.Array]:
-    """Log-probabilities [B, H, W, C] of each modality, running statistics in the BatchNorms."""
+    """Log-probabilities [B, H, W, C] by modality; BatchNorm uses its running statistics."""
     network = nnx.merge(definition, state.params, state.batch_stats)
     logits = network({m: batch[m] for m in config.modalities}, train=False)
     return {m: jax.nn.log_softmax(x) for m, x in logits.items()}
@@ -214,13 +214,13 @@ def predict(
 def make_eval_step(
     config: ml_collections.ConfigDict, definition: nnx.GraphDef
 ) -> Callable[[TrainState, Maps], Metrics]:
-    """Builds the validation step: (state, records) -> sums over the batch, to be jitted.
+    """Builds the validation step: (state, records) -> metrics of the batch, to be jitted.
 
-    The loss has neither smoothing nor selection but keeps consistency. Padding rows
-    (`records["is_real"]` false) count nowhere. Returned are `loss` (mean over the batch),
-    `num_samples`, `confusion/<modality>` against the noisy labels and, where the records have
-    truth, `confusion_truth/<modality>`, `confusion_truth/labels` (the noisy labels' own) and
-    `confidence/<modality>` (`metrics.confidence_counts`).
+    The loss includes consistency, but neither smoothing nor selection. Padding rows, where
+    `records["is_real"]` is false, are not counted. The step returns `loss` (mean over the batch),
+    `num_samples` and `confusion/<modality>` against the noisy labels. If the records have truth, it
+    also returns `confusion_truth/<modality>`, `confusion_truth/labels` (of the noisy labels) and
+    `confidence/<modality>` (from `metrics.confidence_counts`).
     """
 
     def eval_step(state: TrainState, records: Maps) -> Metrics:
@@ -269,11 +269,11 @@ def make_eval_step(
 def make_picture_step(
     config: ml_collections.ConfigDict, definition: nnx.GraphDef, num_locations: int
 ) -> Callable[[TrainState, Maps], dict[str, jax.Array]]:
-    """Builds the step that shows what the method does to a batch, to be jitted.
+    """Builds the step that computes the maps for pictures of a batch, to be jitted.
 
-    Returns, for the first `config.num_pictures` samples, [n, H, W] (imagery [n, H, W, K]):
-    `s1`, `s2`, `labels`, `prior` (its likeliest class), `truth` if any, and by modality
-    `prediction/`, `label_confidence/`, `selection_weights/`.
+    The step returns maps of the first `config.num_pictures` samples, [n, H, W], and imagery
+    [n, H, W, K]: `s1`, `s2`, `labels`, `prior` (its most probable class), `truth` if known, and by
+    modality `prediction/`, `label_confidence/`, `selection_weights/`.
     """
 
     def picture_step(state: TrainState, records: Maps) -> dict[str, jax.Array]:

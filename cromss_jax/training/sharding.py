@@ -1,4 +1,4 @@
-"""Where arrays live: parameters replicated, the batch cut along its first dimension."""
+"""Sharding: parameters are replicated, the batch is sharded along its first dimension."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,11 +8,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(num_devices: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, "data".
+    """A mesh with one axis, "data".
 
     Args:
-      num_devices: the first so many devices; 0 takes all.
-      devices: to choose from; those of all processes unless given.
+      num_devices: how many of the devices to use, from the first; 0 means all.
+      devices: the devices to choose from; by default those of all processes.
     """
     devices = jax.devices() if devices is None else devices
     count = num_devices or len(devices)
@@ -25,30 +25,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The first dimension cut over the devices."""
+    """The first dimension divided over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch lie on this process's devices, [b] int, ascending.
+    """The rows of a global batch on this process's devices, [b] int, ascending.
 
-    Not always neighbours: `jax.make_mesh` puts the chips of a TPU slice into the order of a ring,
-    which leaves a host and comes back to it.
+    They are not always adjacent: `jax.make_mesh` orders the chips of a TPU slice as a ring, which
+    can leave a host and return to it.
     """
     indices = batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.sort(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What XLA is told when a step is compiled, by name."""
+    """XLA's compiler options for a step, by name."""
     if mesh.devices.flat[0].platform != "cpu":
         return {}
-    # To leave `layers.materialised` alone: by default this pass undoes it early.
+    # By default, this pass removes the barriers of `layers.materialised` too early.
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> Callable:
-    """Compiles (state, records) -> anything: the state and the result replicated, records cut."""
+    """Jits a function of (state, records).
+
+    The state and the result are replicated; the records are sharded along the first dimension.
+    """
     return jax.jit(
         function,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
@@ -59,9 +62,9 @@ def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> C
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch, `process_rows`, on its devices."""
+    """Moves this process's rows of a batch (`process_rows`) to its devices."""
     sharding = batch_sharded(mesh)
-    # Where other transfers are forbidden this one is meant.
+    # This transfer is intended, also where implicit transfers are forbidden.
     with jax.transfer_guard_host_to_device("allow"):
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)
@@ -70,9 +73,10 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def wait(array: jax.Array) -> None:
-    """Waits until the first device of this process has computed an array, as all do in step.
+    """Waits until the first device of this process has computed an array.
 
-    Where another process ends, collectives on CPU fail at once on the devices next to its own, of
-    which the first is one; the others wait on, until the runtime ends this process (100 s).
+    All devices compute in step. If another process ends, collectives on CPU fail at once on the
+    devices adjacent to that process's, which include the first one. The other devices keep waiting
+    until the runtime ends this process (100 s).
     """
     array.addressable_data(0).block_until_ready()

@@ -1,4 +1,4 @@
-"""What training changes and a checkpoint holds of the device, and the weights it starts from."""
+"""The training state, and starting it from existing weights."""
 
 import dataclasses
 import logging
@@ -23,16 +23,18 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes, and all that a checkpoint must hold of the device.
+    """Everything on the device that training changes and that a checkpoint stores.
 
     Attributes:
-      step: int32, steps done.
+      step: int32, number of completed steps.
       params: parameters of the networks, float32.
       batch_stats: running statistics of the BatchNorms, float32.
-      opt_state: moments of the optimizer.
+      opt_state: state of the optimizer, such as Adam's moments.
       plateau: state of the plateau schedule; `plateau.scale` multiplies the learning rate.
-      rng: key that the augmentation's draws are made from, never advanced: step t folds t in.
-      first_bad_step: int32, the first step whose loss, gradient or outcome was not finite; or -1.
+      rng: data of the PRNG key for augmentation and dropout. It never changes; step t uses
+        `fold_in(rng, t)`.
+      first_bad_step: int32, the first step whose loss, gradients or new parameters were not
+        finite; -1 if there is none.
     """
 
     step: jax.Array
@@ -47,7 +49,14 @@ class TrainState:
 def first_bad_step(
     state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: optax.Params
 ) -> jax.Array:
-    """`TrainState.first_bad_step` after a step of that loss and gradient that leads to `params`."""
+    """`TrainState.first_bad_step` after a step.
+
+    Args:
+      state: the state before the step.
+      loss: scalar loss of the step.
+      gradient_norm: scalar norm of the step's gradients.
+      params: the parameters after the step.
+    """
     is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
@@ -59,17 +68,20 @@ def start_from(
     placement: jax.sharding.NamedSharding,
     parts: Sequence[str] = PARTS,
 ) -> TrainState:
-    """Takes over weights for a network's parts, and says which.
+    """Copies existing weights to the parts of a network that they fit, and logs which.
 
     Args:
-      path: a run's folder, one of its checkpoints, or a file.
-      network: what `state` is of.
-      state: freshly drawn.
-      placement: where the weights go.
-      parts: which of `weights.PARTS` may be taken.
+      path: a run's folder, one of its checkpoints, or a file of weights.
+      network: description of the network of `state`.
+      state: the randomly initialised state.
+      placement: sharding of the copied weights.
+      parts: the `PARTS` that may be copied.
+
+    Returns:
+      The state with the copied weights.
 
     Raises:
-      weights.WeightsError: if they cannot be read or don't fit.
+      WeightsError: if the weights cannot be read or do not fit.
     """
     groups = (state.params, state.batch_stats)
     initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
@@ -84,7 +96,7 @@ def start_from(
 def put_weights(
     found: Weights, state: TrainState, placement: jax.sharding.NamedSharding
 ) -> TrainState:
-    """The state with other weights, of the same network."""
+    """Replaces the weights of a state by others of the same network."""
     params, batch_stats = (
         torch_keys.from_torch_state({k: found.arrays[k] for k in torch_keys.keys(group)}, group)
         for group in (state.params, state.batch_stats)

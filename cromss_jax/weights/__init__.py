@@ -1,5 +1,5 @@
 """Weights outside of training: PyTorch's layouts and files, checkpoints, cards, transfer.
 
-torch is imported in `files` alone, and only for `.pt` and `.ckpt`. May import `results` and what
-lies below it. Begin with `network`, then `files.load`.
+Only `files` imports torch, and only for `.pt` and `.ckpt`. May import `results` and the rooms below
+it. Begin with `network`, then read `files.load`.
 """

@@ -1,4 +1,4 @@
-"""Cards: what a user of a file of weights must know, as JSON and as Markdown."""
+"""Cards of weight files: input scaling, classes, recipe, scores, origin, as JSON and Markdown."""
 
 import datetime
 import json
@@ -14,14 +14,14 @@ FORMAT = "cromss_jax weights"
 
 
 def of_run(step: epath.Path, network: Network) -> dict:
-    """What is known of a run's weights beside what they are.
+    """Information about a run's weights, in addition to the description of their network.
 
     Args:
       step: folder of one of the run's checkpoints.
-      network: what is in it.
+      network: the description of the checkpoint's network.
 
     Raises:
-      ValueError: if the run's description is damaged.
+      ValueError: if the run's configuration or log is damaged.
     """
     run = step.parent.parent
     recipe = json.loads((run / "config.json").read_text())
@@ -39,7 +39,7 @@ def of_run(step: epath.Path, network: Network) -> dict:
         "metrics": _metrics(run, int(step.name) if step.name.isdigit() else None),
         "source": str(step),
         "versions": json.loads(versions.read_text()) if versions.exists() else None,
-        # What else a run started from has a licence of its own.
+        # Weights that the run started from may have another licence.
         "licence": None if recipe.get("init_from") else "Apache-2.0",
         "method": None
         if recipe.get("mode") != "pretrain"
@@ -48,14 +48,14 @@ def of_run(step: epath.Path, network: Network) -> dict:
 
 
 def _scaling(band: str) -> dict[str, float | str]:
-    """How a band's raw values x become input; see the card's formula."""
+    """The values of one band for the card's formula, which scales raw values x to network input."""
     mean, std = sensors.BAND_STATISTICS[band]
     unit = "dB" if band in sensors.S1_BANDS else "reflectance * 10000 (L1C)"
     return {"mean": mean, "std": std, "low": mean - 2 * std, "high": mean + 2 * std, "unit": unit}
 
 
 def _metrics(run: epath.Path, step: int | None) -> dict:
-    """The last scores up to a step, classes left out."""
+    """The last validation scores up to a step, without those of single classes."""
     found = {}
     for entry in files.read_metrics(run / "metrics.jsonl"):
         if entry["split"] == "validation" and (step is None or entry["step"] <= step):
@@ -67,9 +67,9 @@ def make(found: Weights, network: Network, layout: str) -> dict:
     """The card of a file.
 
     Args:
-      found: where the file's weights come from, with what is known of them.
-      network: what is in the file.
-      layout: under which keys.
+      found: the weights that the file's content comes from, with their card.
+      network: description of the network in the file.
+      layout: layout of the file's keys.
     """
     unknown = dict.fromkeys(
         ("input", "classes", "recipe", "metrics", "source", "versions", "licence", "method")
@@ -109,7 +109,7 @@ def text(card: Mapping, name: str) -> str:
         lines += [f"{card['input']['resolution'].capitalize()}."]
         lines += [f"Each band: `{card['input']['formula']}`.", ""]
     else:
-        lines += ["How raw values become input is not known here: ask whom the weights are from."]
+        lines += ["The scaling of raw values to input is unknown: ask the source of the weights."]
         lines += [""]
     lines += ["| channel | band | low | high | unit of x |", "|---|---|---|---|---|"]
     for names in card["bands"].values():
@@ -140,5 +140,5 @@ def text(card: Mapping, name: str) -> str:
     ]
     if card["versions"]:
         lines += [", ".join(f"{k} {v}" for k, v in card["versions"].items()) + "."]
-    lines += [f"Licence: {card['licence'] or 'not known, ask whom the weights are from'}.", ""]
+    lines += [f"Licence: {card['licence'] or 'unknown, ask the source of the weights'}.", ""]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Files of weights, PyTorch's among them, from which nothing is run; `load` takes folders, too.
+"""Files of weights, including PyTorch's, whose code is never run. `load` also accepts folders.
 
-The only module that imports torch, and only for `.pt` and `.ckpt`: `.safetensors` needs none.
+This is the only module that imports torch, and only for `.pt` and `.ckpt`. `.safetensors` does not
+need it.
 """
 
 import argparse
@@ -26,37 +27,45 @@ from cromss_jax.weights.layouts import check_bands, from_layout
 from cromss_jax.weights.network import Weights, WeightsError
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
-# What others call the same.
+
+# Other names for the formats of PyTorch.
 _READ_SUFFIXES = (*SUFFIXES, ".pth", ".tar")
-# Where a file keeps its card: an entry of safetensors' metadata and of Lightning's settings.
+
+# The key of a file's card in safetensors' metadata and in Lightning's hyper_parameters.
 _CARD = "cromss_jax"
-# Under which files keep a network's tensors: Lightning, MoCo; DINO; DeCUR.
+
+# Keys of a network's tensors in checkpoints of Lightning and MoCo, of DINO, and of DeCUR.
 _STATE_DICTS = ("state_dict", "teacher", "model")
-# Before it, a file that asks for tensors alone could still run code (CVE-2025-32434) or write
-# outside of its memory (CVE-2026-24747).
+
+# In older versions, reading with `weights_only` could still run code (CVE-2025-32434) or write out
+# of bounds in memory (CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
 
 
 def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weights:
-    """Loads weights from whatever holds them.
+    """Loads weights from a folder or a file.
 
     Args:
       path: the folder of a run, of one of its checkpoints or of converted weights; or a file.
-      bands: of a file, by modality, where neither its card nor their number tells them.
+      bands: for a file, names of the bands by modality; needed if neither the file's card nor the
+        number of bands determines them.
 
     Raises:
-      WeightsError: if there are none, if they are damaged, or no network of ours.
+      WeightsError: if there are no weights, or if they are damaged or of an unsupported network.
     """
     try:
         full = files.absolute(path)
         if full.is_dir():
             if bands:
-                raise WeightsError("a folder knows its bands, they can't be said anew")
+                raise WeightsError("a folder states its own bands: do not set bands for it")
             return folders.load_run(folders.find_checkpoint(full))
         arrays, card = read(full)
         known = card and check_bands(card.get("bands"))
         if known and bands and known != dict(bands):
-            raise WeightsError(f"its card says the bands are {known}, not {dict(bands)}")
+            raise WeightsError(
+                f"the file's card states the bands {known}, and the given bands are "
+                f"{dict(bands)}: do not set bands for this file"
+            )
         known = known or bands
         found = from_layout(arrays, known or None)
         return dataclasses.replace(found, card=card)
@@ -67,7 +76,7 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weigh
 
 def _check_suffix(path: epath.Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix not in suffixes:
-        raise WeightsError(f"{path}: a file of weights ends in {', '.join(suffixes)}")
+        raise WeightsError(f"{path}: the name of a weights file must end in {', '.join(suffixes)}")
 
 
 def _torch(path: epath.Path):
@@ -75,14 +84,14 @@ def _torch(path: epath.Path):
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path.suffix} files need PyTorch: install it (`pip install torch`), or use "
-            ".safetensors, which needs none"
+            f"{path.suffix} files need PyTorch, which is not installed: run `pip install torch`, "
+            "or use .safetensors, which does not need it"
         ) from error
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     if version < _SAFE_TORCH:
         raise WeightsError(
-            f"PyTorch {torch.__version__} can't be trusted to read {path.suffix} files safely: "
-            f"install {'.'.join(map(str, _SAFE_TORCH))} or later, or use .safetensors"
+            f"PyTorch {torch.__version__} does not read {path.suffix} files safely: install "
+            f"{'.'.join(map(str, _SAFE_TORCH))} or later, or use .safetensors"
         )
     return torch
 
@@ -91,32 +100,32 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
     """Reads a file of weights.
 
     Args:
-      path: ends in `.safetensors`, `.pt`, `.ckpt`, `.pth` or `.tar`; of a Lightning file or another
-        method's checkpoint, the tensors of its network are taken.
+      path: ends in `.safetensors`, `.pt`, `.ckpt`, `.pth` or `.tar`. From a Lightning file or
+        another method's checkpoint, only the network's tensors are read.
 
     Returns:
-      The arrays under the file's keys, float16 and bfloat16 as float32; and our card, from inside
-      the file or from beside it (`FILE.json`), an empty dict if there is none.
+      The arrays by the file's keys, float16 and bfloat16 converted to float32. And the card of this
+      project, from the file itself or from `FILE.json` next to it; an empty dict if there is none.
 
     Raises:
-      WeightsError: if there is no such file, if it is damaged, or if it is a pickle that asks for
-        anything but tensors and plain values.
+      WeightsError: if the file does not exist, is damaged, or is a pickle that contains anything
+        other than tensors and plain values.
     """
     _check_suffix(path, _READ_SUFFIXES)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path} does not exist")
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
     content = path.read_bytes()
     arrays, card = reader(path, content)
-    beside = path.with_name(f"{path.name}.json")
-    if not card and beside.is_file():
+    card_path = path.with_name(f"{path.name}.json")
+    if not card and card_path.is_file():
         try:
-            card = json.loads(beside.read_text())
+            card = json.loads(card_path.read_text())
         except ValueError as error:
             raise WeightsError(
-                f"{beside}: the card beside {path.name} is damaged: {error}"
+                f"{card_path}, the card of {path.name}, is damaged ({error}): restore or delete it"
             ) from error
-        # One that was written for other weights of this name says nothing of these.
+        # A card written for other weights with the same file name is ignored.
         if isinstance(card, Mapping) and card.get("sha256") != hashlib.sha256(content).hexdigest():
             card = {}
     is_ours = isinstance(card, Mapping) and card.get("format") == cards.FORMAT
@@ -125,30 +134,32 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     try:
-        arrays = safetensors.numpy.load_file(path)  # unlike load, it knows bfloat16
-        # The header: its length in 8 bytes, then JSON.
+        arrays = safetensors.numpy.load_file(path)  # `load` does not support bfloat16
+        # The file starts with the header's length in 8 bytes, then the header as JSON.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         card = json.loads(header.get("__metadata__", {}).get(_CARD, "{}"))
     except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: damaged or no safetensors file: {error}") from error
-    return {key: _widened(array) for key, array in arrays.items()}, card
+        raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return {key: _at_least_float32(array) for key, array in arrays.items()}, card
 
 
 def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     torch = _torch(path)
     try:
-        # weights_only: tensors and plain values, nothing else is built. Lightning keeps its
-        # settings in a Namespace, a bag of attributes.
+        # With weights_only, torch builds only tensors and plain values. Lightning also stores its
+        # hyper_parameters in an argparse.Namespace, which holds attributes and runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # What torch advises here would run the file.
+        # torch's own message advises to load without weights_only, which would run the file's code.
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"asks for {asked[1]}, more than weights: nothing of it was run" if asked else ""
-        raise WeightsError(f"{path}: {why or 'damaged, or no file of PyTorch'}") from error
+        why = (
+            f"contains {asked[1]}, which is not weights; none of its code was run" if asked else ""
+        )
+        raise WeightsError(f"{path} {why or 'is damaged or not a PyTorch file'}") from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
             struct.error, zipfile.BadZipFile, OSError) as error:  # fmt: skip
-        raise WeightsError(f"{path}: damaged: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged: {_first_line(error)}") from error
     tensors, card = found, {}
     if isinstance(found, Mapping):
         name = next((n for n in _STATE_DICTS if isinstance(found.get(n), Mapping)), None)
@@ -169,10 +180,11 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray
     ]
     if other:
         raise WeightsError(
-            f"{path}: expected plain tensors; none are " + ", ".join(map(str, other[:5]))
+            f"{path}: expected plain tensors, which these are not: "
+            + ", ".join(map(str, other[:5]))
         )
     arrays = {
-        str(key): _widened(
+        str(key): _at_least_float32(
             (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
         )
         for key, value in tensors.items()
@@ -184,25 +196,26 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
-    """float32 for shorter floats; everything else as it is."""
+def _at_least_float32(array: np.ndarray) -> np.ndarray:
+    """Converts floats of 8 and 16 bits to float32; other arrays stay unchanged."""
     is_short = array.dtype.kind in "fV" and array.dtype.itemsize < 4
     return array.astype(np.float32) if is_short else array
 
 
 def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> None:
-    """Writes a file of weights and its cards, `FILE.json` and `FILE.md`, each whole or not at all.
+    """Writes a file of weights and its cards, `FILE.json` and `FILE.md`.
 
-    A Lightning file has its arrays in a `state_dict`. It and `.safetensors` hold the card, too.
+    A killed process leaves no partial file. A Lightning file has its arrays in a `state_dict`.
+    Lightning and `.safetensors` files also contain the card.
 
     Args:
       path: ends in `.safetensors`, `.pt` or `.ckpt`.
-      arrays: by key.
-      card: of `cards.make`.
+      arrays: arrays by key.
+      card: card from `cards.make`.
 
     Raises:
-      WeightsError: for another suffix.
-      OSError: if it can't be written.
+      WeightsError: if the file name has another suffix.
+      OSError: if a file cannot be written.
     """
     _check_suffix(path, SUFFIXES)
     text = cards.text(card, path.name).encode()
@@ -218,16 +231,16 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], card: Mapping) -> 
         buffer = io.BytesIO()
         torch.save(found, buffer)
         content = buffer.getvalue()
-    beside = path.with_name(f"{path.name}.json")
-    # An older card must not speak for the new weights, should this be cut off.
-    beside.unlink(missing_ok=True)
+    card_path = path.with_name(f"{path.name}.json")
+    # Deleted first, so that an old card never describes the new weights if the process is killed.
+    card_path.unlink(missing_ok=True)
     files.write_whole(path, content)
     sealed = {**card, "sha256": hashlib.sha256(content).hexdigest()}
-    files.write_whole(beside, (json.dumps(sealed, indent=2) + "\n").encode())
+    files.write_whole(card_path, (json.dumps(sealed, indent=2) + "\n").encode())
     files.write_whole(path.with_name(f"{path.name}.md"), text)
 
 
 def _tensor(torch, array: np.ndarray):
-    if array.dtype == jnp.bfloat16:  # which torch doesn't know from NumPy
+    if array.dtype == jnp.bfloat16:  # torch cannot convert this dtype from NumPy
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""Folders of weights: a run's checkpoints, and converted weights that lie like one."""
+"""Folders of weights: a run's checkpoints, and converted weights in the same format."""
 
 import dataclasses
 import json
@@ -17,15 +17,15 @@ from cromss_jax.weights import cards, torch_keys
 from cromss_jax.weights.layouts import check_bands
 from cromss_jax.weights.network import Network, Weights, WeightsError
 
-# What a folder of converted weights has instead of a run's configuration.
+# A folder of converted weights has this file instead of a run's configuration.
 _NETWORK = "network.json"
 
 
 def find_checkpoint(path: str) -> epath.Path:
-    """The folder of the checkpoint that `path` means: itself, or a run's newest.
+    """The checkpoint folder for a path: the path itself, or a run's newest checkpoint.
 
     Raises:
-      WeightsError: if there is none.
+      WeightsError: if there is no checkpoint.
     """
     folder = files.absolute(path)
     if (folder / "state").is_dir():
@@ -35,15 +35,15 @@ def find_checkpoint(path: str) -> epath.Path:
     if not steps:
         seeds = sorted(seed.name for seed in folder.glob("seed_*"))
         raise WeightsError(
-            f"{path}: neither a run (no finished checkpoint in {folder / 'checkpoints'}) nor a "
-            "checkpoint (no folder `state` in it)"
-            + (f"; choose one of the runs in it: {', '.join(seeds)}" if seeds else "")
+            f"{path} is neither a run (no finished checkpoint in {folder / 'checkpoints'}) nor a "
+            "checkpoint (it has no folder `state`): use the folder of a run or of a checkpoint"
+            + (f", such as one of the runs in it: {', '.join(seeds)}" if seeds else "")
         )
     return max(steps, key=lambda step: int(step.name))
 
 
 def load_run(step: epath.Path) -> Weights:
-    """Loads the weights of a checkpoint's folder.
+    """Loads the weights in a checkpoint folder.
 
     Raises:
       WeightsError: if the checkpoint or its description is missing or damaged.
@@ -51,7 +51,7 @@ def load_run(step: epath.Path) -> Weights:
     own, run = step / _NETWORK, step.parent.parent / "config.json"
     description = own if own.exists() else run
     if not description.exists():
-        raise WeightsError(f"{step}: what network it is stands in {run}, which is missing")
+        raise WeightsError(f"{run} is missing: it describes the network of {step}; restore it")
     try:
         content = json.loads(description.read_text())
         if own.exists():
@@ -62,12 +62,14 @@ def load_run(step: epath.Path) -> Weights:
             network = Network.of_config(content)
             card = cards.of_run(step, network)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{description}: damaged, or another program's: {error!r}") from error
+        raise WeightsError(
+            f"{description} is damaged or was written by another program: {error!r}"
+        ) from error
     try:
         tree = read_arrays(step, ("params", "batch_stats"))
     except (ValueError, KeyError, OSError) as error:
         raise WeightsError(
-            f"{step}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{step} is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     arrays = {}
     for part in tree.values():
@@ -76,7 +78,10 @@ def load_run(step: epath.Path) -> Weights:
 
 
 def write_folder(folder: epath.Path, found: Weights) -> None:
-    """Writes weights like a checkpoint's folder, which `load` reads; whole or not at all."""
+    """Writes weights in the format of a checkpoint folder, which `files.load` reads.
+
+    A killed process leaves no partial folder under the final name.
+    """
     params, batch_stats = nnx.split_state(found.state(), nnx.Param, nnx.BatchStat)
     folder = files.absolute(folder)
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -92,14 +97,14 @@ def write_folder(folder: epath.Path, found: Weights) -> None:
 
 
 def read_arrays(step_folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
-    """Reads parts of a saved state, whatever devices it was saved on.
+    """Reads fields of a saved state, independent of the devices that it was saved on.
 
     Args:
-      step_folder: a checkpoint's folder.
+      step_folder: the checkpoint folder.
       names: fields of the state.
 
     Returns:
-      Nested dicts of NumPy arrays by name of the field.
+      Nested dicts of NumPy arrays, by field.
 
     Raises:
       ValueError, KeyError or OSError: if they are missing or damaged.
@@ -113,6 +118,6 @@ def read_arrays(step_folder: epath.Path, names: Sequence[str]) -> dict[str, Any]
 
 
 def write_arrays(step_folder: epath.Path, state: Any) -> None:
-    """Writes a state that `read_arrays` reads; refuses to replace one."""
+    """Writes a state that `read_arrays` reads; raises an error if one exists already."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save(step_folder / "state", args=ocp.args.PyTreeSave(state))

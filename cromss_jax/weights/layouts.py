@@ -1,4 +1,4 @@
-"""The layouts of PyTorch `state_dict`s: arranging weights as one, and finding out what one is."""
+"""Layouts of PyTorch `state_dict`s: converting weights to a layout, and recognising a layout."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,12 @@ from cromss_jax.weights.network import (
 )
 
 LAYOUTS = ("lightning", "unet", "encoder", "torchvision")
-# What wrappers put before every key: data parallelism, Lightning, torch.compile; and what
-# self-supervised methods put before those of the encoder to keep: MoCo v2 and v3, DINO.
+
+# Prefixes of all keys, from wrappers: data parallelism, Lightning, torch.compile. And prefixes of
+# the encoder to use, from self-supervised methods: MoCo v2, MoCo v3, DINO.
 _WRAPPERS = ("module.", "net.", "_orig_mod.", "encoder_q.", "base_encoder.", "backbone.")
-# DeCUR keeps an encoder for each modality.
+
+# Prefixes of DeCUR, which has one encoder per modality.
 _BACKBONES = ("backbone_1.", "backbone_2.")
 
 
@@ -32,7 +34,7 @@ def _one_modality(network: Network, modality: str | None, layout: str) -> str:
         (modality,) = network.bands
     if modality not in network.bands:
         raise WeightsError(
-            f"layout {layout} holds one modality of the {network}; choose it by "
+            f"layout {layout} holds one modality, and the weights are a {network}: choose one by "
             + " or ".join(f"--modality={m}" for m in network.bands)
         )
     return modality
@@ -41,34 +43,41 @@ def _one_modality(network: Network, modality: str | None, layout: str) -> str:
 def to_layout(
     weights: Weights, layout: str, modality: str | None
 ) -> tuple[Network, dict[str, np.ndarray]]:
-    """Arranges weights as a PyTorch `state_dict`.
+    """Converts weights to the layout of a PyTorch `state_dict`.
 
     Args:
-      weights: of a run.
-      layout: "lightning", the published code's keys under `net.`; "unet", those of the smp
-        model of one modality (`smp.Unet`, or `smp.PSPNet` and so on by the decoder); "encoder" and
-        "torchvision", those of smp's encoder, which are torchvision's without `fc`.
-      modality: which to take; needed where there are two and the layout holds one.
+      weights: the weights.
+      layout: "lightning" for the published code's keys with the prefix `net.`; "unet" for the keys
+        of the smp model of one modality (`smp.Unet`, or `smp.PSPNet` and so on, depending on the
+        decoder); "encoder" or "torchvision" for the keys of smp's encoder, which are torchvision's
+        without `fc`.
+      modality: the modality to convert; needed if the weights have two and the layout holds one.
 
     Returns:
-      What the network in the layout is, and its arrays.
+      The description of the converted network, and its arrays.
 
     Raises:
-      WeightsError: if the weights don't hold what the layout needs.
+      WeightsError: if the weights do not contain what the layout needs.
     """
     network = weights.network
     if layout == "lightning":
         if network.fusion in ENCODERS_ALONE:
-            raise WeightsError("layout lightning needs a whole network, and this is an encoder")
+            raise WeightsError(
+                "layout lightning needs a complete network, and the weights are only an encoder: "
+                "use layout encoder"
+            )
         if modality is not None:
-            raise WeightsError("layout lightning holds the whole network: leave out --modality")
+            raise WeightsError("layout lightning holds all modalities: remove --modality")
         return network, {f"net.{key}": array for key, array in weights.arrays.items()}
     modality = _one_modality(network, modality, layout)
     bands = {modality: network.bands[modality]}
     prefixes = {p: prefix for (m, p), prefix in network.prefixes.items() if m == modality}
     if layout == "unet":
         if network.fusion in ENCODERS_ALONE:
-            raise WeightsError("layout unet needs a decoder, and this is an encoder alone")
+            raise WeightsError(
+                "layout unet needs a decoder, and the weights are only an encoder: use layout "
+                "encoder"
+            )
         arrays = {
             f"{part}.{key}": array
             for part, prefix in prefixes.items()
@@ -82,38 +91,40 @@ def to_layout(
 
 
 def check_bands(bands: Mapping) -> dict[str, tuple[str, ...]]:
-    """Bands by modality as `Network` wants them.
+    """Checks bands by modality and returns them as `Network.bands`.
 
     Raises:
-      WeightsError: unless they are names of one sensor each, none twice.
+      WeightsError: if they are not names of the modality's sensor, or if a name occurs twice.
     """
     known = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
     is_mapping = isinstance(bands, Mapping) and bands and set(bands) <= set(known)
     if not is_mapping or not all(isinstance(names, list | tuple) for names in bands.values()):
-        raise WeightsError(f"bands are {bands!r}; needed are lists of names by modality, s1 or s2")
+        raise WeightsError(
+            f"the bands are {bands!r}: needed is a list of band names for s1, s2 or both"
+        )
     for modality, names in bands.items():
         unknown = [name for name in names if name not in known[modality]]
         if unknown or len(set(names)) < len(names) or not names:
             raise WeightsError(
-                f"the bands of {modality.upper()} are {', '.join(map(str, names)) or 'none'}; "
-                f"needed are some of {', '.join(known[modality])}, none twice"
+                f"the bands of {modality.upper()} are {', '.join(map(str, names)) or 'none'}: "
+                f"choose from {', '.join(known[modality])}, each at most once"
             )
     return {modality: tuple(names) for modality, names in bands.items()}
 
 
 def from_layout(arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weights:
-    """Finds out what a PyTorch `state_dict` is, in any of the layouts.
+    """Recognises the network in a PyTorch `state_dict` of any layout.
 
     Args:
-      arrays: under the file's keys, with prefixes of wrappers and of other methods or without.
-      bands: by modality, if they are known; else those of the published networks of 2 (S1), 3, 9,
-        12 and 13 bands, which the notes then say.
+      arrays: by the file's keys, which may have prefixes of wrappers and of other methods.
+      bands: band names by modality if known. Otherwise those of the published networks with 2 (S1),
+        3, 9, 12 and 13 bands are assumed, and a note says so.
 
     Returns:
-      The weights. Whatever was found beside the network is in the notes.
+      The weights. Skipped tensors and assumptions are in the notes.
 
     Raises:
-      WeightsError: if keys, shapes or kinds don't make a network of ours.
+      WeightsError: if keys, shapes or kinds do not match any supported network.
     """
     arrays, notes = _unwrap(arrays)
     if any(np.asarray(array).dtype == np.float64 for array in arrays.values()):
@@ -128,7 +139,7 @@ def from_layout(arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = No
     else:
         left_out = "".join(f"; {note}" for note in notes)
         raise WeightsError(
-            "no network of ours: expected a first convolution named encoder1.conv1.weight, "
+            "not a supported network: it needs a first convolution named encoder1.conv1.weight, "
             "model1.encoder.conv1.weight, encoder.conv1.weight or conv1.weight; found "
             + (", ".join(sorted(arrays)[:5]) or "nothing")
             + left_out
@@ -140,7 +151,7 @@ def from_layout(arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = No
     if not bands:
         named = _bands(first, None)
         notes += tuple(
-            f"its {len(names)} bands of {m.upper()} are taken for {' '.join(names)}, by number"
+            f"{m.upper()} has {len(names)} bands, assumed to be {' '.join(names)}"
             for m, names in named.items()
         )
     network = Network(
@@ -159,7 +170,7 @@ def from_layout(arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = No
     ]
     if not any(key in arrays for key in counts):
         arrays |= {key: np.zeros((), np.int64) for key in counts}
-        notes += ("num_batches_tracked, which nothing reads, was absent and starts at 0",)
+        notes += ("num_batches_tracked is missing and set to 0; it is not used",)
     found = Weights(network, arrays, notes)
     bad = [
         key
@@ -167,23 +178,25 @@ def from_layout(arrays: Arrays, bands: Mapping[str, tuple[str, ...]] | None = No
         if not np.isfinite(array).all()
     ]
     if bad:
-        raise WeightsError(f"NaN or infinite values, in float32, in {', '.join(bad)}")
+        raise WeightsError(
+            f"NaN or infinite values (in float32) in {', '.join(bad)}: use other weights"
+        )
     return found
 
 
-def _left_out(keys: Sequence[str], why: str) -> str:
+def _skipped(keys: Sequence[str], why: str) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"left out {', '.join(keys[:3])}{more}: {why}"
+    return f"skipped {', '.join(keys[:3])}{more}: {why}"
 
 
 def _unwrap(arrays: Arrays) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Brings keys to those of the published code; what is not of the network is left out."""
+    """Converts keys to those of the published code; skips tensors of other parts, with notes."""
     notes, found = [], dict(arrays)
 
     def keep(prefixes: tuple[str, ...]) -> None:
         outside = sorted(key for key in found if not key.startswith(prefixes))
         if outside:
-            notes.append(_left_out(outside, f"outside of `{'` and `'.join(prefixes)}`"))
+            notes.append(_skipped(outside, f"outside of `{'` and `'.join(prefixes)}`"))
         for key in outside:
             del found[key]
 
@@ -196,7 +209,7 @@ def _unwrap(arrays: Arrays) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     if all(map(wraps, _BACKBONES)):
         keep(_BACKBONES)
         backbones = [part_of(found, prefix) for prefix in _BACKBONES]
-        # S1's is the one of two bands, whichever stands first.
+        # S1's encoder is the one with two bands; the files have both orders.
         s1, s2 = sorted(backbones, key=lambda part: _shape(part, "conv1.weight")[1])
         parts = {"encoder1.": s1, "encoder.": s2}
     else:
@@ -204,7 +217,7 @@ def _unwrap(arrays: Arrays) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     for prefix, part in parts.items():
         heads = sorted(key for key in part if key.startswith("fc.")) if prefix else []
         if heads:
-            notes.append(_left_out(heads, "a classifier or projection, which we have none of"))
+            notes.append(_skipped(heads, "a classifier or projection, which is not used"))
         parts[prefix] = {prefix + k: v for k, v in part.items() if k not in heads}
     return {k: v for part in parts.values() for k, v in part.items()}, tuple(notes)
 
@@ -213,12 +226,12 @@ def _shape(arrays: Arrays, key: str) -> tuple[int, ...]:
     shape = np.shape(arrays[key]) if key in arrays else None
     if shape is None or len(shape) != 4:
         found = "is missing" if shape is None else f"has shape {shape}, needs four axes"
-        raise WeightsError(f"no network of ours: {key} {found}")
+        raise WeightsError(f"not a supported network: {key} {found}")
     return shape
 
 
 def _depth(encoder: Arrays) -> int:
-    """The depth of a ResNet, by the number and kind of its blocks."""
+    """The depth of a ResNet, from the number and kind of its blocks."""
     blocks = tuple(
         len({key.split(".")[1] for key in encoder if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
@@ -228,18 +241,18 @@ def _depth(encoder: Arrays) -> int:
         if (known.block, known.num_blocks) == (block, blocks):
             return depth
     raise WeightsError(
-        f"an encoder of {', '.join(map(str, blocks))} {block.__name__}s; known are ResNet-"
-        + ", ".join(map(str, resnet.RESNETS))
+        f"not a supported network: the encoder of {', '.join(map(str, blocks))} {block.__name__}s "
+        "is none of ResNet-" + ", ".join(map(str, resnet.RESNETS))
     )
 
 
 def _decoder(decoder: Arrays) -> str:
-    """The name of a decoder, by its keys."""
+    """The name of a decoder, from its keys."""
     for name, (_, mark) in DECODER_MARKS.items():
         if any(key.startswith(mark) for key in decoder):
             return name
     raise WeightsError(
-        "no decoder of ours: expected keys that begin with "
+        "not a supported decoder: it needs keys that start with "
         + " or ".join(f"{mark} ({name})" for name, mark in DECODER_MARKS.values())
         + "; found "
         + (", ".join(sorted(decoder)[:5]) or "nothing")
@@ -249,7 +262,12 @@ def _decoder(decoder: Arrays) -> str:
 def _bands(
     counts: Mapping[str | None, int], known: Mapping[str, tuple[str, ...]] | None
 ) -> dict[str, tuple[str, ...]]:
-    """Bands by modality, from their numbers and from what is known; None: a single modality."""
+    """Bands by modality, from the numbers of bands and the known names.
+
+    Args:
+      counts: number of bands by modality; the key None stands for a single, unknown modality.
+      known: names of the bands by modality, if they are known.
+    """
     if None in counts:
         (count,) = counts.values()
         guess = "s1" if count == len(sensors.S1_BANDS) else "s2"
@@ -262,7 +280,7 @@ def _bands(
             raise WeightsError(
                 f"the first convolution of {modality.upper()} takes {count} bands"
                 + (f", not {' '.join(names)}" if names else ", whose names are not known")
-                + "; name them in their order: `python -m cromss_jax.convert from_torch "
+                + ": give their names in order by `python -m cromss_jax.convert from_torch "
                 "--bands=B2,B3,B4,B8 ...`"
             )
         bands[modality] = tuple(names)

@@ -1,6 +1,6 @@
-"""Weights of a network outside of training: what they are and which parts they have.
+"""Weights with a description of their network: modalities, bands, depth, parts.
 
-Arrays stand under the keys of the published code, in PyTorch's axes. No PyTorch here.
+Arrays have the keys of the published code and PyTorch's axis order. This module needs no PyTorch.
 """
 
 import dataclasses
@@ -18,20 +18,29 @@ from cromss_jax.networks.fusion import make_network
 from cromss_jax.weights import torch_keys
 
 Arrays = Mapping[str, np.ndarray]
+
 PARTS = ("encoder", "decoder", "segmentation_head")
-# Where the parts of each modality are, by fusion. "encoder" is an encoder without its network.
+
+# Key prefixes of the parts, by fusion and modality. "encoder" is an encoder without decoder and
+# head, "encoders" are two of them.
 PREFIXES = {
-    "mid": {"s1": ("encoder1.", "decoder.", "segmentation_head.")}
-    | {"s2": ("encoder.", "decoder.", "segmentation_head.")},
-    "late": {m: tuple(f"{name}.{part}." for part in PARTS) for m, name in
-             (("s1", "model1"), ("s2", "model2"))},
+    "mid": {
+        "s1": ("encoder1.", "decoder.", "segmentation_head."),
+        "s2": ("encoder.", "decoder.", "segmentation_head."),
+    },
+    "late": {
+        "s1": tuple(f"model1.{part}." for part in PARTS),
+        "s2": tuple(f"model2.{part}." for part in PARTS),
+    },
     "none": dict.fromkeys(sensors.MODALITIES, tuple(f"{part}." for part in PARTS)),
     "encoder": dict.fromkeys(sensors.MODALITIES, ("encoder.",)),
     "encoders": {"s1": ("encoder1.",), "s2": ("encoder.",)},
-}  # fmt: skip
-# Those without decoder and head.
+}
+
+# Values of `Network.fusion` without decoder and head.
 ENCODERS_ALONE = ("encoder", "encoders")
-# How a decoder is called, and how the keys of its own begin.
+
+# By decoder: its name for people, and a prefix that only its own keys have.
 DECODER_MARKS = {
     "unet": ("U-Net", "blocks.0."),
     "pspnet": ("PSPNet", "psp."),
@@ -41,20 +50,20 @@ DECODER_MARKS = {
 
 
 class WeightsError(ValueError):
-    """Weights are not what they are said to be, or don't fit where they shall go."""
+    """Weights differ from their description, or do not fit the network or file that needs them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What a network is.
+    """Description of a network.
 
     Attributes:
-      fusion: "mid", "late", "none"; "encoder" for the encoder of one modality alone, "encoders" for
-        those of two.
-      depth: of the ResNet.
+      fusion: "mid", "late" or "none"; "encoder" for only the encoder of one modality, "encoders"
+        for only those of two.
+      depth: depth of the ResNet.
       bands: names of the bands by modality, in the order of the first convolution's channels.
-      num_classes: C, None for an encoder.
-      decoder: "unet", "pspnet", "deeplabv3plus" or "fpn"; says nothing of an encoder.
+      num_classes: C, None for encoders alone.
+      decoder: "unet", "pspnet", "deeplabv3plus" or "fpn"; no meaning for encoders alone.
     """
 
     fusion: str
@@ -71,14 +80,14 @@ class Network:
             fusion=config["network"]["fusion"],
             depth=config["network"]["depth"],
             bands={modality: bands[modality] for modality in config["modalities"]},
-            # Finetuning takes the classes of its data set.
+            # Only finetuning sets num_classes, from its data set.
             num_classes=config["network"].get("num_classes", sensors.NUM_CLASSES),
             decoder=config["network"].get("decoder", "unet"),
         )
 
     @property
     def prefixes(self) -> dict[tuple[str, str], str]:
-        """Where each (modality, part) begins; mid fusion's modalities share some."""
+        """Key prefix by (modality, part). In mid fusion, both modalities share some of them."""
         return {
             (modality, part): prefix
             for modality in self.bands
@@ -109,7 +118,7 @@ class Network:
         return f"ResNet-{self.depth} {kind} of {bands}{classes}"
 
 
-@functools.cache  # tracing a network takes a second
+@functools.cache  # because tracing a network takes a second
 def _split(
     fusion: str,
     depth: int,
@@ -134,13 +143,13 @@ def _split(
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A network with its arrays.
+    """A network's description and its arrays.
 
     Attributes:
-      network: what it is.
-      arrays: every parameter and statistic, under the published code's keys.
-      notes: what was found beside them, sentences for the user.
-      card: what is known of them (cards), empty if nothing is.
+      network: the description.
+      arrays: all parameters and statistics, by the published code's keys.
+      notes: messages for the user about assumptions and skipped tensors.
+      card: information about the weights (see `cards`), empty if unknown.
     """
 
     network: Network
@@ -152,24 +161,25 @@ class Weights:
         self.state()
 
     def state(self) -> nnx.State:
-        """The arrays as a network's state of float32.
+        """The arrays as a network's state in float32.
 
         Raises:
-          WeightsError: naming every key that is missing, unexpected, of another shape or kind.
+          WeightsError: if keys are missing or unexpected, or have the wrong shape or kind; the
+            message lists all of them.
         """
         try:
             return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
         except ValueError as error:
-            raise WeightsError(f"taken for a {self.network}: {error}") from error
+            raise WeightsError(f"read as a {self.network}: {error}") from error
 
     def module(self) -> nnx.Module:
-        """The network with the arrays in it, on the default device.
+        """The network as a module with these arrays, on the default device.
 
-        Encoders alone are in an `nnx.Dict`: `encoder`, or `encoder1` (S1) and `encoder` (S2).
+        Encoders alone are an `nnx.Dict` with `encoder`, or with `encoder1` (S1) and `encoder` (S2).
         """
         return nnx.merge(self.network.definition(), jax.tree.map(jnp.asarray, self.state()))
 
 
 def part_of(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
-    """The arrays whose keys begin with `prefix`, without it."""
+    """The arrays whose keys start with `prefix`; the prefix is removed."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -1,7 +1,7 @@
-"""Our network states as segmentation_models_pytorch's `state_dict`s and back, without PyTorch.
+"""Converts network states to `state_dict`s of segmentation_models_pytorch (smp) and back.
 
-One rule for every tensor: its key is its attribute path joined by dots, and the four axes of a
-convolution kernel go from HWIO to PyTorch's OIHW.
+One rule holds for every tensor: its key is its attribute path joined by dots, and the four axes of
+a convolution kernel go from HWIO to PyTorch's OIHW. PyTorch is not needed.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _TO_HWIO = (2, 3, 1, 0)
 
 
 def keys(state: nnx.State) -> list[str]:
-    """The keys of smp's `state_dict` for a network's state, sorted."""
+    """The sorted keys of smp's `state_dict` for a network's state."""
     return sorted(_named(state))
 
 
 def from_tree(tree: Mapping) -> dict[str, np.ndarray]:
-    """The same as `to_torch_state` for the nested dicts that a checkpoint holds of a state."""
+    """Like `to_torch_state`, for a state in the form of a checkpoint: nested dicts of arrays."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         ".".join(str(key.key) for key in path[:-1]): _to_torch(np.asarray(array))
@@ -43,7 +43,7 @@ def to_torch_state(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def _to_torch(array: np.ndarray) -> np.ndarray:
-    """A copy in PyTorch's axes; integers as int64."""
+    """A copy with PyTorch's axes; integers become int64."""
     if array.ndim == 4:
         array = array.transpose(_TO_OIHW)
     dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else array.dtype
@@ -51,18 +51,19 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 
 def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.State:
-    """Arranges smp's arrays as a network's state; every tensor of either must be in the other.
+    """Converts smp's arrays to a network's state; both must have exactly the same tensors.
 
     Args:
-      arrays: under the keys of smp's `state_dict`, in PyTorch's layout.
-      state: the structure, shapes and dtypes wanted: a network's state, or what
-        `nnx.eval_shape` gives for it. Its values are not read.
+      arrays: arrays by the keys of smp's `state_dict`, with PyTorch's axes.
+      state: a network's state, or the result of `nnx.eval_shape` for it. It gives the structure,
+        shapes and dtypes; its values are not read.
 
     Returns:
-      A state like `state`, holding copies as NumPy arrays.
+      A state like `state` with copies of the arrays, as NumPy arrays.
 
     Raises:
-      ValueError: naming every key that is missing, unexpected or of another shape.
+      ValueError: if keys are missing or unexpected, or have the wrong shape or kind; the message
+        lists all of them.
     """
     wanted = _named(state)
     problems = [f"missing {key}" for key in sorted(wanted.keys() - arrays.keys())]
@@ -81,14 +82,14 @@ def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.
             continue
         if is_kernel:
             array = array.transpose(_TO_HWIO)
-        with np.errstate(over="ignore"):  # to infinity, which who reads a file checks for
+        with np.errstate(over="ignore"):  # overflow gives infinity, which `from_layout` rejects
             values[key] = np.array(array, wanted[key].dtype, order="C")
         if kind is np.integer and not np.array_equal(values[key], array):
             problems.append(f"{key} holds {array}, too large for {wanted[key].dtype}")
     if problems:
         raise ValueError(
-            f"the checkpoint does not fit the network in {len(problems)} tensors; check fusion, "
-            "depth, numbers of bands and classes:\n  " + "\n  ".join(problems)
+            f"the checkpoint does not fit the network in {len(problems)} tensors: check fusion, "
+            "depth, number of bands and number of classes:\n  " + "\n  ".join(problems)
         )
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(

@@ -16,6 +16,7 @@ from absl import app, flags
 from configs import pretrain
 from cromss_jax import plan
 from cromss_jax.costs import costs, traffic
+from cromss_jax.data import description
 from cromss_jax.training import run
 
 _IMAGES = flags.DEFINE_list("images", ["16", "32", "64", "128"], "A chip")
@@ -41,7 +42,7 @@ def measure(images: int) -> dict[str, object]:
     config = ml_collections.FrozenConfigDict(config)
     mesh = run.make_mesh(config.num_devices, config.batch_size, devices)
     started = time.perf_counter()
-    compiled = plan.compile_step(config, plan.find_data(config), mesh)
+    compiled = plan.compile_step(config, description.describe(config), mesh)
     rotated = plan.num_rotated(config, mesh)
     cost = costs.measure(compiled, is_tpu=True, unknown_rounds=rotated)
     text = compiled.as_text()

@@ -100,7 +100,7 @@ def test_held_back_locations():
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
     assert len(input_pipeline.split_locations(4, 0.01, seed=0)[1]) == 1
     assert len(input_pipeline.split_locations(4, 0.0, seed=0)[1]) == 0
-    with pytest.raises(input_pipeline.DataError, match="leave none to train on"):
+    with pytest.raises(input_pipeline.DataError, match="1 locations and .*fraction is 0.01"):
         input_pipeline.split_locations(1, 0.01, seed=0)
 
 

@@ -77,21 +77,21 @@ def geometry_of(top=0, left=0, flip_rows=False, flip_columns=False, angle=0.0):
 @pytest.mark.parametrize("flip_rows", [False, True])
 @pytest.mark.parametrize("flip_columns", [False, True])
 def test_crop_and_flip_are_slices(flip_rows, flip_columns):
-    shown = geometry_of(3, 7, flip_rows, flip_columns).shown(SIZE, 1)
+    crop = geometry_of(3, 7, flip_rows, flip_columns).crop(SIZE, 1)
 
     def cut(image):
         image = np.asarray(image)[:, 3 : 3 + SIZE, 7 : 7 + SIZE]
         return image[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
     records = {k: jnp.asarray(v) for k, v in make_records().items()}
-    found = preprocess.stack_bands(records, "s2", sensors.S2_BANDS, shown)
+    found = preprocess.stack_bands(records, "s2", sensors.S2_BANDS, crop)
     whole = preprocess.stack_bands(records, "s2", sensors.S2_BANDS)
     np.testing.assert_array_equal(found, cut(whole))
     prior = functools.partial(
         smoothing.smoothing_prior, records["labels"], records["labels"][:, 0], 9, "ts"
     )
     # Sums of 25 x 25 products in another order, in float32.
-    np.testing.assert_allclose(prior(shown), cut(prior()), atol=1e-6)
+    np.testing.assert_allclose(prior(crop), cut(prior()), atol=1e-6)
 
 
 def rotated(images, angle):
@@ -217,7 +217,7 @@ def test_every_array_is_seen_alike():
         jnp.asarray(classes).astype(jnp.int32),
         9,
         "ts",
-        geometry.shown(SIZE, 1),
+        geometry.crop(SIZE, 1),
     )
     expected, _ = preprocess.rotate_some({"prior": prior}, {"x": prior}, geometry.angle, 1)
     np.testing.assert_array_equal(batch["prior"], expected["prior"])

@@ -77,5 +77,5 @@ def test_learning_rates():
     np.testing.assert_allclose(
         [rate("plateau"), rate("exponential"), rate("constant")], [0.025, 0.0125, 0.1], rtol=1e-6
     )
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="unknown learning-rate schedule 'cosine': choose one of"):
         rate("cosine")

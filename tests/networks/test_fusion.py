@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax.networks import decoders, layers, resnet
+from cromss_jax.networks import decoders, layers, resampling, resnet
 from cromss_jax.networks import fusion as networks
 from cromss_jax.training import sharding
 from cromss_jax.weights import torch_keys
@@ -360,13 +360,13 @@ def test_batch_norm_statistics_are_those_of_the_sharded_batch():
 
 def test_upsample_repeats_each_pixel():
     x = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    np.testing.assert_array_equal(layers.upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+    np.testing.assert_array_equal(resampling.upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
 
 
 def test_max_pool_by_hand():
     x = -1.0 - jnp.arange(16.0).reshape(1, 4, 4, 1)
     # Windows around rows and columns 0 and 2; the padding never wins over negative values.
-    np.testing.assert_array_equal(layers.max_pool(x, 1)[0, :, :, 0], [[-1, -2], [-5, -6]])
+    np.testing.assert_array_equal(resampling.max_pool(x, 1)[0, :, :, 0], [[-1, -2], [-5, -6]])
 
 
 def test_max_pool_is_torchs_where_pixels_tie(torch, parity):
@@ -376,7 +376,7 @@ def test_max_pool_is_torchs_where_pixels_tie(torch, parity):
     theirs = parity.to_torch_image(x).requires_grad_()
     out = torch.nn.functional.max_pool2d(theirs, 3, stride=2, padding=1)
     out.backward(parity.to_torch_image(slope))
-    found, pull = jax.vjp(lambda x: layers.max_pool(x, 5), x)
+    found, pull = jax.vjp(lambda x: resampling.max_pool(x, 5), x)
     np.testing.assert_array_equal(found, parity.from_torch_image(out.detach()))
     np.testing.assert_array_equal(pull(slope)[0], parity.from_torch_image(theirs.grad))
 
@@ -442,14 +442,16 @@ def test_resize_by_hand():
     x = jnp.array([0.0, 3.0, 9.0]).reshape(1, 1, 3, 1)
     # Seven values on [0, 2] are thirds apart; one row stays what it is.
     expected = np.array([[0, 1, 2, 3, 5, 7, 9]])
-    np.testing.assert_allclose(layers.resize(x, 1, 7)[0, :, :, 0], expected, atol=1e-6)
-    np.testing.assert_array_equal(layers.resize(x[:, :, 1:2], 2, 2).ravel(), [3, 3, 3, 3])
+    np.testing.assert_allclose(resampling.resize(x, 1, 7)[0, :, :, 0], expected, atol=1e-6)
+    np.testing.assert_array_equal(resampling.resize(x[:, :, 1:2], 2, 2).ravel(), [3, 3, 3, 3])
 
 
 def test_average_pool_by_hand():
     x = jnp.arange(5.0).reshape(1, 5, 1, 1) + jnp.zeros((1, 5, 2, 1))
     # Two cells of five rows share the middle one, and each pixel is a cell of its own.
-    np.testing.assert_allclose(layers.average_pool(x, 2)[0, :, :, 0], [[1, 1], [3, 3]], rtol=1e-6)
+    np.testing.assert_allclose(
+        resampling.average_pool(x, 2)[0, :, :, 0], [[1, 1], [3, 3]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [(7, 12), (5, 4)])
@@ -458,10 +460,10 @@ def test_resize_and_average_pool_are_torchs(torch, size):
     image = torch.from_numpy(x.transpose(0, 3, 1, 2))
     for grid_size in (1, 2, 3, 6):
         expected = torch.nn.functional.adaptive_avg_pool2d(image, grid_size)
-        found = layers.average_pool(x, grid_size)
+        found = resampling.average_pool(x, grid_size)
         np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), atol=1e-6)
     expected = torch.nn.functional.interpolate(image, (20, 31), mode="bilinear", align_corners=True)
-    found = layers.resize(x, 20, 31)
+    found = resampling.resize(x, 20, 31)
     np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
@@ -578,12 +580,12 @@ def test_unknown_choices_are_named(change, match):
 @pytest.mark.parametrize(
     ("decoder", "shape", "match"),
     [
-        ("unet", (1, 33, 64, 13), "33 x 64 pixels.*multiples of 32, pad it to 64 x 64"),
+        ("unet", (1, 33, 64, 13), "33 x 64 pixels.*divisible by 32, pad it to 64 x 64"),
         ("unet", (1, 64, 250, 13), "64 x 250 pixels.*pad it to 64 x 256"),
         ("unet", (1, 64, 64, 12), r"needs \[B, H, W, 13\]"),
-        ("pspnet", (1, 36, 64, 13), "36 x 64 pixels.*multiples of 8, pad it to 40 x 64"),
-        ("deeplabv3plus", (1, 48, 40, 13), "48 x 40 pixels.*multiples of 16, pad it to 48 x 48"),
-        ("fpn", (1, 48, 64, 13), "48 x 64 pixels.*multiples of 32, pad it to 64 x 64"),
+        ("pspnet", (1, 36, 64, 13), "36 x 64 pixels.*divisible by 8, pad it to 40 x 64"),
+        ("deeplabv3plus", (1, 48, 40, 13), "48 x 40 pixels.*divisible by 16, pad it to 48 x 48"),
+        ("fpn", (1, 48, 64, 13), "48 x 64 pixels.*divisible by 32, pad it to 64 x 64"),
     ],
 )
 def test_unsuitable_images_are_refused(decoder, shape, match):

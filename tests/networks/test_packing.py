@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax.networks import decoders, layers, packing, resnet
+from cromss_jax.networks import decoders, layers, packing, resampling, resnet
 from cromss_jax.networks.convolution import convolve
 
 SIZE = 16
@@ -63,7 +63,7 @@ def test_packed_max_pool():
     x, slope = rng.normal(size=(2, 16, 24, 5)), rng.normal(size=(2, 8, 12, 5))
 
     def pooled(x, cell):
-        found, pull = jax.vjp(lambda x: layers.max_pool(x, 5), jnp.asarray(pack(x, cell)))
+        found, pull = jax.vjp(lambda x: resampling.max_pool(x, 5), jnp.asarray(pack(x, cell)))
         return found, pull(slope)[0]
 
     (expected, expected_gradient), (found, gradient) = pooled(x, 1), pooled(x, 2)
@@ -73,7 +73,7 @@ def test_packed_max_pool():
 
 def test_gradient_of_equal_pixels_is_shared():
     x = jnp.ones((1, 2, 2, 4))  # 4 x 4 pixels of one channel
-    gradient = jax.grad(lambda x: layers.max_pool(x, 1).sum())(x)
+    gradient = jax.grad(lambda x: resampling.max_pool(x, 1).sum())(x)
     # Windows see pixels 0 and 1, then 1 to 3: along both axes.
     shares = np.array([1 / 2, 1 / 2 + 1 / 3, 1 / 3, 1 / 3])
     expected = np.outer(shares, shares)
@@ -81,16 +81,16 @@ def test_gradient_of_equal_pixels_is_shared():
 
 
 def test_what_cannot_be_packed_is_refused():
-    with pytest.raises(ValueError, match="30 pixels cannot be packed by 4"):
+    with pytest.raises(ValueError, match="30 pixels: packing needs a multiple of 4"):
         packing.order(30, 4)
-    with pytest.raises(ValueError, match="7 pixels reaches too far for cells of 2"):
+    with pytest.raises(ValueError, match="7 pixels reaches beyond the neighbouring cells of 2"):
         packing.pack_kernel(jnp.ones((7, 7, 1, 1)), 2, stride=2)
-    with pytest.raises(ValueError, match="4 x 4 pixels cannot be pooled"):
-        layers.max_pool(jnp.ones((1, 2, 2, 16)), 1)
-    with pytest.raises(ValueError, match="12 channels are no square cells of 5"):
+    with pytest.raises(ValueError, match="cells of 4 x 4 pixels: max pooling needs cells of 2 x 2"):
+        resampling.max_pool(jnp.ones((1, 2, 2, 16)), 1)
+    with pytest.raises(ValueError, match="12 channels: the layer needs 5, or 5 times a square"):
         packing.cell_size(jnp.ones((1, 2, 2, 12)), 5)
     dilated = layers.Conv(1, 1, 3, dilation=2, init=layers.TORCH_INIT)
-    with pytest.raises(ValueError, match="dilated"):
+    with pytest.raises(ValueError, match="the dilation is 2: use dilation 1"):
         dilated(jnp.ones((1, 2, 2, 4)))
 
 
@@ -153,7 +153,7 @@ def test_encoders_beside_each_other():
         return weighed(features, slopes)
 
     def packed(encoders):
-        features = resnet.encode_beside(encoders, [pack(x, 4) for x in images], True)
+        features = resnet.encode_together(encoders, [pack(x, 4) for x in images], True)
         return weighed(features, packed_slopes)
 
     assert_equal(*both_ways(make, plain, packed))

@@ -269,7 +269,7 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"optimizer.learning_rate": 1e-6}, "learning_rate is 1e-06; make both positive"),
         ({"network.fusion": "mid"}, "choose from none"),
         ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
-        ({"data.test_split": "exam"}, "no split 'exam'; it has"),
+        ({"data.test_split": "exam"}, "no split 'exam': choose one of"),
         ({"data.name": "ssl4eo_s12_dw"}, "--dataset=ssl4eo_s12_dw"),
     ],
 )
@@ -311,7 +311,7 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
         compare.table([*folders, write("d", "random", "frozen", half)])
     with pytest.raises(ValueError, match="'num_train_tiles': 4"):
         compare.table([*folders, write("e", "CromSS", "frozen", half, num_train_tiles=4)])
-    with pytest.raises(ValueError, match="encoder .late.; the table"):
+    with pytest.raises(ValueError, match="encoder is 'late'; the table needs"):
         compare.table([write("f", "CromSS", "late", half)])
     with pytest.raises(ValueError, match="results.json not found"):
         compare.table([str(tmp_path)])

@@ -206,7 +206,7 @@ def test_another_configuration_does_not_continue_a_run(finished, data_dir):
 def test_a_stray_folder_is_named(finished, data_dir):
     stray = finished / "checkpoints" / "9"
     stray.mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="none"):
+    with pytest.raises(checkpoint.CheckpointError, match="9 is named like a checkpoint but does"):
         train_here(tiny_config(data_dir), finished)
     stray.rmdir()
 

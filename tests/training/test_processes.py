@@ -75,7 +75,7 @@ def test_processes_share_a_batch_and_one_notices_the_end_of_another():
     ]
     printed = [process.communicate(timeout=300) for process in processes]
     assert [p.returncode for p in processes] == [distributed.LOST_STATUS, -signal.SIGKILL], printed
-    assert "error: what the processes compute together failed" in printed[0][1]
+    assert "error: the joint computation of the processes failed" in printed[0][1]
 
     # Beside what Gloo prints.
     lines = [line for output, _ in printed for line in output.splitlines()]
@@ -91,13 +91,13 @@ def test_processes_share_a_batch_and_one_notices_the_end_of_another():
 @pytest.mark.parametrize(
     ("told", "sentence"),
     [
-        ((None, None, 0), "belong together"),
-        (("localhost:1234", 2, None), "belong together"),
+        ((None, None, 0), "are missing: set all three"),
+        (("localhost:1234", 2, None), "are missing: set all three"),
         (("localhost", 2, 0), "must be HOST:PORT"),
         (("localhost:port", 2, 0), "must be HOST:PORT"),
         (("localhost:1234", 2, 2), "numbered from 0 to 1"),
-        (("localhost:1234", 2, 1, False), "for a process on its own"),
-        ((None, None, None, True), "neither SLURM nor Cloud TPU"),
+        (("localhost:1234", 2, 1, False), "for a single process: remove"),
+        ((None, None, None, True), "without SLURM or Cloud TPU, set"),
     ],
 )
 def test_flags_that_cannot_work_are_refused_at_once(told, sentence):

@@ -227,7 +227,7 @@ def test_classifier_is_left_out_and_named():
     _, arrays = to_layout(source, "torchvision", None)
     arrays |= {"fc.weight": np.zeros((1000, 2048), np.float32), "fc.bias": np.zeros(1000)}
     found = from_layout(arrays)
-    assert any(n.startswith("left out fc.bias, fc.weight: a classifier") for n in found.notes)
+    assert any(n.startswith("skipped fc.bias, fc.weight: a classifier") for n in found.notes)
     assert_same(found.arrays, source.arrays)
 
 
@@ -352,9 +352,9 @@ def test_released_lightning_files(torch, mid, tmp_path):
     assert found.network == mid.network
     assert_same(found.arrays, mid.arrays)
     assert found.notes == (
-        "left out criterion.weight: outside of `net.`",
-        "its 2 bands of S1 are taken for VV VH, by number",
-        f"its 13 bands of S2 are taken for {' '.join(S2)}, by number",
+        "skipped criterion.weight: outside of `net.`",
+        "S1 has 2 bands, assumed to be VV VH",
+        f"S2 has 13 bands, assumed to be {' '.join(S2)}",
     )
 
 
@@ -390,7 +390,7 @@ def test_a_hostile_pickle_runs_nothing(torch, tmp_path, suffix, zipped):
     victim, file = tmp_path / "victim", tmp_path / f"hostile{suffix}"
     content = {"state_dict": {"net.encoder1.conv1.weight": torch.ones(1)}, "x": Hostile(victim)}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="asks for getattr, more than weights"):
+    with pytest.raises(WeightsError, match="contains getattr, which is not weights"):
         weight_files.load(str(file))
     bare = tmp_path / f"bare{suffix}"
     bare.write_bytes(pickle.dumps(content["x"], protocol=2))
@@ -408,20 +408,20 @@ def test_truncated_files(torch, folder, tmp_path, suffix, kept):
     convert.to_torch(folder, str(file), "encoder", "s1")
     content = file.read_bytes()
     file.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(WeightsError, match=f"weights{suffix}: damaged"):
+    with pytest.raises(WeightsError, match=f"weights{suffix} is damaged"):
         weight_files.load(str(file))
 
 
 def test_other_things_in_files(torch, tmp_path):
     for content, match in (
         ([1, 2], "expected a dict of tensors, found list"),
-        ({"state_dict": {"a": 1}}, "expected plain tensors; none are a"),
-        ({"a": torch.ones(1)}, "no network of ours.*found a"),
+        ({"state_dict": {"a": 1}}, "expected plain tensors, which these are not: a"),
+        ({"a": torch.ones(1)}, "not a supported network.*found a"),
     ):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(WeightsError, match=match):
             weight_files.load(str(tmp_path / "x.pt"))
-    for name, match in (("x.bin", "ends in .safetensors"), ("y.pt", "no such file")):
+    for name, match in (("x.bin", "must end in .safetensors"), ("y.pt", "y.pt does not exist")):
         with pytest.raises(WeightsError, match=match):
             weight_files.load(str(tmp_path / name))
     with pytest.raises(WeightsError, match="neither a run"):
@@ -458,11 +458,11 @@ def test_bands_travel_in_the_file_or_beside_it(torch, tmp_path):
         convert.to_torch(str(tmp_path / "ours"), str(tmp_path / name), layout, None)
         found = weight_files.load(str(tmp_path / name))
         assert found.network.bands == bands
-        assert not any("by number" in note for note in found.notes)
+        assert not any("assumed" in note for note in found.notes)
         (tmp_path / f"{name}.json").unlink()
         alone = weight_files.load(str(tmp_path / name))
         assert (alone.network.bands != bands) == needs_card
-        assert any("taken for B4 B3 B2, by number" in note for note in alone.notes) == needs_card
+        assert any("assumed to be B4 B3 B2" in note for note in alone.notes) == needs_card
 
 
 def test_cards_of_others_are_not_believed(torch, folder, tmp_path):
@@ -476,7 +476,7 @@ def test_cards_of_others_are_not_believed(torch, folder, tmp_path):
         with pytest.raises(WeightsError, match="bands"):
             weight_files.load(str(file))
     card.write_text("{")
-    with pytest.raises(WeightsError, match=r"card beside x\.pt is damaged"):
+    with pytest.raises(WeightsError, match=r"card of x\.pt, is damaged"):
         weight_files.load(str(file))
 
 
@@ -485,7 +485,7 @@ def test_a_damaged_description(folder, tmp_path, content):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "network.json").write_text(content)
-    with pytest.raises(WeightsError, match=r"network\.json: damaged, or another program's"):
+    with pytest.raises(WeightsError, match=r"network\.json is damaged or was written by another"):
         weight_files.load(str(copy))
 
 
@@ -517,10 +517,10 @@ def test_command_line(folder, tmp_path):
     assert "ResNet-18 encoder of S2 B1" in good.stdout
     assert output.exists()
     for arguments, match in (
-        ((), "say what to do, to_torch or from_torch"),
+        ((), "the arguments are []; use to_torch or from_torch"),
         (
             ("from_torch", f"--input={output}", "--output=x", "--modality=s2"),
-            "from_torch has no use for --modality",
+            "from_torch does not use --modality: remove it",
         ),
     ):
         bad = run_command(*arguments)
@@ -530,9 +530,9 @@ def test_command_line(folder, tmp_path):
 
 
 def test_a_modality_is_chosen_where_there_are_two(folder, tmp_path):
-    with pytest.raises(WeightsError, match="choose it by --modality=s1 or --modality=s2"):
+    with pytest.raises(WeightsError, match="choose one by --modality=s1 or --modality=s2"):
         convert.to_torch(folder, str(tmp_path / "x.pt"), "unet", None)
-    with pytest.raises(WeightsError, match="leave out --modality"):
+    with pytest.raises(WeightsError, match="remove --modality"):
         convert.to_torch(folder, str(tmp_path / "x.pt"), "lightning", "s1")
     assert not list(tmp_path.iterdir())
 
@@ -558,7 +558,7 @@ def test_transfer_adapts_the_first_convolution_by_band_name(mid, nine_bands):
     wider, report = transfer(nine_bands, mid)
     np.testing.assert_array_equal(wider.arrays[key][:, 0], mid.arrays[key][:, 0])  # B1: as it was
     np.testing.assert_array_equal(wider.arrays[key][:, 1], nine_bands.arrays[key][:, 0])
-    assert any("as initialised for B1 B8A B9 B10" in sentence for sentence in report)
+    assert any("randomly initialised for B1 B8A B9 B10" in sentence for sentence in report)
 
 
 def test_transfer_between_fusions(mid):
@@ -575,7 +575,7 @@ def test_transfer_between_fusions(mid):
     # Two decoders for one place: neither.
     assert_same(part_of(to_mid.arrays, "decoder."),
                 part_of(mid.arrays, "decoder."))  # fmt: skip
-    assert "decoder of S1 and S2: as initialised, the weights have 2" in report
+    assert "decoder of S1 and S2: randomly initialised, the weights have 2 of them" in report
 
 
 def test_transfer_to_another_decoder_takes_the_encoder(mid):
@@ -591,22 +591,22 @@ def test_transfer_to_another_decoder_takes_the_encoder(mid):
                 part_of(mid.arrays, "encoder."))  # fmt: skip
     for part in ("decoder.", "segmentation_head."):
         assert_same(part_of(started.arrays, part), part_of(target.arrays, part))
-    assert "decoder of S2: as initialised, the weights are of a ResNet-18 mid fusion" in report[1]
+    assert "decoder of S2: randomly initialised, the weights are a ResNet-18 mid" in report[1]
 
 
 def test_transfer_refuses_what_does_not_fit(mid):
     deeper = random_weights("mid", 34, {"s1": S1, "s2": S2})
-    with pytest.raises(WeightsError, match="config.network.depth is 18.*needs to be 34"):
+    with pytest.raises(WeightsError, match="config.network.depth is 18: set it to 34"):
         transfer(deeper, mid)
     s1 = random_weights("encoder", 18, {"s1": S1}, None)
     s2 = random_weights("none", 18, {"s2": S2})
-    with pytest.raises(WeightsError, match="has no part"):
+    with pytest.raises(WeightsError, match="has no part in common"):
         transfer(s1, s2)
     classes = random_weights("mid", 18, {"s1": S1, "s2": S2}, num_classes=8)
     started, report = transfer(classes, mid)
     head = "segmentation_head.0.weight"
     np.testing.assert_array_equal(started.arrays[head], mid.arrays[head])
-    assert any("the weights are for 8 classes" in sentence for sentence in report)
+    assert any("the weights have 8 classes" in sentence for sentence in report)
 
 
 def test_a_run_starts_from_weights(folder, mid):

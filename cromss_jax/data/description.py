@@ -1,0 +1,113 @@
+"""Sizes and shapes of a data set, without reading its records: for planning a run.
+
+If the configuration's data set does not exist, the published one is described.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from cromss_jax import files, sensors
+from cromss_jax.data import input_pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Sizes of a data set.
+
+    Attributes:
+      source: folder of the data set, or name of the published one.
+      num_locations: number of locations, those for validation included.
+      tile_size: pixels at 10 m.
+      seasons: largest number of seasons of a location.
+      features: names of a record's features.
+    """
+
+    source: str
+    num_locations: int
+    tile_size: int
+    seasons: int
+    features: tuple[str, ...]
+
+
+# SSL4EO-S12 with noisy labels, as data_prep builds it from the distributed files.
+_PUBLISHED = Description(
+    source="SSL4EO-S12 + NoL as published",
+    num_locations=103_793,
+    tile_size=264,
+    seasons=4,
+    features=("s1", *(f"s2_{m}m" for m in sensors.S2_BANDS_BY_RESOLUTION), "labels", "season"),
+)
+
+
+def describe(config: ml_collections.ConfigDict, **overrides: int | None) -> Description:
+    """Describes the configuration's data set, or the published one if it does not exist.
+
+    Args:
+      config: the configuration.
+      **overrides: values for fields of `Description`; None leaves a field as found.
+
+    Raises:
+      DataError: if the data set cannot be read, or if its tiles do not have a whole number of
+        pixels in every band.
+      files.PathError: if the program cannot read from the storage of the data set.
+    """
+    found = _PUBLISHED
+    folder = files.absolute(config.data.dir) / config.data.name
+    if folder.exists():
+        dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
+        found = Description(
+            source=str(folder),
+            num_locations=dataset.num_locations,
+            tile_size=dataset.tile_size,
+            seasons=len(dataset.source[0]["labels"]),
+            features=dataset.features,
+        )
+    given = {name: value for name, value in overrides.items() if value is not None}
+    found = dataclasses.replace(found, **given)
+    coarsest = max(sensors.S2_BANDS_BY_RESOLUTION) // 10
+    if found.tile_size % coarsest:
+        raise input_pipeline.DataError(
+            f"the tile size is {found.tile_size} pixels; bands at 60 m need a multiple of "
+            f"{coarsest}, such as {max(found.tile_size // coarsest, 1) * coarsest}"
+        )
+    return found
+
+
+def record_shapes(
+    described: Description, modalities: Sequence[str], batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch that `input_pipeline.read_batch` reads from the data set."""
+    size = described.tile_size
+    shapes = {
+        "s1": (size, size, len(sensors.S1_BANDS)),
+        "s2": (size, size, len(sensors.S2_BANDS)),
+        "labels": (described.seasons, size, size),
+        "truth": (size, size),
+    }
+    for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
+        side = size * 10 // metres
+        shapes[f"s2_{metres}m"] = (side, side, len(bands))
+    names = [name for m in modalities for name in input_pipeline.IMAGE_FEATURES[m]] + [
+        "labels",
+        "truth",
+    ]
+    records = {
+        name: jax.ShapeDtypeStruct((batch_size, *shapes[name]), jnp.uint8)
+        for name in names
+        if name in described.features
+    }
+    records["season"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    records["is_real"] = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
+    return records
+
+
+def num_train_locations(config: ml_collections.ConfigDict, described: Description) -> int:
+    """Number of training locations, without those for validation."""
+    locations, _ = input_pipeline.split_locations(
+        described.num_locations, config.data.validation_fraction, config.seed
+    )
+    return len(locations)
