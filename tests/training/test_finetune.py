@@ -49,6 +49,7 @@ def tiny_config(data_dir: str, variant: str = VARIANT, **more) -> ml_collections
     changes = {
         "data.dir": data_dir,
         "data.crop_size": 32,
+        "network.depth": 10,
         "batch_size": 4,
         "num_devices": 1,
         "num_epochs": 4,

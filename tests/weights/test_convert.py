@@ -64,7 +64,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def mid():
-    return random_weights("mid", 18, {"s1": S1, "s2": S2})
+    return random_weights("mid", 10, {"s1": S1, "s2": S2})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def folder(mid, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("depth", "fusion", "bands"),
-    [(18, "mid", 12), (34, "late", 3), (50, "mid", 9)],
+    [(10, "mid", 12), (34, "late", 3), (50, "mid", 9)],
 )
 def test_a_lightning_file_tells_what_it_is(parity, torch, depth, fusion, bands):
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def test_published_finetuning_finds_its_encoder(fusion, modality):
         ("late", "s1"): "net.model1.encoder.",
         ("late", "s2"): "net.model2.encoder.",
     }
-    source = random_weights(fusion, 18, {"s1": S1, "s2": S2})
+    source = random_weights(fusion, 10, {"s1": S1, "s2": S2})
     _, arrays = to_layout(source, "lightning", None)
     prefix = prefixes[fusion, modality]
     picked = {k.replace(prefix, "encoder."): v for k, v in arrays.items() if k.startswith(prefix)}
@@ -191,9 +191,9 @@ def test_features_of_other_libraries_resnet50(parity, torch, library):
 @pytest.mark.parametrize(
     ("decoder", "depth", "modality", "name"),
     [
-        ("pspnet", 18, "s1", "ResNet-18 PSPNet of S1 VV VH, 11 classes"),
+        ("pspnet", 10, "s1", "ResNet-10 PSPNet of S1 VV VH, 11 classes"),
         ("deeplabv3plus", 34, "s2", "ResNet-34 DeepLabV3+ of S2 B1 "),
-        ("fpn", 18, "s2", "ResNet-18 FPN of S2 B1 "),
+        ("fpn", 10, "s2", "ResNet-10 FPN of S2 B1 "),
     ],
 )
 def test_files_of_other_decoders_and_back(parity, torch, tmp_path, decoder, depth, modality, name):
@@ -233,7 +233,7 @@ def test_classifier_is_left_out_and_named():
 
 def test_bands_that_their_number_does_not_tell():
     bands = ("B2", "B3", "B4", "B8")
-    source = random_weights("none", 18, {"s2": bands})
+    source = random_weights("none", 10, {"s2": bands})
     with pytest.raises(WeightsError, match=r"S2 takes 4 bands.*from_torch --bands=B2,B3,B4,B8"):
         from_layout(source.arrays)
     assert from_layout(source.arrays, {"s2": bands}).network == source.network
@@ -247,15 +247,15 @@ def test_bands_that_their_number_does_not_tell():
         ({"encoder.bn1.bias": None}, "missing encoder.bn1.bias"),
         ({"encoder.bn1.extra": np.zeros(3)}, "unexpected encoder.bn1.extra"),
         (
-            {"decoder.blocks.0.conv1.0.weight": np.zeros((256, 768, 1, 1), np.float32)},
-            r"has shape \(256, 768, 1, 1\), needs \(256, 768, 3, 3\)",
+            {"decoder.blocks.0.conv1.0.weight": np.zeros((64, 192, 1, 1), np.float32)},
+            r"has shape \(64, 192, 1, 1\), needs \(64, 192, 3, 3\)",
         ),
-        ({"encoder.bn1.bias": np.zeros(64, np.int64)}, "encoder.bn1.bias holds int64, needs float"),
-        ({"encoder.bn1.bias": np.zeros(64, bool)}, "encoder.bn1.bias holds bool, needs float"),
-        ({"encoder.bn1.bias": np.full(64, 1e300)}, "NaN or infinite.*encoder.bn1.bias"),
+        ({"encoder.bn1.bias": np.zeros(16, np.int64)}, "encoder.bn1.bias holds int64, needs float"),
+        ({"encoder.bn1.bias": np.zeros(16, bool)}, "encoder.bn1.bias holds bool, needs float"),
+        ({"encoder.bn1.bias": np.full(16, 1e300)}, "NaN or infinite.*encoder.bn1.bias"),
         ({"encoder.bn1.num_batches_tracked": np.int64(2**31)}, "holds 2147483648, too large"),
-        ({"encoder.bn1.bias": np.full(64, np.nan, np.float32)}, "NaN or infinite.*encoder.bn1.b"),
-        ({"encoder.layer3.5.conv1.weight": np.zeros(1)}, "encoder of 2, 2, 3, 2 BasicBlocks"),
+        ({"encoder.bn1.bias": np.full(16, np.nan, np.float32)}, "NaN or infinite.*encoder.bn1.b"),
+        ({"encoder.layer3.5.conv1.weight": np.zeros(1)}, "encoder of 1, 1, 2, 1 BasicBlocks"),
         ({"segmentation_head.0.weight": np.zeros(9)}, r"segmentation_head.0.weight has shape \(9"),
     ],
 )
@@ -289,7 +289,7 @@ def test_encoders_of_other_methods(prefix, others):
 def test_both_encoders_of_decur(torch, tmp_path):
     """The one of two bands is Sentinel-1's, whichever stands first."""
     bands = {"s1": S1, "s2": S2}
-    encoders = {m: random_weights("encoder", 18, {m: b}, None) for m, b in bands.items()}
+    encoders = {m: random_weights("encoder", 10, {m: b}, None) for m, b in bands.items()}
     for first, second in (("s1", "s2"), ("s2", "s1")):
         arrays = {"module.projector.0.weight": torch.zeros(2)}
         for name, m in (("backbone_1", first), ("backbone_2", second)):
@@ -297,11 +297,11 @@ def test_both_encoders_of_decur(torch, tmp_path):
             arrays |= {f"module.{name}.{k}": torch.from_numpy(v) for k, v in part.items()}
         torch.save({"model": arrays, "epoch": 3}, tmp_path / "decur.pth.tar")
         found = weight_files.load(str(tmp_path / "decur.pth.tar"))
-        assert found.network == Network("encoders", 18, bands, None)
+        assert found.network == Network("encoders", 10, bands, None)
         for m, encoder in encoders.items():
             expected = to_layout(encoder, "torchvision", m)[1]
             assert_same(to_layout(found, "torchvision", m)[1], expected)
-    fresh = random_weights("none", 18, {"s1": S1}, seed=5)
+    fresh = random_weights("none", 10, {"s1": S1}, seed=5)
     started, _ = transfer(found, fresh)
     assert_same(part_of(started.arrays, "encoder."),
                 part_of(encoders["s1"].arrays, "encoder."))  # fmt: skip
@@ -441,14 +441,14 @@ def test_card_says_what_a_user_needs(folder, tmp_path):
     by_card = np.floor(np.clip((-10.0 - vv["low"]) / (vv["high"] - vv["low"]) * 255, 0, 255)) / 255
     assert by_card == sensors.scale_to_uint8(np.array([-10.0]), "VV")[0] / 255
     text = (tmp_path / "s1.safetensors.md").read_text()
-    for part in ("VV", "VH", "-23.062427", "Apache-2.0", "ResNet-18 encoder"):
+    for part in ("VV", "VH", "-23.062427", "Apache-2.0", "ResNet-10 encoder"):
         assert part in text
 
 
 def test_bands_travel_in_the_file_or_beside_it(torch, tmp_path):
     """Nothing else tells B2 B3 B4 from the published B4 B3 B2."""
     bands = {"s2": ("B2", "B3", "B4")}
-    source = random_weights("none", 18, bands)
+    source = random_weights("none", 10, bands)
     folders.write_folder(epath.Path(tmp_path / "ours"), source)
     for name, layout, needs_card in (
         ("a.safetensors", "encoder", False),
@@ -514,7 +514,7 @@ def test_command_line(folder, tmp_path):
     choice = (f"--checkpoint={relative}", "--layout=encoder", "--modality=s2")
     good = run_command("to_torch", f"--output={output}", *choice)
     assert good.returncode == 0, good.stderr
-    assert "ResNet-18 encoder of S2 B1" in good.stdout
+    assert "ResNet-10 encoder of S2 B1" in good.stdout
     assert output.exists()
     for arguments, match in (
         ((), "the arguments are []; use to_torch or from_torch"),
@@ -542,7 +542,7 @@ def test_a_modality_is_chosen_where_there_are_two(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def nine_bands():
-    return random_weights("mid", 18, {"s1": S1, "s2": sensors.S2_BAND_SUBSETS[9]}, seed=1)
+    return random_weights("mid", 10, {"s1": S1, "s2": sensors.S2_BAND_SUBSETS[9]}, seed=1)
 
 
 def test_transfer_adapts_the_first_convolution_by_band_name(mid, nine_bands):
@@ -562,7 +562,7 @@ def test_transfer_adapts_the_first_convolution_by_band_name(mid, nine_bands):
 
 
 def test_transfer_between_fusions(mid):
-    late = random_weights("late", 18, {"s1": S1, "s2": S2}, seed=2)
+    late = random_weights("late", 10, {"s1": S1, "s2": S2}, seed=2)
     to_late, _ = transfer(mid, late)
     assert_same(part_of(to_late.arrays, "model1.encoder."),
                 part_of(mid.arrays, "encoder1."))  # fmt: skip
@@ -579,7 +579,7 @@ def test_transfer_between_fusions(mid):
 
 
 def test_transfer_to_another_decoder_takes_the_encoder(mid):
-    network = Network("none", 18, {"s2": S2}, 9, "pspnet")
+    network = Network("none", 10, {"s2": S2}, 9, "pspnet")
     target = Weights(
         network,
         torch_keys.to_torch_state(
@@ -591,18 +591,18 @@ def test_transfer_to_another_decoder_takes_the_encoder(mid):
                 part_of(mid.arrays, "encoder."))  # fmt: skip
     for part in ("decoder.", "segmentation_head."):
         assert_same(part_of(started.arrays, part), part_of(target.arrays, part))
-    assert "decoder of S2: randomly initialised, the weights are a ResNet-18 mid" in report[1]
+    assert "decoder of S2: randomly initialised, the weights are a ResNet-10 mid" in report[1]
 
 
 def test_transfer_refuses_what_does_not_fit(mid):
     deeper = random_weights("mid", 34, {"s1": S1, "s2": S2})
-    with pytest.raises(WeightsError, match="config.network.depth is 18: set it to 34"):
+    with pytest.raises(WeightsError, match="config.network.depth is 10: set it to 34"):
         transfer(deeper, mid)
-    s1 = random_weights("encoder", 18, {"s1": S1}, None)
-    s2 = random_weights("none", 18, {"s2": S2})
+    s1 = random_weights("encoder", 10, {"s1": S1}, None)
+    s2 = random_weights("none", 10, {"s2": S2})
     with pytest.raises(WeightsError, match="has no part in common"):
         transfer(s1, s2)
-    classes = random_weights("mid", 18, {"s1": S1, "s2": S2}, num_classes=8)
+    classes = random_weights("mid", 10, {"s1": S1, "s2": S2}, num_classes=8)
     started, report = transfer(classes, mid)
     head = "segmentation_head.0.weight"
     np.testing.assert_array_equal(started.arrays[head], mid.arrays[head])
@@ -611,6 +611,7 @@ def test_transfer_refuses_what_does_not_fit(mid):
 
 def test_a_run_starts_from_weights(folder, mid):
     config = pretrain.get_config("sample")
+    config.network.depth = 10
     state = jax.eval_shape(lambda: pretrain_step.init_state(config, jax.random.key(0)))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
     placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
