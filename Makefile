@@ -11,7 +11,7 @@ TILES := data/sample_tiles
 TILE_DATASET := data/sample/dfc2020/.built
 FINETUNE := configs/finetune.py:task=dfc2020,input=s2,encoder=frozen,sample
 
-.PHONY: pretrain finetune test lint wheel lock clean
+.PHONY: pretrain finetune test test-slow test-all lint wheel lock clean
 
 # Sample data, records, pretraining, report: minutes on two cores.
 pretrain: $(DATASET)
@@ -28,8 +28,16 @@ finetune: $(WORKDIR)/results.md $(TILE_DATASET)
 		--config.init_from=$(WORKDIR)
 	$(BIN)/python -m cromss_jax.compare $(WORKDIR)_dfc2020/random $(WORKDIR)_dfc2020/pretrained
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# What is slow by nature, and all that compares numbers once more, compiled as users compile.
+test-slow: .venv/.test
+	COMPILE_AS_USERS=1 $(PYTEST) -m "slow or numeric"
+
+test-all: test test-slow
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .

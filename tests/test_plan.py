@@ -198,10 +198,12 @@ def test_what_does_not_fit_says_what_would(too_large):
     assert len(tried) <= 2 + 5 + 1
 
 
-def test_a_batch_that_the_chips_cannot_share(too_large):
+def test_a_batch_that_the_chips_do_not_divide(too_large):
     config, _ = too_large
     config.batch_size = 63
-    with pytest.raises(run.ConfigError, match=r"batch_size is 63\b.*\b2 devices\b.*multiple of 2"):
+    with pytest.raises(
+        run.ConfigError, match=r"batch_size is 63,.* divisible .* devices, 2; use a multiple of 2"
+    ):
         plan.make_plan(config, "v5e:2x2", per_core=1)
     config.mode = "finetune"
     with pytest.raises(plan.PlanError, match="only pretraining can be planned"):

@@ -216,7 +216,7 @@ def test_converted_files_hold_the_same_network(
     modalities = (modality,) if modality else sensors.MODALITIES
     assert model.bands == {m: pretrained.bands[m] for m in modalities}
     assert model.notes == ()
-    assert model.card["recipe"]["network"]["depth"] == 18
+    assert model.card["recipe"]["network"]["depth"] == 10
     is_whole = layout in ("lightning", "unet")
     assert model.legend == (sensors.DYNAMIC_WORLD if is_whole else None)
     images = random_images(pretrained.bands, 1, 32, 64)
@@ -227,7 +227,7 @@ def test_converted_files_hold_the_same_network(
         for ours, theirs in zip(found[m], expected[m], strict=True):
             np.testing.assert_array_equal(ours, theirs)
     if not is_whole:
-        with pytest.raises(ValueError, match="holds a ResNet-18 encoder of S.*use features"):
+        with pytest.raises(ValueError, match="holds a ResNet-10 encoder of S.*use features"):
             model.predict(images)
 
 
@@ -331,7 +331,7 @@ def test_features_of_any_size_under_jit(pretraining, tmp_path):
     images = random_images(model.bands, 2, 33, 60)
     found = model.features(images)["s2"]
     sizes = [(17, 30), (9, 15), (5, 8), (3, 4), (2, 2)]
-    channels = (64, 64, 128, 256, 512)
+    channels = (16, 16, 32, 64, 128)
     assert [x.shape for x in found] == [
         (2, *size, c) for size, c in zip(sizes, channels, strict=True)
     ]

@@ -13,7 +13,6 @@ from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
 from cromss_jax.training import finetune_step, loop, run, scoring, sharding
 from cromss_jax.training.preemption import Preemption
-from cromss_jax.training.state import TrainState, start_from
 from cromss_jax.weights.network import WeightsError
 
 _log = logging.getLogger(__name__)
@@ -125,22 +124,9 @@ def _training(
     tiles = dataset.by_record
     chosen = np.sort(np.random.default_rng(seed).permutation(tiles.num_locations)[:num_tiles])
     order = input_pipeline.training_records(tiles, chosen, config.batch_size, seed)
-    batches = input_pipeline.training_batches(
-        tiles,
-        config.modalities,
-        order,
-        rows=sharding.process_rows(task.mesh, config.batch_size),
-        num_threads=config.data.num_threads,
-    )
     schedule = loop.Schedule(config, num_tiles)
     frozen_epochs = {"trained": 0, "frozen": config.num_epochs, "late": config.unfreeze_epoch}
     first_trained = schedule.last_step(frozen_epochs[config.encoder]) + 1
-
-    def start(state: TrainState) -> TrainState:
-        if not config.init_from:
-            return state
-        path, replicated = _init_path(config, seed), sharding.replicated(task.mesh)
-        return start_from(path, task.network, state, replicated, ("encoder",))
 
     return loop.Training(
         folder=folder,
@@ -149,10 +135,10 @@ def _training(
         mesh=task.mesh,
         dataset=tiles,
         order=order,
-        batches=batches,
         init=task.init,
         key=jax.random.key(seed),
-        start=start,
+        init_from=_init_path(config, seed),
+        init_parts=("encoder",),
         train_steps={1: frozen_step} | {first_trained: trained_step},
         identity={**tiles.identity, "num_tiles": num_tiles},
         sample_name="tiles",

@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -20,7 +20,8 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.results import report
 from cromss_jax.training import checkpoint, memory, run, sharding
 from cromss_jax.training.preemption import Preempted, Preemption
-from cromss_jax.training.state import TrainState
+from cromss_jax.training.state import TrainState, start_from
+from cromss_jax.weights.network import Network
 
 _log = logging.getLogger(__name__)
 
@@ -81,10 +82,10 @@ class Training:
       mesh: the devices.
       dataset: the records.
       order: which records make which global batch, [B] indices each.
-      batches: iterator over this process's rows of these batches.
-      init: jitted, from a key to a fresh state on all devices.
+      init: jitted, from a key to a randomly initialised state on all devices.
       key: for `init`.
-      start: from a fresh state to the one that training starts from.
+      init_from: weights to start from: a run, a checkpoint or a file; "" for none.
+      init_parts: the `PARTS` of the network that are taken from there.
       train_steps: jitted steps (state, batch) -> (state, metrics), by the first step that each
         takes: {1: step} unless a later one takes over.
       identity: what a continued run must find again.
@@ -99,11 +100,11 @@ class Training:
     schedule: Schedule
     mesh: jax.sharding.Mesh
     dataset: input_pipeline.TileDataset
-    order: Sequence[np.ndarray]
-    batches: grain.DatasetIterator
+    order: grain.MapDataset
     init: Callable[[jax.Array], TrainState]
     key: jax.Array
-    start: Callable[[TrainState], TrainState]
+    init_from: str
+    init_parts: Sequence[str]
     train_steps: Mapping[int, Callable]
     identity: Mapping
     validate: Callable[[int, TrainState, report.MetricLog | None], TrainState] | None = None
@@ -124,12 +125,20 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
       Preempted: after a signal; the state is saved.
     """
     config, schedule = training.config, training.schedule
+    _log_size(training)
     checkpoints = checkpoint.Checkpoints(
         str(training.folder / "checkpoints"), config.checkpoints_to_keep
     )
     # The context of `checkpoints` waits for what is being saved, whatever happens.
     with checkpoints:
-        state, done, train_steps = _begin(training, checkpoints)
+        batches = input_pipeline.training_batches(
+            training.dataset,
+            config.modalities,
+            training.order,
+            rows=sharding.process_rows(training.mesh, config.batch_size),
+            num_threads=config.data.num_threads,
+        )
+        state, done, train_steps = _begin(training, checkpoints, batches)
         meter = _Meter(config.batch_size)
         # Nothing is copied to the device unless the code says so.
         with (
@@ -142,10 +151,10 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
             # result of the validation in the state, and the iterator stands behind this step's
             # batch, so that a continued run takes the next one.
             for number in range(done + 1, schedule.num_steps + 1):
-                batch = meter.time_batch(lambda: _next_batch(training))
-                state, metrics = train_steps[max(n for n in train_steps if n <= number)](
-                    state, batch
-                )
+                with meter.taking_batch():
+                    batch = sharding.to_devices(next(batches), training.mesh)
+                train_step = train_steps[max(n for n in train_steps if n <= number)]
+                state, metrics = train_step(state, batch)
                 meter.add(metrics)
 
                 saves = number in schedule.checkpoint_steps
@@ -168,18 +177,28 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
                 leaves = preemption.reached(training.steps_before + number)
                 if saves or leaves:
                     _stop_if_not_finite(training, state, checkpoints)
-                    host_state = {
-                        "iterator": training.batches.get_state(),
-                        "data": training.identity,
-                    }
+                    host_state = {"iterator": batches.get_state(), "data": training.identity}
                     checkpoints.save(number, state, host_state)
                 if leaves:
                     raise Preempted(f"interrupted: saved step {number}; the same command continues")
     return state
 
 
-def _next_batch(training: Training) -> dict[str, jax.Array]:
-    return sharding.to_devices(next(training.batches), training.mesh)
+def _log_size(training: Training) -> None:
+    """Says how long the run is, on how many devices, and how large the network."""
+    config, num_samples = training.config, training.schedule.samples_per_epoch
+    params = jax.eval_shape(training.init, training.key).params
+    _log.info(
+        "%s%d %s to train on; %d epochs of %.1f steps of %d samples on %d devices; %s parameters",
+        training.prefix,
+        num_samples,
+        training.sample_name,
+        config.num_epochs,
+        num_samples / config.batch_size,
+        config.batch_size,
+        training.mesh.size,
+        f"{sum(x.size for x in jax.tree.leaves(params)):,}",
+    )
 
 
 class _Meter:
@@ -195,17 +214,17 @@ class _Meter:
         """Measures speed and waiting from now on."""
         self._started, self._waited, self._num_steps = time.perf_counter(), 0.0, 0
 
-    def time_batch(self, take: Callable[[], dict]) -> dict:
-        """Takes a batch, and counts the time as waiting if the devices had nothing to do.
+    @contextlib.contextmanager
+    def taking_batch(self) -> Iterator[None]:
+        """Counts the time that a batch takes as waiting if the devices had nothing to do.
 
-        If they are done with the last step by now, they waited for this batch, at most since it
-        was asked for; if not, they had work until here.
+        If they have finished the last step by its end, they waited for the batch, at most since
+        it was asked for. If not, they had work all the while.
         """
         asked = time.perf_counter()
-        batch = take()
+        yield
         if self._newest is not None and self._newest["loss"].is_ready():
             self._waited += time.perf_counter() - asked
-        return batch
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Notes a step. Lets the devices be two steps behind the host.
@@ -231,9 +250,11 @@ class _Meter:
 
 
 def _begin(
-    training: Training, checkpoints: checkpoint.Checkpoints
+    training: Training, checkpoints: checkpoint.Checkpoints, batches: grain.DatasetIterator
 ) -> tuple[TrainState, int, Mapping[int, Callable]]:
-    """The state to go on from, the number of steps done, and the steps to take.
+    """The state to continue from, the number of steps done, and the functions of the steps.
+
+    Moves `batches` to where the state is.
 
     Raises:
       run.ConfigError: if the folder holds a longer run, or one on other data.
@@ -241,12 +262,17 @@ def _begin(
     done, train_steps = checkpoints.latest_step, dict(training.train_steps)
     run.check_progress(done or 0, training.schedule.num_steps, training.folder)
     if done is None:
-        return training.start(training.init(training.key)), 0, train_steps
+        state = training.init(training.key)
+        if training.init_from:
+            network = Network.of_config(training.config)
+            replicated = sharding.replicated(training.mesh)
+            state = start_from(training.init_from, network, state, replicated, training.init_parts)
+        return state, 0, train_steps
     # A run that is complete takes no step.
     first = max(n for n in train_steps if n <= done + 1)
     compiles = done < training.schedule.num_steps
     replicated = sharding.replicated(training.mesh)
-    with memory.garbage_kept():
+    with memory.garbage_collection_paused():
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
             jax.eval_shape(training.init, training.key),
@@ -264,7 +290,7 @@ def _begin(
             f"the run in {training.folder} used other data, or another number of devices with "
             "config.selection.scope per_device; use the same again, or another --workdir"
         )
-    training.batches.set_state(host_state["iterator"])
+    batches.set_state(host_state["iterator"])
     _log.info("continuing from %s at step %d", training.folder / "checkpoints", done)
     return state, done, train_steps
 

@@ -1,4 +1,4 @@
-"""What the process does with memory that it frees, and when Python collects garbage."""
+"""Keeping freed memory in the process, and pausing Python's garbage collection."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep the memory that it frees, for its next allocation.
+    """Keeps memory that this process frees for its next allocation.
 
-    Call it before there are other threads. XLA's CPU backend allocates a program's temporaries,
-    gigabytes for a training step, at each call and frees them after it. By default glibc gives them
-    back to the system, which must then clear every page again. Where the C library is another than
-    glibc, nothing changes.
+    Call it before other threads start. XLA's CPU backend allocates a program's temporaries,
+    gigabytes for a training step, at each call and frees them after it. By default glibc returns
+    them to the system, which must clear every page again. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -26,10 +25,10 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Has Python not look for garbage meanwhile, for where a step is traced.
+def garbage_collection_paused() -> Iterator[None]:
+    """Pauses Python's garbage collection, for the time in which a step is traced.
 
-    Tracing makes a great many objects and keeps nearly all of them. Python looks through them again
+    Tracing creates many objects and keeps nearly all of them. The collector would visit them again
     and again: 1.5 s of a second start of the sample.
     """
     gc.disable()

@@ -13,8 +13,8 @@ from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
 from cromss_jax.training.preemption import Preemption
-from cromss_jax.training.state import TrainState, start_from
-from cromss_jax.weights.network import Network
+from cromss_jax.training.state import TrainState
+from cromss_jax.weights.network import PARTS
 
 _log = logging.getLogger(__name__)
 
@@ -114,13 +114,6 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
     run.record_config(config, folder)
     order = input_pipeline.training_records(dataset, locations, config.batch_size, config.seed)
-    batches = input_pipeline.training_batches(
-        dataset,
-        config.modalities,
-        order,
-        rows=sharding.process_rows(mesh, config.batch_size),
-        num_threads=config.data.num_threads,
-    )
 
     # ---------------------------------------------------------------- state and steps
     definition = pretrain_step.network_definition(config)
@@ -128,14 +121,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     init = jax.jit(lambda key: pretrain_step.init_state(config, key), out_shardings=replicated)
     validator = None
     if len(held_back):
+        _log.info("%d locations held back for validation", len(held_back))
         validator = validation.Validator(
             config, definition, dataset, held_back, len(locations), mesh, folder
         )
-
-    def start(state: TrainState) -> TrainState:
-        if not config.init_from:
-            return state
-        return start_from(config.init_from, Network.of_config(config), state, replicated)
 
     # ---------------------------------------------------------------- loop
     training = loop.Training(
@@ -145,24 +134,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
         mesh=mesh,
         dataset=dataset,
         order=order,
-        batches=batches,
         init=init,
         key=jax.random.key(config.seed),
-        start=start,
+        init_from=config.init_from,
+        init_parts=PARTS,
         train_steps={1: jit_train_step(config, definition, len(locations), mesh)},
         identity={**dataset.identity, "scopes": count_scopes(config, mesh)},
         validate=validator and validator.validate,
-    )
-    _log.info(
-        "%d locations to train on, %d held back; %d epochs of %.1f steps of %d samples on %d "
-        "devices; %s parameters",
-        len(locations),
-        len(held_back),
-        config.num_epochs,
-        len(locations) / config.batch_size,
-        config.batch_size,
-        mesh.size,
-        f"{sum(x.size for x in jax.tree.leaves(jax.eval_shape(init, training.key).params)):,}",
     )
     with Preemption() as preemption:
         state = loop.fit(training, preemption)

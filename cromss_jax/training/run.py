@@ -37,9 +37,9 @@ def check_fields(
 
     Args:
       config: the configuration.
-      counts: fields that must be at least 1, as in "data.num_threads".
-      shares: fields that must be from 0 to 1, such as probabilities.
-      choices: by field, what it may be; of a tuple, each of its values.
+      counts: fields that must be at least 1, such as "data.num_threads".
+      shares: fields that must lie in [0, 1], such as probabilities.
+      choices: the allowed values by field; of a field that is a tuple, those of its elements.
 
     Raises:
       ConfigError: naming the first field that is wrong.
@@ -64,11 +64,11 @@ def check_fields(
 
 
 def check_sizes(crop_size: int, tile_size: int, stride: int) -> None:
-    """Raises ConfigError for a crop that the tiles don't have or the network can't take."""
+    """Raises ConfigError for a crop larger than the tiles, or of no multiple of the stride."""
     if crop_size > tile_size:
         raise ConfigError(
             f"config.data.crop_size is {crop_size} but the data set's tiles have {tile_size} "
-            "pixels; make it at most that"
+            "pixels; use a crop of at most that size"
         )
     if crop_size % stride or crop_size < stride:
         raise ConfigError(
@@ -80,32 +80,32 @@ def check_sizes(crop_size: int, tile_size: int, stride: int) -> None:
 def make_mesh(
     num_devices: int, batch_size: int, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """The mesh of `config.num_devices`, which must be there and share the batch equally.
+    """The mesh of the devices that the batch is split over.
 
     Args:
-      num_devices: of the configuration.
-      batch_size: of all devices together.
-      devices: to choose from; those of all processes unless given.
+      num_devices: `config.num_devices`; 0 takes all devices.
+      batch_size: the global batch size.
+      devices: the devices to choose from; by default those of all processes.
 
     Raises:
-      ConfigError: if not.
+      ConfigError: if there are fewer devices, or if they do not divide the batch.
     """
     devices = jax.devices() if devices is None else devices
     if not 0 <= num_devices <= len(devices):
         raise ConfigError(
             f"config.num_devices is {num_devices} but {len(devices)} devices were "
-            "found; set it to 0 to use all that there are"
+            "found; set it to 0 to use all of them"
         )
     if num_devices and jax.process_count() > 1 and num_devices < len(devices):
         raise ConfigError(
             f"config.num_devices is {num_devices} of {len(devices)} devices of "
-            f"{jax.process_count()} processes, some of which would have none; set it to 0"
+            f"{jax.process_count()} processes, so some would have none; set it to 0"
         )
     mesh = sharding.make_mesh(num_devices, devices)
     if batch_size % mesh.size:
         raise ConfigError(
-            f"config.batch_size is {batch_size}, which {mesh.size} devices cannot share "
-            f"equally; use a multiple of {mesh.size} or set config.num_devices"
+            f"config.batch_size is {batch_size}, but the batch must be divisible by the number of "
+            f"devices, {mesh.size}; use a multiple of {mesh.size} or set config.num_devices"
         )
     return mesh
 
@@ -122,7 +122,7 @@ def check_same_everywhere(**found: str) -> None:
     """Checks that all processes found the same, such as the data.
 
     Args:
-      **found: by what it is called.
+      **found: what this process found, as text, under the name that an error shall call it.
 
     Raises:
       ConfigError: naming what differs.
@@ -138,7 +138,7 @@ def check_same_everywhere(**found: str) -> None:
 
 
 def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses to mix two runs; process 0 writes the resolved configuration and the versions.
+    """Writes the resolved configuration and the versions, on process 0, unless runs would mix.
 
     Raises:
       ConfigError: if the folder holds a run of another configuration.
@@ -172,9 +172,9 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
 
 
 def check_progress(done: int, num_steps: int, folder: epath.Path) -> None:
-    """Raises ConfigError for a run that went further than it now shall."""
+    """Raises ConfigError if a run has taken more steps than the configuration asks for."""
     if done > num_steps:
         raise ConfigError(
-            f"{folder} holds step {done}, and config.num_epochs now ends at step {num_steps}; use "
-            "at least as many epochs, or another --workdir"
+            f"{folder} holds step {done}, but config.num_epochs ends at step {num_steps}; use at "
+            "least as many epochs as before, or another --workdir"
         )

@@ -13,6 +13,8 @@ from cromss_jax import sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 
+pytestmark = pytest.mark.numeric
+
 T, SIZE, B, S = 48, 32, 6, 3
 
 

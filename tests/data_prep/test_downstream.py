@@ -196,7 +196,7 @@ def test_training_opens_every_split(templates, tmp_path, name):
         batch = input_pipeline.read_batch(dataset, ("s1", "s2"), np.array([1, -1]))
         assert batch["s2"].shape == (2, 36, 36, 13)
         assert set(batch) == {"s1", "s2", "labels", "season", "is_real"}
-    with pytest.raises(input_pipeline.DataError, match="no split 'val'; it has .*test"):
+    with pytest.raises(input_pipeline.DataError, match="no split 'val': choose one of .*test"):
         input_pipeline.open_dataset(str(tmp_path), BUILDERS[name].name, "val")
 
 

@@ -11,6 +11,8 @@ import scipy.ndimage
 from cromss_jax import sensors
 from cromss_jax.method import losses, schedules, selection, smoothing
 
+pytestmark = pytest.mark.numeric
+
 C = 9
 GOLDEN_TOLERANCE = 1e-5  # what the numbers of the published code must be matched to
 KINDS = {"c": "cross_entropy", "d": "dice"}

@@ -7,6 +7,8 @@ import pytest
 
 from cromss_jax.method import metrics, schedules
 
+pytestmark = pytest.mark.numeric
+
 
 def test_scores_by_hand():
     # Class 2 is in the labels but never predicted, class 3 nowhere.

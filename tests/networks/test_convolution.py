@@ -10,6 +10,8 @@ import pytest
 from cromss_jax.networks import convolution
 from cromss_jax.networks.convolution import convolve, convolve_upsampled, patches
 
+pytestmark = pytest.mark.numeric
+
 # Height, width; size, stride, dilation, channels in and out: all ways in which `convolve` computes.
 CASES = {
     "narrowing": (8, 6, 3, 1, 1, 40, 32),

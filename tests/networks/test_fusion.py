@@ -13,6 +13,8 @@ from cromss_jax.networks import fusion as networks
 from cromss_jax.training import sharding
 from cromss_jax.weights import torch_keys
 
+pytestmark = pytest.mark.numeric
+
 NUM_CLASSES = 9
 OTHER_DECODERS = ("pspnet", "deeplabv3plus", "fpn")
 # XLA's cheapest code generation: the convolutions, which take the time, are library calls.
@@ -144,16 +146,12 @@ def test_loading_names_every_tensor_that_does_not_fit():
 @pytest.mark.parametrize(
     ("fusion", "depth", "num_channels", "decoder"),
     [
-        # ResNet-34 and 50 and all numbers of bands: tests.bench.parity.
+        # Mid fusion of U-Nets: ten whole steps in test_oracle. ResNet-34 and 50 and all numbers of
+        # bands: tests.bench.parity.
         ("late", 18, {"s1": 2, "s2": 9}, "unet"),
-        ("none", 18, {"s1": 2}, "pspnet"),
-        ("none", 18, {"s2": 3}, "deeplabv3plus"),
-        ("none", 18, {"s2": 13}, "fpn"),
-        # Mid fusion also by ten whole steps in test_oracle.
-        *(
-            pytest.param("mid", 18, {"s1": 2, "s2": k}, decoder, marks=pytest.mark.slow)
-            for k, decoder in ((13, "pspnet"), (3, "deeplabv3plus"), (13, "fpn"))
-        ),
+        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        ("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "fpn"),
     ],
 )
 def test_logits_statistics_and_gradients_are_smps(
@@ -290,8 +288,9 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16_values(mean, tracked_me
     var = 0.9 + 0.1 * exact.var(0, ddof=1)
     np.testing.assert_allclose(norm.running_var[...], var, rtol=tolerance)
     normalised = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    # Rounded to bfloat16's 8 bits.
-    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(-1, 3), normalised, rtol=2**-8)
+    # Rounded to bfloat16's 8 bits, and divided by the root of a variance as far off as above.
+    rtol = 2**-8 + tolerance / 2
+    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(-1, 3), normalised, rtol=rtol)
 
 
 def _expanding(stride: int, dtype) -> tuple[layers.Conv, layers.BatchNorm, jax.Array]:

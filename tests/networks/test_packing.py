@@ -11,6 +11,8 @@ from flax import nnx
 from cromss_jax.networks import decoders, layers, packing, resampling, resnet
 from cromss_jax.networks.convolution import convolve
 
+pytestmark = pytest.mark.numeric
+
 SIZE = 16
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 

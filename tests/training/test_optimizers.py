@@ -10,6 +10,8 @@ from cromss_jax.networks import layers
 from cromss_jax.training import optimizers, pretrain_step
 from tests import runs
 
+pytestmark = pytest.mark.numeric
+
 
 def params(key: int) -> nnx.State:
     """Of two convolutions, one with a bias, and a BatchNorm, at random."""

@@ -18,6 +18,8 @@ import torch
 
 from tests import torch_oracle, torch_parity
 
+pytestmark = pytest.mark.numeric
+
 B, S, C = 4, 4, torch_oracle.NUM_CLASSES
 T, CROP = 66, 64  # a tile's bands fit 60 m; crops are drawn from it
 NUM_STEPS = 10

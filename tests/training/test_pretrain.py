@@ -172,7 +172,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
     [
         ({"data.crop_size": 64}, "tiles have 48 pixels"),
         ({"data.crop_size": 40}, "multiple of 32"),
-        ({"batch_size": 12, "num_devices": 8}, "devices cannot share"),
+        (
+            {"batch_size": 12, "num_devices": 8},
+            "the batch must be divisible by the number of devices, 8",
+        ),
         ({"num_devices": 9}, "8 devices were found"),
         (
             {"data.validation_fraction": 0.0, "schedule.name": "plateau"},
@@ -213,7 +216,7 @@ def test_a_stray_folder_is_named(finished, data_dir):
 
 def test_garbage_is_looked_for_again_whatever_happened():
     def fail():
-        with memory.garbage_kept():
+        with memory.garbage_collection_paused():
             assert not gc.isenabled()
             raise KeyError
 

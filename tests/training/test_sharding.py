@@ -13,6 +13,8 @@ from cromss_jax.training.state import TrainState
 from cromss_jax.weights import torch_keys
 from tests import runs
 
+pytestmark = pytest.mark.numeric
+
 B, S, T = 8, 2, 36
 
 
