@@ -54,6 +54,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.batch_size = 128
     # 0: all devices of all processes.
     config.num_devices = 0
+    # Less memory for more time: the batch in parts; activations computed again for the gradient.
+    config.microbatches = 1
+    config.rematerialise = False
 
     # Initial weights: a run's folder or a file of PyTorch weights. Empty: randomly initialised.
     config.init_from = ""

@@ -27,6 +27,7 @@ from cromss_jax.networks.layers import (
     KernelInit,
     conv_bn,
     dropout,
+    run_block,
 )
 from cromss_jax.networks.packing import cell_size, pack_kernel
 from cromss_jax.networks.resampling import average_pool, resize, upsample
@@ -68,6 +69,8 @@ class UNetBlock(nnx.Module):
 
     Neither the upsampled nor the concatenated features are written to memory.
     """
+
+    rematerialise = False
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
         def conv_bn(in_channels: int) -> nnx.List:
@@ -135,7 +138,7 @@ class UNetDecoder(Decoder):
         """Maps features to [B, H, W, out_channels]. There is no dropout."""
         x, *skips = reversed(features)
         for block, skip in zip(self.blocks, (*skips, None), strict=True):
-            x = block(x, skip, train)
+            x = run_block(block, x, skip, train=train)
         return x
 
     def packed(self, features: Sequence[jax.Array], train: bool) -> jax.Array:
@@ -146,7 +149,7 @@ class UNetDecoder(Decoder):
         x, *skips = reversed(features)
         *coarse, finest, last = self.blocks
         for block, skip in zip(coarse, skips[:-1], strict=True):
-            x = block(x, skip, train)
+            x = run_block(block, x, skip, train=train)
         x = finest.packed(x, skips[-1], train)
         return last.packed(x, None, train)
 

@@ -21,11 +21,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from cromss_jax.networks.decoders import DECODERS, STRIDES, segmentation_head
+from cromss_jax.networks.decoders import DECODERS, STRIDES, UNetBlock, segmentation_head
 from cromss_jax.networks.layers import draw_kernels
 from cromss_jax.networks.packing import unpack_planes
 from cromss_jax.networks.resampling import resize
-from cromss_jax.networks.resnet import RESNETS, ResNetEncoder, encode_together
+from cromss_jax.networks.resnet import (
+    RESNETS,
+    BasicBlock,
+    Bottleneck,
+    ResNetEncoder,
+    encode_together,
+)
 from cromss_jax.sensors import MODALITIES
 
 # Side of the cells of packed images, pixels. Features of stride 4 then need no packing.
@@ -242,6 +248,7 @@ def make_network(
     rngs: nnx.Rngs,
     decoder: str = "unet",
     packed: bool = False,
+    rematerialise: bool = False,
 ) -> nnx.Module:
     """Builds a network, initialised as smp does.
 
@@ -266,6 +273,8 @@ def make_network(
         returns logits in the order of `packing.planes`, [B, 16, H W / 16, C]. The parameters are
         the same. Values differ only by the order of sums; gradients also differ where pixels tie
         in `resampling.max_pool`.
+      rematerialise: whether activations within the encoders' and the U-Net's blocks are computed
+        again for the gradient instead of stored. Values are the same up to rounding.
 
     Raises:
       ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`; for modalities that do
@@ -290,4 +299,8 @@ def make_network(
         raise ValueError(f"decoder {decoder!r} does not support packed images: use 'unet'")
     network = FUSIONS[fusion](depth, num_channels, num_classes, dtype, decoder, packed)
     draw_kernels(network, rngs)
+    if rematerialise:
+        for _, block in nnx.iter_modules(network):
+            if isinstance(block, BasicBlock | Bottleneck | UNetBlock):
+                block.rematerialise = True
     return network

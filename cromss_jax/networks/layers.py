@@ -229,6 +229,18 @@ class GroupNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def run_block(block: nnx.Module, *inputs: jax.Array | None, train: bool) -> jax.Array:
+    """Calls `block(*inputs, train)`.
+
+    If the block's attribute `rematerialise` is true, its activations are not stored for the
+    gradient but computed again.
+    """
+    call = type(block).__call__
+    if block.rematerialise:
+        call = nnx.remat(call, static_argnums=(1 + len(inputs),))
+    return call(block, *inputs, train)
+
+
 def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
     """Applies a convolution and its BatchNorm.
 

@@ -21,6 +21,7 @@ from cromss_jax.networks.layers import (
     KernelInit,
     conv_bn,
     materialised,
+    run_block,
 )
 from cromss_jax.networks.resampling import max_pool
 
@@ -32,6 +33,7 @@ class BasicBlock(nnx.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
 
     expansion = 1
+    rematerialise = False
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
         self.conv1 = _encoder_conv(in_channels, channels, 3, stride, dilation)
@@ -52,6 +54,7 @@ class Bottleneck(nnx.Module):
     """The residual block of ResNet-50: 1x1, 3x3 (which carries the stride), 1x1."""
 
     expansion = 4
+    rematerialise = False
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int = 1):
         out_channels = channels * self.expansion
@@ -177,7 +180,7 @@ class ResNetEncoder(nnx.Module):
         features = []
         for stage in stages:
             for block in stage:
-                x = block(x, train)
+                x = run_block(block, x, train=train)
             features.append(x)
         return features
 

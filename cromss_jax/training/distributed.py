@@ -93,7 +93,7 @@ def initialize(
         _LOST_SECONDS,
     )
     if jax.process_index() > 0:  # all processes would log the same
-        logging.getLogger(__package__).setLevel(logging.WARNING)
+        logging.getLogger("cromss_jax").setLevel(logging.WARNING)
     return True
 
 

@@ -19,7 +19,7 @@ from cromss_jax.weights.network import PARTS
 _log = logging.getLogger(__name__)
 
 _COUNTS = ("num_epochs", "batch_size", "log_every_steps", "eval_every_epochs", "num_pictures")
-_COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads")
+_COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads", "microbatches")
 _SHARES = ("augmentation.flip_probability", "augmentation.rotation_probability")
 _SHARES += ("data.validation_fraction", "loss.prior_weight", "loss.uniform_weight")
 _SHARES += ("selection.final_keep_fraction",)
@@ -111,6 +111,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     locations, held_back = input_pipeline.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
+    run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
     run.record_config(config, folder)
     order = input_pipeline.training_records(dataset, locations, config.batch_size, config.seed)

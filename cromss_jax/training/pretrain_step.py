@@ -18,7 +18,7 @@ from cromss_jax import sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import losses, metrics, schedules
 from cromss_jax.networks import fusion
-from cromss_jax.training import objective, optimizers, sharding
+from cromss_jax.training import gradients, objective, optimizers, sharding
 from cromss_jax.training.state import Maps, Metrics, TrainState, first_bad_step
 
 NUM_CLASSES = sensors.NUM_CLASSES
@@ -43,6 +43,7 @@ def make_network(
         rngs,
         decoder=config.network.get("decoder", "unet"),
         packed=packed,
+        rematerialise=config.get("rematerialise", False),
     )
 
 
@@ -128,14 +129,17 @@ def make_update(
         # A batch can span two epochs; it belongs to the epoch of its first sample.
         epoch = state.step * config.batch_size // num_locations
 
-        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
-            network = nnx.merge(definition, params, state.batch_stats, copy=True)
-            logits = network({m: batch[m] for m in config.modalities}, train=True)
-            loss, report = objective.training_loss(config, logits, batch, epoch, num_scopes)
-            return loss, (report, nnx.state(network, nnx.BatchStat))
+        def apply(params: nnx.State, stats: nnx.State, images: Maps) -> tuple[Maps, nnx.State]:
+            network = nnx.merge(definition, params, stats, copy=True)
+            return network(images, train=True), nnx.state(network, nnx.BatchStat)
 
-        (loss, (report, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
+        loss, report, batch_stats, grads = gradients.value_and_grad(
+            apply,
+            lambda logits: objective.training_loss(config, logits, batch, epoch, num_scopes),
+            state.params,
+            state.batch_stats,
+            {m: batch[m] for m in config.modalities},
+            config.get("microbatches", 1),
         )
         rate = schedules.learning_rate(
             epoch,

@@ -20,6 +20,8 @@ from cromss_jax.training import sharding
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
 _FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
+# Fields that configurations of earlier versions lack, with what those did.
+_ADDED_FIELDS = {"microbatches": 1, "rematerialise": False}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -110,6 +112,16 @@ def make_mesh(
     return mesh
 
 
+def check_microbatches(batch_size: int, microbatches: int, num_devices: int) -> None:
+    """Raises ConfigError unless microbatches of equal size can be split over the devices."""
+    if batch_size % (microbatches * num_devices):
+        raise ConfigError(
+            f"config.batch_size is {batch_size}, but it must be divisible by config.microbatches, "
+            f"{microbatches}, times the number of devices, {num_devices}; use a multiple of "
+            f"{microbatches * num_devices} or fewer microbatches"
+        )
+
+
 def _flat(config: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in config.items():
@@ -147,7 +159,8 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     resolved = json.loads(config.to_json())
     # Before its first checkpoint a run has nothing that a change could spoil.
     if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
-        before, now = _flat(json.loads(path.read_text())), _flat(resolved)
+        before, now = _ADDED_FIELDS | _flat(json.loads(path.read_text())), _flat(resolved)
+        now = _ADDED_FIELDS | now
         changed = [
             f"{name} from {before.get(name)} to {now.get(name)}"
             for name in sorted(before.keys() | now.keys())
