@@ -4,6 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Installs in seconds what pip takes a minute and a half for.
 UV_VERSION := 0.13.9
+# What to install JAX for: cpu, cuda12, cuda13 or tpu; unless given, what the NVIDIA driver runs.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+	| grep -E -m 1 '^[0-9]+\.')
+DRIVER_MAJOR := $(or $(firstword $(subst ., ,$(DRIVER))),0)
+ACCELERATOR ?= $(shell if [ $(DRIVER_MAJOR) -ge 580 ]; then echo cuda13; \
+	elif [ $(DRIVER_MAJOR) -ge 525 ]; then echo cuda12; else echo cpu; fi)
+RUN := .venv/.run-$(ACCELERATOR)
 SAMPLE := data/sample_geotiffs
 DATASET := data/sample/ssl4eo_s12_nol/.built
 WORKDIR ?= runs/sample
@@ -44,23 +51,26 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 
 # A wheel in dist/, made from the source archive beside it, so that nothing stale gets into it.
-wheel: .venv/.run
+wheel: $(RUN)
 	$(BIN)/uv build -q
 
-.venv/.run: requirements.lock pyproject.toml
+$(RUN): requirements.lock pyproject.toml
+	@echo "Installing for $(ACCELERATOR) (NVIDIA driver: $(or $(DRIVER),none found);" \
+		"cuda12 needs 525, cuda13 580; ACCELERATOR=cpu|cuda12|cuda13|tpu overrides)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q uv==$(UV_VERSION)
-	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.lock \
+		$(if $(filter-out cpu,$(ACCELERATOR)),'jax[$(ACCELERATOR)]')
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@
 
 # PyTorch from the disk where pip is told to look there.
-.venv/.test: requirements-test.lock .venv/.run
+.venv/.test: requirements-test.lock $(RUN)
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
 		-r requirements-test.lock
 	touch $@
 
-$(SAMPLE)/dw_complete_ids.csv: | .venv/.run
+$(SAMPLE)/dw_complete_ids.csv: | $(RUN)
 	rm -rf $(SAMPLE)
 	$(BIN)/python -m data_prep.sample --output_dir=$(SAMPLE) \
 		--locations=64 --seasons=4 --tile_size=132 --seed=0
@@ -71,7 +81,7 @@ $(DATASET): $(SAMPLE)/dw_complete_ids.csv
 		--source_dir=$(SAMPLE) --data_dir=data/sample
 	touch $@
 
-$(TILES)/dfc_test: | .venv/.run
+$(TILES)/dfc_test: | $(RUN)
 	rm -rf $(TILES)
 	$(BIN)/python -m data_prep.sample --format=dfc2020 --output_dir=$(TILES) \
 		--locations=64 --tile_size=96 --seed=1

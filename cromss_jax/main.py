@@ -11,6 +11,7 @@ from cromss_jax import command_line, files
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import (
     checkpoint,
+    devices,
     distributed,
     finetune,
     loop,
@@ -57,6 +58,7 @@ def main(arguments: list[str]) -> None:
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )
+        devices.check()
         modes = {"pretrain": pretrain.pretrain, "finetune": finetune.finetune}
         modes["evaluate"] = scoring.evaluate
         if _CONFIG.value.mode not in modes:
@@ -75,6 +77,7 @@ def main(arguments: list[str]) -> None:
         checkpoint.CheckpointError,
         input_pipeline.DataError,
         distributed.DistributedError,
+        devices.DeviceError,
         run.ConfigError,
         loop.NonFiniteLossError,
         WeightsError,

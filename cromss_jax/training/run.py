@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cromss_jax import files, package
+from cromss_jax.training import devices as accelerators
 from cromss_jax.training import sharding
 
 # What may change between the start of a run and its continuation.
@@ -179,8 +180,8 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     files.write_whole(path, (json.dumps(resolved, indent=2) + "\n").encode())
     versions = {"python": platform.python_version(), "cromss_jax": package.version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    devices = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
-    versions |= {"devices": devices, "processes": jax.process_count()}
+    found = [f"{len(jax.devices())} x {jax.devices()[0].device_kind}"]
+    versions |= {"devices": found, "processes": jax.process_count()} | accelerators.versions()
     files.write_whole(workdir / "versions.json", (json.dumps(versions, indent=2) + "\n").encode())
 
 
