@@ -1,47 +1,47 @@
-"""Reads the files of a location, checks their bands, and scales them to uint8.
+"""Reads image files, checks their bands, and scales them to uint8.
 
-Files that are uint8 are already scaled; others go through `sensors.scale_to_uint8`.
+Files that are uint8 are already scaled. Others are scaled by `sensors.scale_to_uint8`.
 """
 
 import numpy as np
 
 from cromss_jax import sensors
-from data_prep import geotiff, records, sources
+from data_prep import errors, geotiff, sources
 
 
 def read_band(source: sources.Source, path: str) -> geotiff.Band:
     """Reads a file of one band.
 
     Raises:
-      records.BadFileError: if it is missing, damaged, or has more than one band.
+      errors.BadFileError: if it is missing, damaged, or has more than one band.
     """
     try:
         return geotiff.read_band(source.read(path))
     except (sources.UnreadableError, geotiff.GeotiffError) as error:
-        raise records.BadFileError(path, str(error)) from error
+        raise errors.BadFileError(path, str(error)) from error
 
 
 def read_bands(source: sources.Source, path: str) -> geotiff.Bands:
     """Reads a file of any number of bands.
 
     Raises:
-      records.BadFileError: if it is missing or damaged.
+      errors.BadFileError: if it is missing or damaged.
     """
     try:
         return geotiff.read_bands(source.read(path))
     except (sources.UnreadableError, geotiff.GeotiffError) as error:
-        raise records.BadFileError(path, str(error)) from error
+        raise errors.BadFileError(path, str(error)) from error
 
 
 def check_size(path: str, pixels: np.ndarray, size: tuple[int, int]) -> None:
-    """Refuses a band (H, W) of another than the given height and width.
+    """Refuses a band (H, W) that does not have the given height and width.
 
     Raises:
-      records.BadFileError: naming both sizes.
+      errors.BadFileError: naming both sizes.
     """
     if pixels.shape != size:
         found, needed = ("x".join(map(str, shape)) for shape in (pixels.shape, size))
-        raise records.BadFileError(path, f"{found} pixels, {needed} needed")
+        raise errors.BadFileError(path, f"{found} pixels, {needed} needed")
 
 
 def scale_s1(path: str, band: str, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -57,20 +57,20 @@ def scale_s1(path: str, band: str, pixels: np.ndarray, size: tuple[int, int]) ->
       (H, W) uint8.
 
     Raises:
-      records.BadFileError: for another size or dtype, NaN, or values that look like linear power.
+      errors.BadFileError: for another size or dtype, NaN, or values that look like linear power.
     """
     check_size(path, pixels, size)
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype not in (np.float32, np.float64):
-        raise records.BadFileError(path, f"dtype {pixels.dtype}, needs float dB or scaled uint8")
+        raise errors.BadFileError(path, f"dtype {pixels.dtype}, needs float dB or scaled uint8")
     try:
         scaled = sensors.scale_to_uint8(pixels, band)
     except ValueError as error:
-        raise records.BadFileError(path, str(error)) from error
-    # Backscatter in dB is negative nearly everywhere, power never.
+        raise errors.BadFileError(path, str(error)) from error
+    # Backscatter in dB is negative nearly everywhere, linear power never.
     if pixels.min() >= 0:
-        raise records.BadFileError(path, "no pixel below 0: looks like linear power, dB needed")
+        raise errors.BadFileError(path, "no pixel below 0: looks like linear power, dB needed")
     return scaled
 
 
@@ -91,11 +91,11 @@ def scale_s2(
       (H, W) uint8.
 
     Raises:
-      records.BadFileError: for another size or dtype.
+      errors.BadFileError: for another size or dtype.
     """
     check_size(path, pixels, size)
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype != np.uint16:
-        raise records.BadFileError(path, f"dtype {pixels.dtype}, needs uint16 or scaled uint8")
+        raise errors.BadFileError(path, f"dtype {pixels.dtype}, needs uint16 or scaled uint8")
     return sensors.scale_to_uint8(np.maximum(pixels.astype(np.int32) - offset, 0), band)

@@ -1,4 +1,4 @@
-"""Writes GeoTIFFs, and reads them, refusing those that are not whole."""
+"""Reads and writes GeoTIFFs. Incomplete files are refused."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import rasterio.errors
 import rasterio.io
 from affine import Affine
 
-# What GDAL logs about a damaged file is raised here as an error.
+# GDAL's messages about damaged files are raised here as errors.
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)
 
 # Bytes of one value of each TIFF field type.
@@ -26,7 +26,7 @@ _FIELD_BYTES = {
 
 
 class GeotiffError(ValueError):
-    """A file that is no GeoTIFF, is cut short, or has another number of bands than needed."""
+    """A file that is no GeoTIFF, is incomplete, or has another number of bands than needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def read_band(data: bytes) -> Band:
     """Reads the one band of a GeoTIFF.
 
     Args:
-      data: the whole file. Reading from memory costs no more than from a path, and is the same
-        for files that lie in an archive.
+      data: the whole file. Reading from memory takes no longer than from a path, and works for
+        files in an archive, too.
 
     Raises:
       GeotiffError: if the file is no GeoTIFF, is cut short, or has more than one band.
@@ -110,7 +110,7 @@ def write(
       pixels: (K, H, W), of any dtype that GeoTIFF knows.
       crs: coordinate reference system, such as "EPSG:32632".
       transform: see `Band`.
-      **options: how GDAL is to write, such as compress="deflate".
+      **options: GDAL's creation options, such as compress="deflate".
 
     Raises:
       OSError: if the file cannot be written.
@@ -125,17 +125,17 @@ def write(
 
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
-    """Opens a file in memory; whatever damage GDAL finds in it is a GeotiffError."""
+    """Opens a file in memory. Damage that GDAL finds is raised as GeotiffError."""
     if not data:
         raise GeotiffError("empty file")
     try:
         with (
-            # No search for side-car files, which GDAL would look for beside every tile.
+            # Otherwise GDAL looks for side-car files beside every tile.
             rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
             warnings.catch_warnings(),
             rasterio.io.MemoryFile(data) as memory,
         ):
-            # Tiles without georeference are fine to train on.
+            # Training does not need a georeference.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff") as dataset:
                 yield dataset
@@ -144,9 +144,9 @@ def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
 
 
 def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
-    """Refuses a file with blocks that were never written: GDAL would give zeros and say nothing."""
+    """Refuses a file with blocks that were never written: GDAL would read them as zeros."""
     height, width = dataset.block_shapes[0]
-    # Where pixels are interleaved, the bands share their blocks.
+    # With pixel interleaving, all bands share their blocks.
     shared = dataset.interleaving == rasterio.enums.Interleaving.pixel
     for band in [1] if shared else dataset.indexes:
         for row in range(-(-dataset.height // height)):
@@ -159,9 +159,9 @@ def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
 
 
 def _check_tags(data: bytes) -> None:
-    """Refuses a file with tags whose values lie past its end.
+    """Refuses a file with tags whose values are past its end.
 
-    GDAL takes such tags, the georeference and the table of blocks included, for absent or zero.
+    GDAL reads such tags, including the georeference and the table of blocks, as absent or zero.
     """
     order = "<" if data[:2] == b"II" else ">"
     big_tiff = struct.unpack_from(order + "H", data, 2)[0] == 43

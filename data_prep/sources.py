@@ -1,48 +1,43 @@
 """Finds the files of a dataset in folders, zip, tar or tar.gz, and reads them without unpacking.
 
-A dataset is a few *components*: the folders and files its layout begins with, such as `s1`,
-`s2c` or `dw_complete_ids.csv`. A file is addressed by its path from the component on, whatever
-folders lie above it on disk or in the archive. Folders may lie in a bucket (`gs://`), archives not.
+A data set has a few *components*: the folders and files that its layout begins with, such as `s1`,
+`s2c` or `dw_complete_ids.csv`. A file is addressed by its path from the component on; the folders
+above it, on disk or in an archive, do not matter. Folders may be in a bucket (`gs://`), archives
+may not.
 """
 
-import dataclasses
-import functools
 import os
-import pathlib
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import indexed_gzip
 import tqdm
 from etils import epath
 
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-# How many folders may lie between the source directory and a component or an archive.
+from data_prep import archives
+
+# How many folders there may be between the source directory and a component or an archive.
 SEARCH_DEPTH = 2
-# A gzip stream gets one entry point (32 KiB of memory) per so many bytes. Every read inflates from
-# the point before it, so the buffer has the same length: neighbouring files cost one inflation.
-GZIP_SPACING = 16 << 20
 
 
 class SourceError(FileNotFoundError):
-    """The source directory does not hold what the dataset needs."""
+    """The source directory does not contain what the data set needs."""
 
 
 def not_found(missing: Sequence[str], source_dir: str | os.PathLike, layout: str) -> SourceError:
-    """The error of a tree that lacks something: what was looked for, where, and what is needed.
+    """The error for an incomplete tree: what was looked for, where, and what is needed.
 
     Args:
       missing: the components, or folders of them, that were not found.
-      source_dir: where they were looked for.
+      source_dir: the folder that was searched.
       layout: one sentence on the tree that is needed, and one on how to make a sample of it.
     """
     return SourceError(
         f"{', '.join(missing)} not found in {source_dir}: looked for folders and for "
-        f"{', '.join(ARCHIVE_SUFFIXES)} archives there and up to {SEARCH_DEPTH} folders below. "
-        f"{layout}"
+        f"{', '.join(archives.ARCHIVE_SUFFIXES)} archives there and up to "
+        f"{SEARCH_DEPTH} folders below. {layout}"
     )
 
 
@@ -68,112 +63,43 @@ def _entries(folder: epath.Path) -> list[tuple[str, bool]]:
 
 
 class UnreadableError(OSError):
-    """A file of the source that is missing or that its archive cannot give."""
-
-
-@functools.lru_cache(maxsize=8)
-def _open_zip(path: pathlib.Path, pid: int) -> zipfile.ZipFile:
-    """One open ZipFile per process: a forked child must not share its parent's file position."""
-    del pid
-    return zipfile.ZipFile(path)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Zip:
-    path: pathlib.Path
-
-    def members(self) -> Iterator[tuple[str, str]]:
-        for member in _open_zip(self.path, os.getpid()).infolist():
-            if not member.is_dir():
-                yield member.filename, member.filename
-
-    def read(self, member: str) -> bytes:
-        return _open_zip(self.path, os.getpid()).read(member)
-
-
-def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, int]]]:
-    while (member := tar.next()) is not None:
-        # A TarFile remembers every member; millions of them would take gigabytes.
-        tar.members.clear()
-        if member.isreg():
-            yield member.name, (member.offset_data, member.size)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tar:
-    path: pathlib.Path
-
-    def members(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        with tarfile.open(self.path, "r:") as tar:
-            yield from _tar_members(tar)
-
-    def read(self, member: tuple[int, int]) -> bytes:
-        offset, size = member
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-
-class _TarGz:
-    """A tar.gz and the index of its gzip stream; both pickle, so workers do not index anew."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self._file = indexed_gzip.IndexedGzipFile(
-            os.fspath(path), spacing=GZIP_SPACING, buffer_size=GZIP_SPACING
-        )
-
-    def members(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        # Seeking from header to header builds the index on the way: one pass over the archive.
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            yield from _tar_members(tar)
-        self._file.build_full_index()
-
-    def read(self, member: tuple[int, int]) -> bytes:
-        offset, size = member
-        self._file.seek(offset)
-        return self._file.read(size)
-
-
-def _open_archive(path: pathlib.Path) -> _Zip | _Tar | _TarGz:
-    if path.name.endswith(".zip"):
-        return _Zip(path)
-    return _Tar(path) if path.name.endswith(".tar") else _TarGz(path)
+    """A file of the source that is missing, or that cannot be read from its archive."""
 
 
 class Source:
     """The files of one dataset, by their path from the component on. Picklable."""
 
     def __init__(self, source_dir: str | os.PathLike, components: Sequence[str]):
-        """Looks for the components and indexes the archives that may hold missing ones.
+        """Looks for the components, and indexes the archives that may hold missing ones.
 
-        A component that exists as a folder or file is read from there; archives are consulted
-        for the others alone.
+        A component that exists as a folder or file is read from there. Archives are read for the
+        other components only.
 
         Args:
-          source_dir: a folder holding components and archives in any mixture, up to
+          source_dir: a folder with components and archives in any mixture, up to
             `SEARCH_DEPTH` folders down, or the path of one archive.
           components: names of the folders and files that the dataset's layout begins with.
 
         Raises:
-          SourceError: if `source_dir` does not exist, if a component lies in two places, or if
-            an archive is damaged.
+          SourceError: if `source_dir` does not exist, if a component is found twice, or if an
+            archive is damaged.
         """
         self._components = tuple(components)
         self._folders: dict[str, epath.Path] = {}
-        self._archives: list[_Zip | _Tar | _TarGz] = []
+        self._archives: list[archives.Archive] = []
         self._tree: dict[str, Any] = {}
         source_dir = absolute(source_dir)
-        if source_dir.is_file() and source_dir.name.endswith(ARCHIVE_SUFFIXES):
-            archives = [source_dir]
+        if source_dir.is_file() and source_dir.name.endswith(archives.ARCHIVE_SUFFIXES):
+            archive_paths = [source_dir]
         elif source_dir.is_dir():
-            archives = self._search(source_dir, SEARCH_DEPTH)
+            archive_paths = self._search(source_dir, SEARCH_DEPTH)
         else:
             raise SourceError(
-                f"{source_dir} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
+                f"{source_dir} is neither a folder nor an archive "
+                f"({', '.join(archives.ARCHIVE_SUFFIXES)})"
             )
-        for path in archives:
-            # `s1.tar.gz` beside its extracted `s1` would be indexed for nothing.
+        for path in archive_paths:
+            # `s1.tar.gz` beside the extracted folder `s1` need not be indexed.
             if len(self._folders) < len(components) and path.name.split(".")[0] not in self.found:
                 self._index(path)
 
@@ -231,7 +157,7 @@ class Source:
             raise UnreadableError("missing") from error
         except UnreadableError:
             raise
-        # zipfile reports what it cannot decrypt or decompress by the last two.
+        # The last two are raised by zipfile for members that it cannot decrypt or decompress.
         except (
             OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError
         ) as error:  # fmt: skip
@@ -244,31 +170,31 @@ class Source:
         return node
 
     def _search(self, folder: epath.Path, depth: int) -> list[epath.Path]:
-        """Notes the components below a folder and returns the archives there."""
-        archives = []
+        """Finds the components below a folder, and returns the archives there."""
+        found = []
         for name, is_folder in _entries(folder):
             path = folder / name
             if name in self._components:
                 if name in self._folders:
                     raise SourceError(
-                        f"{name} lies in two places, {self._folders[name]} and "
+                        f"{name} was found twice, as {self._folders[name]} and as "
                         f"{path}: give the folder above one of them"
                     )
                 self._folders[name] = path
-            elif not is_folder and name.endswith(ARCHIVE_SUFFIXES):
-                archives.append(path)
+            elif not is_folder and name.endswith(archives.ARCHIVE_SUFFIXES):
+                found.append(path)
             elif is_folder and depth > 0:
-                archives += self._search(path, depth - 1)
-        return archives
+                found += self._search(path, depth - 1)
+        return found
 
     def _index(self, path: epath.Path) -> None:
         """Adds the members of an archive to the tree of what can be read."""
         if is_remote(path):
             raise SourceError(
-                f"{path} is an archive in a bucket, folders are needed there: unpack it, or give "
-                "the path under which the bucket is mounted"
+                f"{path} is an archive in a bucket, and archives cannot be read there: unpack it, "
+                "or give the path under which the bucket is mounted"
             )
-        archive = _open_archive(path)
+        archive = archives.open_archive(path)
         number = len(self._archives)
         self._archives.append(archive)
         progress = tqdm.tqdm(desc=f"indexing {path.name}", unit=" files", leave=False, disable=None)
@@ -279,7 +205,7 @@ class Source:
                     self._insert(name, (number, member))
         except SourceError:
             raise
-        # OSError is also how indexed_gzip reports a wrong checksum.
+        # indexed_gzip raises OSError for a wrong checksum.
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
             raise SourceError(
                 f"{path} is damaged or cut short ({error}): fetch it again"
@@ -288,7 +214,7 @@ class Source:
     def _insert(self, name: str, entry: tuple[int, Any]) -> None:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         start = next((i for i, part in enumerate(parts) if part in self._components), None)
-        # macOS adds a shadow of every file to the archives it makes.
+        # macOS adds a second entry for every file to its archives.
         if start is None or "__MACOSX" in parts or parts[-1].startswith("._"):
             return
         *folders, file = parts[start:]
@@ -300,8 +226,8 @@ class Source:
         # Within one archive a later member replaces an earlier one, as unpacking would.
         if file in node and node[file][0] != entry[0]:
             raise SourceError(
-                f"{'/'.join(parts[start:])} lies in two archives, "
+                f"{'/'.join(parts[start:])} is in two archives, "
                 f"{self._archives[node[file][0]].path} and {self._archives[entry[0]].path}: "
-                "leave one of them"
+                "remove one of them"
             )
         node[file] = entry

@@ -8,34 +8,34 @@ from collections.abc import Mapping
 from data_prep import sources
 
 KINDS = ("s1", "s2", "labels")
-# What may stand in a path for each of its fields. Dates sort by their text.
+# Regular expressions for the fields of a path. Dates are sorted as text.
 _FIELDS = {
     "lon": r"-?\d+(?:\.\d+)?",
     "lat": r"-?\d+(?:\.\d+)?",
     "date": r"\d{4}-?\d{2}-?\d{2}.*",
     "number": r"\d+",
 }
-# The fields of a path that tell one place from another, with their values.
-Place = tuple[tuple[str, str], ...]
+# The fields of a path that identify a location, with their values.
+LocationFields = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a data set keeps its files.
+    """Where the files of a data set are.
 
     Attributes:
-      splits: for each of our splits, the name it has in the data set.
-      optional_splits: ours that may be absent.
+      splits: the name in the data set of each of our splits.
+      optional_splits: our splits that may be absent.
       paths: for each of `KINDS`, the path of a tile's file from the component on, with fields
         `{split}` and those of `_FIELDS`; only `{split}` in its folders. A `{date}` may differ
-        between the files of a tile; the other fields, its *place*, may not.
-      place: how a place is called, with the same fields.
+        between the files of a tile; the other fields, which identify its location, may not.
+      location_id: the name of a location, with the same fields.
     """
 
     splits: Mapping[str, str]
     optional_splits: frozenset[str]
     paths: Mapping[str, str]
-    place: str
+    location_id: str
 
     def folders(self, split: str) -> dict[str, str]:
         """The folder of each kind of file in one of our splits."""
@@ -60,7 +60,7 @@ def _ssl4eo_s12(labels: str) -> Layout:
             "s2": "{split}/image_s2/s2_{lon}_{lat}-{date}.tif",
             "labels": f"{{split}}/label_{labels}/{labels}_{{lon}}_{{lat}}-{{date}}.tif",
         },
-        place="{lon}_{lat}",
+        location_id="{lon}_{lat}",
     )
 
 
@@ -75,18 +75,18 @@ DFC2020 = Layout(
         "s2": "s2_{split}/ROIs0000_{split}_s2_0_p{number}.tif",
         "labels": "dfc_{split}/ROIs0000_{split}_dfc_0_p{number}.tif",
     },
-    place="{split}_p{number}",
+    location_id="{split}_p{number}",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One tile, or a place whose files make none.
+    """One tile, or the files of a location that cannot form one.
 
     Attributes:
       location_id: its name, unique in its split.
-      paths: of its file of each of `KINDS`; empty if they do not belong together.
-      fault: the file and the reason why they do not; empty if they do.
+      paths: of its file of each of `KINDS`; empty if there is a fault.
+      fault: the file, and the reason why it cannot be used; empty if there is none.
       size: height and width in pixels, 0 where unknown.
     """
 
@@ -97,14 +97,14 @@ class Tile:
 
 
 def find_tiles(source: sources.Source, layout: Layout, split: str) -> list[Tile]:
-    """Lists the tiles of one of our splits, in the order of their places and dates.
+    """Lists the tiles of one of our splits, in the order of their locations and dates.
 
-    Several dates of a place are paired by rank. A place where they cannot be, and a GeoTIFF whose
-    name does not fit the layout, yield a `Tile` with a fault.
+    Several dates of a location are paired by rank. If they cannot be paired, or the name of a
+    GeoTIFF does not match the layout, the `Tile` has a fault.
     """
     folders = layout.folders(split)
     names = {kind: source.files(folder) for kind, folder in folders.items()}
-    places: dict[Place, dict[str, list[tuple[str, str]]]] = collections.defaultdict(
+    locations: dict[LocationFields, dict[str, list[tuple[str, str]]]] = collections.defaultdict(
         lambda: {kind: [] for kind in KINDS}
     )
     tiles = []
@@ -115,13 +115,13 @@ def find_tiles(source: sources.Source, layout: Layout, split: str) -> list[Tile]
             if match is not None:
                 fields = match.groupdict()
                 date = fields.pop("date", "")
-                places[tuple(fields.items())][kind].append((date, name))
-            # macOS puts a shadow `._NAME` beside every file.
+                locations[tuple(fields.items())][kind].append((date, name))
+            # macOS adds a file `._NAME` for every file.
             elif name.endswith((".tif", ".tiff")) and not name.startswith("."):
                 fault = (f"{folders[kind]}/{name}", f"the name is not {expected}")
                 tiles.append(Tile(name, {}, fault))
-    for place in sorted(places, key=_numbers):
-        tiles += _tiles_of_place(layout, split, place, places[place])
+    for location in sorted(locations, key=_numbers):
+        tiles += _tiles_of_location(layout, split, location, locations[location])
     return tiles
 
 
@@ -134,29 +134,29 @@ def _name_pattern(layout: Layout, kind: str, split: str) -> tuple[str, str]:
     return pattern, name
 
 
-def _numbers(place: Place) -> list[float]:
-    """What to sort places by."""
-    return [float(value) for _, value in place]
+def _numbers(location: LocationFields) -> list[float]:
+    """The sort key of locations."""
+    return [float(value) for _, value in location]
 
 
-def _tiles_of_place(
+def _tiles_of_location(
     layout: Layout,
     split: str,
-    place: Place,
+    location: LocationFields,
     files: Mapping[str, list[tuple[str, str]]],
 ) -> list[Tile]:
-    """The tiles of one place, or one with the reason why there are none."""
-    fields = dict(place, split=layout.splits[split])
-    place_id = layout.place.format(**fields)
+    """The tiles of one location, or one with the reason why there are none."""
+    fields = dict(location, split=layout.splits[split])
+    location_id = layout.location_id.format(**fields)
     for kind in KINDS:
         if not files[kind]:
             wanted = layout.paths[kind].format(**fields, date="*")
-            return [Tile(place_id, {}, (wanted, "missing"))]
+            return [Tile(location_id, {}, (wanted, "missing"))]
     counts = {kind: len(files[kind]) for kind in KINDS}
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
         wanted = layout.paths["labels"].format(**fields, date="*")
-        return [Tile(place_id, {}, (wanted, f"the files of this place do not pair: {shown}"))]
+        return [Tile(location_id, {}, (wanted, f"the files cannot be paired: {shown}"))]
     folders = layout.folders(split)
     tiles = []
     for ranked in zip(*(sorted(files[kind]) for kind in KINDS), strict=True):
@@ -164,5 +164,5 @@ def _tiles_of_place(
             kind: f"{folders[kind]}/{name}" for kind, (_, name) in zip(KINDS, ranked, strict=True)
         }
         date = ranked[KINDS.index("s2")][0]
-        tiles.append(Tile(f"{place_id}-{date}" if date else place_id, paths))
+        tiles.append(Tile(f"{location_id}-{date}" if date else location_id, paths))
     return tiles

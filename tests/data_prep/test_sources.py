@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep import sources
+from data_prep import archives, sources
 
 COMPONENTS = ("images", "labels", "table.csv")
 FILES = {
@@ -86,7 +86,7 @@ def test_archive_beside_its_extracted_folder_is_not_opened(tmp_path):
 
 
 def test_gzip_index_of_many_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "GZIP_SPACING", 1 << 16)
+    monkeypatch.setattr(archives, "GZIP_SPACING", 1 << 16)
     files = {f"images/{i:04d}": np.random.default_rng(i).bytes(50_000) for i in range(40)}
     path = tmp_path / "images.tar.gz"
     for name, data in files.items():
@@ -112,12 +112,12 @@ def test_cut_archive_is_an_error(tmp_path, name):
             sources.Source(path, COMPONENTS)
 
 
-@pytest.mark.parametrize("place", [30, 3000, -6])
-def test_flipped_byte_in_gzip_is_an_error(tmp_path, place):
+@pytest.mark.parametrize("position", [30, 3000, -6])
+def test_flipped_byte_in_gzip_is_an_error(tmp_path, position):
     path = tmp_path / "all.tar.gz"
     write_archive(path, tmp_path)
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(sources.SourceError, match="damaged or cut short"):
         sources.Source(path, COMPONENTS)
@@ -136,16 +136,16 @@ def test_flipped_byte_in_zip_is_unreadable(tmp_path):
     assert source.read("images/0001/b.bin") == FILES["images/0001/b.bin"]
 
 
-def test_component_in_two_places_is_an_error(tmp_path):
+def test_component_found_twice_is_an_error(tmp_path):
     write_folders(tmp_path / "a")
     write_folders(tmp_path / "b")
-    with pytest.raises(sources.SourceError, match="lies in two places"):
+    with pytest.raises(sources.SourceError, match="was found twice"):
         sources.Source(tmp_path, COMPONENTS)
     write_archive(tmp_path / "one.zip", tmp_path)
     write_archive(tmp_path / "two.tar", tmp_path)
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
-    with pytest.raises(sources.SourceError, match="lies in two archives"):
+    with pytest.raises(sources.SourceError, match="is in two archives"):
         sources.Source(tmp_path, COMPONENTS)
 
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import records, sources, ssl4eo_s12_nol
+from data_prep import errors, records, sources, ssl4eo_s12_nol
 
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}
@@ -36,7 +36,7 @@ def write_band(path, pixels, metres=10, x=500_000):
 
 
 def write_tree(root, seasons_per_location=(4, 4, 2), truth=False, scaled=False, tile=TILE_SIZE):
-    """A tree of seeded noise. Seasons are listed in the table in no order."""
+    """A tree of seeded noise. The table lists seasons in random order."""
     rng = np.random.default_rng(0)
     for number, seasons in enumerate(seasons_per_location):
         location_id = f"{200 + number:07d}"
@@ -315,13 +315,13 @@ DAMAGE = {
     "stray truth": (
         f"{LABEL}/truth.tif",
         lambda path: shutil.copy(path.with_name("label.tif"), path),
-        "all must or none",
+        "or none",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_bad_location_is_set_aside(tree, tmp_path, name):
+def test_bad_location_is_skipped(tree, tmp_path, name):
     file, damage, reason = DAMAGE[name]
     damage(tree / file)
     builder = build(tree, tmp_path / "data", max_bad_locations=1)
@@ -340,9 +340,7 @@ def test_too_many_bad_locations_leave_nothing_but_the_report(tree, tmp_path, num
     for location_id in ("0000201", "0000202"):
         next((tree / "s2c" / location_id).rglob("B9.tif")).unlink()
     data_dir = tmp_path / "data"
-    with pytest.raises(
-        records.BuildError, match=r"bad locations: 2, .*=1 allowed.*B9.tif: missing"
-    ):
+    with pytest.raises(errors.BuildError, match=r"bad locations: 2, .*=1 allowed.*B9.tif: missing"):
         build(tree, data_dir, max_bad_locations=1, num_workers=num_workers)
     assert [file.name for file in data_dir.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
     assert [row[0] for row in reported(data_dir)] == ["0000201", "0000202"]
@@ -352,7 +350,7 @@ def test_no_good_location_is_an_error_however_many_are_allowed(tree, tmp_path):
     shutil.rmtree(tree / "s1" / "0000200")
     for file in tree.rglob("VV.tif"):
         file.unlink()
-    with pytest.raises(records.BuildError, match="none of the 3 locations"):
+    with pytest.raises(errors.BuildError, match="none of the 3 locations"):
         build(tree, tmp_path / "data", max_bad_locations=99)
     assert len(reported(tmp_path / "data")) == 3
 
@@ -367,7 +365,7 @@ def test_record_file_without_records_is_readable(tree, tmp_path, monkeypatch):
 
 def test_tile_that_does_not_fit_60_metres(tmp_path):
     tree = write_tree(tmp_path / "tree", (1,), tile=20)
-    with pytest.raises(records.BuildError, match="20 pixels a side.*multiple of 6"):
+    with pytest.raises(errors.BuildError, match="20 pixels a side.*multiple of 6"):
         build(tree, tmp_path / "data")
 
 
@@ -375,7 +373,7 @@ def test_tile_that_does_not_fit_60_metres(tmp_path):
     ("table", "message"),
     [
         ("", "begins with 'an empty file'"),
-        ("location,sub1\n1,x\n", "needs columns ids,sub1"),
+        ("location,sub1\n1,x\n", "the columns ids,sub1"),
         ("ids,sub1\n", "lists no locations"),
         ("ids,sub1\n200,a\n0000200,a\n", "lists location 0000200 twice"),
         ("ids,sub1\n200.0,a\n", "has the id '200.0'"),
@@ -383,7 +381,7 @@ def test_tile_that_does_not_fit_60_metres(tmp_path):
 )
 def test_wrong_table(tree, tmp_path, table, message):
     (tree / "dw_complete_ids.csv").write_text(table)
-    with pytest.raises(records.BuildError, match=message):
+    with pytest.raises(errors.BuildError, match=message):
         build(tree, tmp_path / "data")
 
 
@@ -407,7 +405,7 @@ def test_command(template, tmp_path):
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.startswith("3 locations written, 0 set aside, 10 records, ")
+    assert result.stdout.startswith("3 locations written, 0 skipped, 10 records, ")
     assert result.stdout.count("\n") == 1
     before = digests(tmp_path)
     # Another process, one worker: the same bits.
@@ -415,14 +413,14 @@ def test_command(template, tmp_path):
     assert digests(tmp_path / "here") == before
     again = run(*arguments)
     assert again.returncode == 0
-    assert "is there already, nothing was done: 10 records" in again.stdout
+    assert "exists, nothing was done: 10 records" in again.stdout
     other = run(*arguments, "--s2_offset=1000")
     assert other.returncode == 1
     assert "was built with --s2_offset=0" in other.stderr
     assert digests(tmp_path) == before
 
 
-def test_command_tells_errors_in_one_line(tree, tmp_path):
+def test_command_prints_errors_in_one_line(tree, tmp_path):
     next(tree.rglob("B9.tif")).unlink()
     result = run(f"--source_dir={tree}", f"--data_dir={tmp_path / 'data'}", "--num_workers=2")
     assert result.returncode == 1
@@ -464,7 +462,7 @@ def test_interrupted_command_leaves_no_unfinished_dataset(tree, tmp_path, number
     assert left == ["ssl4eo_s12_nol.bad_locations.csv"]
 
 
-def test_real_places(shared, tmp_path):
+def test_real_locations(shared, tmp_path):
     tree = shared / "real" / "nol"
     builder = build(tree, tmp_path, num_workers=2)
     data = builder.as_data_source("train")
