@@ -13,13 +13,13 @@ from tensorflow_datasets.core import dataset_builder
 
 from data_prep import errors, records, report, sources
 from data_prep.errors import BadFileError
-from data_prep.records import Example, Location, Outcome, Plan, Shard
+from data_prep.records import Example, Location, Outcome, Plan, Reading, Shard
 
 
 def first_readable(
-    read: Callable[[Location], list[Example]],
+    read: Callable[[Location], Reading],
     locations: Sequence[Location],
-    bad_locations: report.BadLocations,
+    skipped: report.Report,
 ) -> Example:
     """The first record of the first location that can be read.
 
@@ -28,11 +28,16 @@ def first_readable(
     """
     for location in locations:
         result = records.attempt(read, location)
-        if not isinstance(result, BadFileError):
-            return result[0]
-        bad_locations.add(location.location_id, result)
+        if isinstance(result, BadFileError):
+            skipped.skip(location.location_id, result)
+        elif result.examples:
+            return result.examples[0]
+        else:
+            skipped.add(result.findings)
+    skipped.write_summary()
     raise errors.BuildError(
-        f"none of the {len(locations)} locations can be read; {bad_locations.path} lists why"
+        f"none of the {len(locations)} locations can be used; {skipped.path} and "
+        f"{skipped.summary_path} list why"
     )
 
 
@@ -50,12 +55,12 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         *,
         data_dir: epath.Path,
         splits: Mapping[str, Sequence[Location]],
-        read: Callable[[Location], list[Example]],
+        read: Callable[[Location], Reading],
         features: tfds.features.FeaturesDict,
         metadata: dict[str, Any],
         location_bytes: int,
         num_workers: int,
-        bad_locations: report.BadLocations,
+        findings: report.Report,
     ):
         """Describes a build.
 
@@ -68,7 +73,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
             each location written, in order) and `num_bad_locations` are added.
           location_bytes: raw size of a location's records in memory.
           num_workers: processes that read.
-          bad_locations: where to report locations that cannot be read.
+          findings: where to report locations that cannot be read, and findings.
         """
         self._splits = splits
         self._read = read
@@ -78,7 +83,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         )
         self._locations_per_shard = max(1, records.SHARD_BYTES // location_bytes)
         self._write = functools.partial(records.write_here, num_workers=num_workers)
-        self.bad_locations = bad_locations
+        self.report = findings
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def build(
@@ -107,6 +112,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 self.data_path.rmtree()
             raise
         finally:
+            self.report.write_summary()
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
 
@@ -129,13 +135,13 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
             for split, template in templates.items()
             for shard in self._shards_of(split, template)
         ]
-        plan = Plan(shards, self._read, self._features, self.bad_locations.limit)
+        plan = Plan(shards, self._read, self._features, self.report.limit)
         lengths = {shard.path: 0 for shard in shards}
         with contextlib.closing(self._write(plan)) as written:
             for shard, location, outcome in written:
                 self._note(shard.split, location, outcome)
                 if not isinstance(outcome, BadFileError):
-                    lengths[shard.path] += outcome
+                    lengths[shard.path] += outcome.num_records
         infos = []
         for split, template in templates.items():
             paths = [shard.path for shard in shards if shard.split == split]
@@ -168,17 +174,18 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
           BuildError: if too many locations are bad, or the split is left without records.
         """
         if isinstance(outcome, BadFileError):
-            self.bad_locations.add(location.location_id, outcome)
-            self._metadata["num_bad_locations"] = self.bad_locations.count
+            self.report.skip(location.location_id, outcome)
+            self._metadata["num_bad_locations"] = self.report.count
         else:
-            self._count(split, location, outcome)
+            self._count(split, location, outcome.num_records)
+            self.report.add(outcome.findings)
         locations = self._splits[split]
         # After the last location: a split without records cannot be opened.
         if location is locations[-1] and not any(self._metadata["season_counts"][split]):
             raise errors.BuildError(
                 f"split {split} is left without records: its {len(locations)} locations are bad "
                 "or have no labels; nothing was written. Correct the files that "
-                f"{self.bad_locations.path} lists"
+                f"{self.report.path} and {self.report.summary_path} list"
             )
 
     def _count(self, split: str, location: Location, num_records: int) -> None:

@@ -8,54 +8,110 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from cromss_jax import sensors
-from data_prep import builder, errors, geotiff, report, sources, tile_files, tiles
+from data_prep import builder, errors, file_tree, geotiff, report, sources, tile_files, tiles
 from data_prep.labels import LabelMap
+from data_prep.options import DEFAULT, Options
+from data_prep.report import Finding
 
 
-def find_source(
-    source_dir: str | os.PathLike, layout: tile_files.Layout, sample_format: str
-) -> tuple[sources.Source, list[str]]:
-    """Finds the tree.
+def find_files(
+    source_dir: str | os.PathLike,
+    layout: tile_files.Layout,
+    sample_format: str,
+    index_path: epath.Path | None = None,
+    test_cities: Sequence[str] = (),
+) -> tuple[file_tree.FileTree, dict[str, list[tile_files.TileFile]], list[str]]:
+    """Finds the files of a data set.
+
+    Args:
+      source_dir: see `file_tree.FileTree`.
+      layout: of the data set.
+      sample_format: its name in the sample command.
+      index_path: the file that keeps the index of archives; None for a temporary one.
+      test_cities: see `Options`.
 
     Returns:
-      The tree, and those of our splits that it has.
+      The tree, the files of each of our splits, and the paths of files that are no part of a tile.
 
     Raises:
-      sources.SourceError: if a folder is missing or empty.
+      sources.SourceError: if files of a kind are missing.
+      errors.BuildError: if the data set has no split and no cities are given.
     """
-    splits = [split for split in layout.splits if split not in layout.optional_splits]
-    folders = [folder for split in splits for folder in layout.folders(split).values()]
-    missing = folders
+    missing = [folder for split in layout.splits for folder in layout.folders(split).values()
+               if split not in layout.optional_splits]  # fmt: skip
+    unread: list[str] = []
     if sources.absolute(source_dir).exists():
-        source = sources.Source(source_dir, layout.components)
-        for split in sorted(layout.optional_splits):
-            optional = layout.folders(split).values()
-            if any(source.files(folder) for folder in optional):
-                splits.append(split)
-                folders = [*folders, *optional]
-        missing = [folder for folder in folders if not source.files(folder)]
+        tree = file_tree.FileTree(source_dir)
+        files, unread = tile_files.sort_files(tree.paths(), layout)
+        # Extracted files are complete without archives.
+        if tile_files.missing_folders(files, layout):
+            tree.index(index_path)
+            files, unread = tile_files.sort_files(tree.paths(), layout)
+        files = _split_cities(_name_splits(files), layout, test_cities)
+        missing = tile_files.missing_folders(files, layout)
     if missing:
         names = [layout.splits[split] for split in layout.splits]
         raise sources.not_found(
             missing,
             source_dir,
             f"A tree of {', '.join(layout.paths.values())} is needed, split being "
-            f"{' or '.join(names)}. To try without data, make a sample: "
+            f"{' or '.join(names)}. {layout.forms} To try without data, make a sample: "
             f"python -m data_prep.sample --format={sample_format} --output_dir=DIR",
+            unread,
         )
-    return source, splits
+    splits = {split: files[split] for split in layout.splits if split in files}
+    unread += [file.path for split in files.keys() - splits.keys() for file in files[split]]
+    return tree, splits, sorted(unread)
 
 
-def _measure(tile: tile_files.Tile, source: sources.Source) -> tile_files.Tile:
-    """Adds the size of its labels to a tile. Files that cannot be opened are reported later."""
+def _name_splits(
+    files: dict[str, list[tile_files.TileFile]],
+) -> dict[str, list[tile_files.TileFile]]:
+    """Takes the large training set for the training set, where there is no other."""
+    if "train" not in files and "train_large" in files:
+        files = dict(files)
+        files["train"] = files.pop("train_large")
+    return files
+
+
+def _split_cities(
+    files: dict[str, list[tile_files.TileFile]],
+    layout: tile_files.Layout,
+    test_cities: Sequence[str],
+) -> dict[str, list[tile_files.TileFile]]:
+    """Makes the splits of a data set that has cities instead.
+
+    Raises:
+      errors.BuildError: if it is not said which cities are the test split.
+    """
+    cities = sorted(files.keys() - layout.splits.keys())
+    if not cities or not tile_files.missing_folders(files, layout):
+        return files
+    unknown = sorted(set(test_cities) - set(cities))
+    if unknown or not test_cities or len(set(test_cities)) == len(cities):
+        given = f"--test_cities={','.join(test_cities)}" if test_cities else "no --test_cities"
+        raise errors.BuildError(
+            f"the public bundle has no training and test split, and {given} was given: choose "
+            f"some, not all, of --test_cities={','.join(cities)}; the others are trained on"
+        )
+    splits: dict[str, list[tile_files.TileFile]] = {"train": [], "test": []}
+    for city in cities:
+        splits["test" if city in test_cities else "train"] += files[city]
+    return splits
+
+
+def _measure(tile: tile_files.Tile, source: file_tree.FileTree) -> tile_files.Tile:
+    """Adds the size of its S2 file to a tile. Files that cannot be opened are reported later."""
     if tile.fault:
         return tile
     try:
-        size = geotiff.read_size(source.read(tile.paths["labels"]))
+        size = geotiff.read_size(source.read(tile.paths["s2"]))
     except (sources.UnreadableError, geotiff.GeotiffError):
         return tile
     return dataclasses.replace(tile, size=size)
@@ -83,7 +139,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         data_dir: str | os.PathLike,
         num_workers: int = 1,
         max_bad_locations: int = 0,
-        s2_offset: int = 0,
+        options: Options = DEFAULT,
         patch_size: int = 0,
     ):
         """Finds the tree, pairs its files, and measures its largest tile.
@@ -93,7 +149,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
           data_dir: the folder of TFDS data sets.
           num_workers: processes that read.
           max_bad_locations: number of tiles that may be skipped.
-          s2_offset: see `bands.scale_s2`.
+          options: see `Options`.
           patch_size: side of the patches that tiles are cut into; 0 does not cut them.
 
         Raises:
@@ -101,21 +157,18 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
           errors.BuildError: if too many tiles are skipped, or patches are larger than any tile.
         """
         data_dir = sources.absolute(data_dir)
-        source, names = find_source(source_dir, self.LAYOUT, self.SAMPLE_FORMAT)
-        splits = {}
-        for split in names:
-            found = tile_files.find_tiles(source, self.LAYOUT, split)
-            splits[split] = [_measure(tile, source) for tile in found]
+        source, splits, found = self._find_tiles(source_dir, data_dir, options)
         read = functools.partial(
-            tiles.read_records, source=source, label_map=self.LABEL_MAP, s2_offset=s2_offset
+            tiles.read_records, source=source, label_map=self.LABEL_MAP, options=options
         )
-        report_path = data_dir / f"{self.name}.bad_locations.csv"
         # The first that can be read is the largest. A damaged file does not decide the size.
         example = builder.first_readable(
             functools.partial(read, tile_size=0, patch_size=0),
             sorted(itertools.chain(*splits.values()), key=lambda tile: -max(tile.size)),
-            report.BadLocations(report_path, max_bad_locations),
+            report.Report(data_dir, self.name, max_bad_locations),
         )
+        findings = report.Report(data_dir, self.name, max_bad_locations)
+        findings.add(found)
         tile_size = max(example["height"], example["width"])
         if patch_size > tile_size:
             raise errors.BuildError(
@@ -132,7 +185,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             metadata={
                 "tile_size": side,
                 "has_truth": False,
-                "s2_offset": s2_offset,
+                **options.metadata(),
                 "patch_size": patch_size,
                 "num_empty_patches": {split: 0 for split in splits},
                 # Pairs: an object's order is not kept.
@@ -142,8 +195,29 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             * side**2
             * (len(sensors.S1_BANDS) + len(sensors.S2_BANDS) + 1),
             num_workers=num_workers,
-            bad_locations=report.BadLocations(report_path, max_bad_locations),
+            findings=findings,
         )
+
+    def _find_tiles(
+        self,
+        source_dir: str | os.PathLike,
+        data_dir: epath.Path,
+        options: Options,
+    ) -> tuple[file_tree.FileTree, dict[str, list[tile_files.Tile]], list[Finding]]:
+        """Finds the tiles of each split, and what is not read."""
+        index_path = data_dir / f"{self.name}.archives.sqlite"
+        source, files, unread = find_files(
+            source_dir, self.LAYOUT, self.SAMPLE_FORMAT, index_path, options.test_cities
+        )
+        splits = {}
+        findings = [Finding("not read", path, "no part of a tile") for path in unread]
+        for split, split_files in files.items():
+            found, unpaired = tile_files.find_tiles(
+                split_files, unread, self.LAYOUT, split, options.max_days
+            )
+            splits[split] = [_measure(tile, source) for tile in found]
+            findings += unpaired
+        return source, splits, findings
 
     def _count(self, split: str, location: tile_files.Tile, num_records: int) -> None:
         super()._count(split, location, num_records)

@@ -1,19 +1,36 @@
 """Reads all seasons of a location of SSL4EO-S12 + NoL."""
 
+import dataclasses
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from data_prep import bands, errors, records, sources
+from data_prep import (
+    bands,
+    errors,
+    geotiff,
+    grids,
+    labels,
+    nodata,
+    offsets,
+    pairing,
+    records,
+    sources,
+)
 from data_prep.nol_table import TABLE, Location
+from data_prep.options import Options
+from data_prep.report import Finding
+
+# Files beside the bands that are part of the data set.
+_METADATA = re.compile(r"metadata\.json|.*\.xml", re.IGNORECASE)
 
 
-def timestamp(granule: str) -> str:
-    """The first date in a granule's name, as ISO 8601 (UTC).
+def acquisition_time(granule: str) -> datetime.datetime:
+    """The first date in a granule's name (UTC).
 
     Raises:
       ValueError: if there is none.
@@ -21,7 +38,24 @@ def timestamp(granule: str) -> str:
     match = re.search(r"\d{8}T\d{6}", granule)
     if match is None:
         raise ValueError(f"no date (YYYYMMDDThhmmss) in the name {granule}")
-    return datetime.datetime.strptime(match[0], "%Y%m%dT%H%M%S").isoformat()
+    return datetime.datetime.strptime(match[0], "%Y%m%dT%H%M%S")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Season:
+    """The images and labels of one season.
+
+    Attributes:
+      example: a record without `labels` and `season`.
+      labels: (T,T) uint8.
+      truth: (T,T) uint8, or None.
+      valid: (T,T) bool, where both sensors have valid pixels.
+    """
+
+    example: records.Example
+    labels: np.ndarray
+    truth: np.ndarray | None
+    valid: np.ndarray
 
 
 def read_location(
@@ -29,156 +63,283 @@ def read_location(
     *,
     source: sources.Source,
     max_seasons: int,
-    s2_offset: int,
+    options: Options,
     tile_size: int | None = None,
     has_truth: bool | None = None,
-) -> list[records.Example]:
+) -> records.Reading:
     """Reads, checks and scales all seasons of one location.
 
     Args:
       location: the location.
       source: where its files are.
       max_seasons: S, the number of seasons to which `labels` are padded.
-      s2_offset: subtracted from raw S2 pixels (floor 0) before scaling: 1000 for products of
-        processing baseline 04.00 and later, which add it.
-      tile_size: T, pixels along a side at 10 m; None takes the label's.
+      options: see `Options`.
+      tile_size: T, pixels along a side at 10 m; None takes that of the first B2.
       has_truth: whether there must be a `truth.tif` beside each label (True) or must not be
         (False); None takes it from the first season.
 
     Returns:
       The record of each season by date: s1 (T,T,2), s2_10m (T,T,4), s2_20m (T/2,T/2,6), s2_60m
-      (T/6,T/6,3), labels (S,T,T) of all seasons, 255 in seasons that the location does not have,
-      and, if the tree has it, truth (T,T), all uint8; `season` an index into labels;
-      georeference, granules and timestamps as in `features`.
+      (T/6,T/6,3), labels (S,T,T) of all seasons, 255 in seasons that the location does not have
+      and where one of the sensors has no valid pixel, and, if the tree has it, truth (T,T), all
+      uint8; `season` an index into labels; georeference, granules and timestamps as in `features`.
+      Seasons with too many invalid pixels are left out.
 
     Raises:
-      errors.BadFileError: if a file is missing, damaged, of the wrong size or dtype, or contains
-        invalid values.
+      errors.BadFileError: if a file is missing, damaged, of the wrong size or dtype, contains
+        invalid values, or is not where the others are.
     """
-    seasons = _pair_granules(location, source)
-    s2_granules = [s2_granule for _, s2_granule in seasons]
-    labels, truths = _read_label_maps(location, s2_granules, source, tile_size, has_truth)
-    tile_size = labels[0].shape[0]
+    pairs, findings = _pair_granules(location, source, options.max_days)
+    kept: list[_Season] = []
+    for granules in pairs:
+        season, found = _read_season(location, granules, source, tile_size, has_truth, options)
+        tile_size, has_truth = len(season.labels), season.truth is not None
+        findings += found
+        share = 1 - float(season.valid.mean())
+        if share > options.max_invalid:
+            folder = f"s2c/{location.location_id}/{granules[1]}"
+            detail = f"{share:.1%} of the pixels are invalid"
+            findings += (Finding("season skipped", folder, detail, share),)
+        else:
+            kept.append(season)
+    if not kept:
+        return records.Reading([], findings)
     # One array for all seasons: a worker sends it once.
-    padding = ((0, max_seasons - len(labels)), (0, 0), (0, 0))
-    all_labels = np.pad(np.stack(labels), padding, constant_values=sensors.IGNORE_LABEL)
+    padding = ((0, max_seasons - len(kept)), (0, 0), (0, 0))
+    all_labels = np.pad(
+        np.stack([season.labels for season in kept]),
+        padding,
+        constant_values=sensors.IGNORE_LABEL,
+    )
     examples = []
-    for season, granules in enumerate(seasons):
-        example = _read_images(location, granules, source, tile_size, s2_offset)
-        example |= {"labels": all_labels, "season": season}
-        if truths:
-            example["truth"] = truths[season]
-        examples.append(example)
-    return examples
-
-
-def _read_label_maps(
-    location: Location,
-    s2_granules: Sequence[str],
-    source: sources.Source,
-    tile_size: int | None,
-    has_truth: bool | None,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Reads the label and truth maps of all seasons, each (T,T) uint8; see `read_location`."""
-    labels = []
-    truths = []
-    for granule in s2_granules:
-        folder = f"dw_noisy_labels/{location.location_id}/{granule}"
-        labels.append(_read_labels(source, f"{folder}/label.tif", tile_size))
-        tile_size = labels[0].shape[0]
-        if has_truth is None:
-            has_truth = source.has_file(f"{folder}/truth.tif")
+    for index, season in enumerate(kept):
+        example = season.example | {"labels": all_labels, "season": index}
         if has_truth:
-            truths.append(_read_labels(source, f"{folder}/truth.tif", tile_size))
-        elif source.has_file(f"{folder}/truth.tif"):
-            raise errors.BadFileError(
-                f"{folder}/truth.tif",
-                "unexpected: either all labels have a truth beside them, or none",
-            )
-    return labels, truths
+            example["truth"] = season.truth
+        examples.append(example)
+    return records.Reading(examples, findings)
 
 
-def _read_images(
+def _read_season(
     location: Location,
     granules: tuple[str, str],
     source: sources.Source,
-    tile_size: int,
-    s2_offset: int,
-) -> records.Example:
-    """Reads, checks and scales the S1 and S2 granule of a season; see `read_location`."""
+    tile_size: int | None,
+    has_truth: bool | None,
+    options: Options,
+) -> tuple[_Season, tuple[Finding, ...]]:
+    """Reads images and labels of one season."""
     s1_granule, s2_granule = granules
-    s1_folder = f"s1/{location.location_id}/{s1_granule}"
-    s2_folder = f"s2c/{location.location_id}/{s2_granule}"
-    s1 = {band: bands.read_band(source, f"{s1_folder}/{band}.tif") for band in sensors.S1_BANDS}
-    s2 = {band: bands.read_band(source, f"{s2_folder}/{band}.tif") for band in sensors.S2_BANDS}
-    example = {
-        "s1": np.stack(
-            [
-                bands.scale_s1(f"{s1_folder}/{name}.tif", name, band.pixels, (tile_size,) * 2)
-                for name, band in s1.items()
-            ],
-            axis=-1,
-        ),
+    s1 = _read_folder(source, f"s1/{location.location_id}/{s1_granule}", sensors.S1_BANDS)
+    s2 = _read_folder(source, f"s2c/{location.location_id}/{s2_granule}", sensors.S2_BANDS)
+    side = tile_size or s2.images["B2"].size[0]
+    if side % 6:
+        raise errors.BadFileError(
+            s2.path("B2"),
+            f"{side} pixels a side, but bands at 10, 20 and 60 m need a multiple of 6",
+        )
+    example, valid, found = _scale_images(s1, s2, side, options, s2_granule)
+    label_folder = f"dw_noisy_labels/{location.location_id}/{s2_granule}"
+    season_labels, truth, label_found = _read_label_maps(
+        source, label_folder, has_truth, s2.images["B2"], s2.path("B2")
+    )
+    example |= {
         "location_id": location.location_id,
-        "crs": s2["B2"].crs,
-        "transform": np.array(s2["B2"].transform[:6], np.float64),
-        "s1_crs": s1["VV"].crs,
-        "s1_transform": np.array(s1["VV"].transform[:6], np.float64),
         "s1_granule": s1_granule,
         "s2_granule": s2_granule,
-        "s1_timestamp": timestamp(s1_granule),
-        "s2_timestamp": timestamp(s2_granule),
+        "s1_timestamp": acquisition_time(s1_granule).isoformat(),
+        "s2_timestamp": acquisition_time(s2_granule).isoformat(),
+    }
+    season = _Season(example, nodata.ignore(season_labels, valid), truth, valid)
+    return season, (*s1.findings, *s2.findings, *found, *label_found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """The band files of a granule.
+
+    Attributes:
+      folder: its path.
+      names: the file of each band.
+      images: the bands.
+      metadata: texts of metadata files.
+      findings: files that were not read.
+    """
+
+    folder: str
+    names: Mapping[str, str]
+    images: Mapping[str, geotiff.Image]
+    metadata: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    def path(self, band: str) -> str:
+        """The path of a band's file."""
+        return f"{self.folder}/{self.names[band]}"
+
+
+def band_of_file(name: str) -> str | None:
+    """The band that a file name stands for, in any case and as B2 or B02; None for other files."""
+    match = re.fullmatch(r"(VV|VH|B0?([1-9]\d?A?))\.TIFF?", name.upper())
+    if match is None:
+        return None
+    return f"B{match[2]}" if match[2] else match[1]
+
+
+def _read_folder(source: sources.Source, folder: str, band_names: Sequence[str]) -> _Folder:
+    """Reads the bands of a granule, and finds out which of its files are no bands.
+
+    Raises:
+      errors.BadFileError: if a band is missing or damaged.
+    """
+    files = source.files(folder)
+    names: dict[str, str] = {}
+    metadata, unread = [], []
+    # `B2.tif` comes before `B2.TIF` and `B02.tif`, should there be several.
+    for name in sorted(files, key=lambda name: (band_of_file(name) != name[:-4], name)):
+        band = band_of_file(name)
+        if band in band_names and band not in names:
+            names[band] = name
+        elif _METADATA.fullmatch(name):
+            metadata.append(name)
+        else:
+            unread.append(name)
+    images = {}
+    for band in band_names:
+        if band not in names:
+            similar = [name for name in unread if name.upper().startswith(f"{band}.")]
+            reason = f"missing, found {', '.join(similar)}" if similar else "missing"
+            raise errors.BadFileError(f"{folder}/{band}.tif", reason)
+        images[band] = bands.read_band(source, f"{folder}/{names[band]}")
+    texts = [source.read(f"{folder}/{name}").decode(errors="replace") for name in metadata]
+    found = tuple(Finding("not read", f"{folder}/{name}", "no band") for name in unread)
+    return _Folder(folder, names, images, tuple(texts), found)
+
+
+def _scale_images(
+    s1: _Folder, s2: _Folder, side: int, options: Options, s2_granule: str
+) -> tuple[records.Example, np.ndarray, tuple[Finding, ...]]:
+    """Checks and scales the images of a season.
+
+    Returns:
+      A record with the images and their georeference, where both sensors have valid pixels (T,T),
+      and findings.
+    """
+    reference = s2.images["B2"]
+    found: list[Finding] = []
+    s1_values, s2_values = {}, {}
+    for folder, values, read, sizes in (
+        (s1, s1_values, bands.s1_values, dict.fromkeys(sensors.S1_BANDS, 10)),
+        (s2, s2_values, bands.s2_values, _RESOLUTIONS),
+    ):
+        for name, image in folder.images.items():
+            path = folder.path(name)
+            bands.check_size(path, image, (side * 10 // sizes[name],) * 2)
+            values[name] = read(path, image)
+            found += values[name].findings
+            found += grids.compare(reference, path, image, s2.path("B2"))
+    s2_pixels = {name: value.pixels[0] for name, value in s2_values.items()}
+    s2_valid = nodata.mark_zeros(
+        s2_pixels, {name: value.valid[0] for name, value in s2_values.items()}
+    )
+    offset = options.s2_offset
+    if offset is None:
+        evidence = {name: (s2_pixels[name], s2_valid[name]) for name in s2_pixels}
+        texts = (*s2.metadata, f"_{s2_granule}_")
+        offset, offset_found = offsets.detect(s2.folder, evidence, texts)
+        found += offset_found
+    example = {
+        "s1": np.stack(
+            [bands.scale(name, v.pixels[0], v.valid[0]) for name, v in s1_values.items()], axis=-1
+        ),
+        "crs": reference.crs,
+        "transform": np.array(reference.transform[:6], np.float64),
+        "s1_crs": s1.images["VV"].crs,
+        "s1_transform": np.array(s1.images["VV"].transform[:6], np.float64),
     }
     for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items():
-        size = (tile_size * 10 // metres,) * 2
-        example[f"s2_{metres}m"] = np.stack(
-            [
-                bands.scale_s2(f"{s2_folder}/{name}.tif", name, s2[name].pixels, size, s2_offset)
-                for name in names
-            ],
-            axis=-1,
+        scaled = [bands.scale_s2(n, s2_pixels[n], s2_valid[n], offset) for n in names]
+        example[f"s2_{metres}m"] = np.stack(scaled, axis=-1)
+    s1_seen = np.logical_and.reduce([value.valid[0] for value in s1_values.values()])
+    s2_seen = np.logical_and.reduce([nodata.at_10_metres(v, side) for v in s2_valid.values()])
+    found += nodata.findings(s1.folder, "S1 invalid", s1_seen)
+    found += nodata.findings(s2.folder, "S2 invalid", s2_seen)
+    return example, s1_seen & s2_seen, tuple(found)
+
+
+_RESOLUTIONS = {
+    name: metres for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items() for name in names
+}
+
+
+def _read_label_maps(
+    source: sources.Source,
+    folder: str,
+    has_truth: bool | None,
+    reference: geotiff.Image,
+    reference_path: str,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[Finding, ...]]:
+    """Reads the labels of a season and, if there is one, the truth: (T,T) uint8, and findings."""
+    names = {name.lower(): name for name in source.files(folder)}
+    label_name = names.pop("label.tif", "label.tif")
+    truth_name = names.pop("truth.tif", None)
+    if truth_name and has_truth is False:
+        raise errors.BadFileError(
+            f"{folder}/{truth_name}",
+            "unexpected: either all labels have a truth beside them, or none",
         )
-    return example
+    found: tuple[Finding, ...] = tuple(
+        Finding("not read", f"{folder}/{name}", "no label map") for name in names.values()
+    )
+    maps = []
+    for name in [label_name, *([truth_name or "truth.tif"] if truth_name or has_truth else [])]:
+        path = f"{folder}/{name}"
+        image = bands.read_band(source, path)
+        found += grids.compare(reference, path, image, reference_path)
+        pixels, label_found = labels.read_labels(path, image, labels.DYNAMIC_WORLD, reference.size)
+        maps.append(pixels)
+        found += label_found
+    return maps[0], maps[1] if len(maps) > 1 else None, found
 
 
-def _pair_granules(location: Location, source: sources.Source) -> list[tuple[str, str]]:
-    """(S1 granule, S2 granule) of each season: both sorted by date, paired by rank."""
+def _pair_granules(
+    location: Location, source: sources.Source, max_days: float
+) -> tuple[list[tuple[str, str]], tuple[Finding, ...]]:
+    """(S1 granule, S2 granule) of each season of the table, by date, and what was not used."""
     s1_folder = f"s1/{location.location_id}"
     s1_granules = source.folders(s1_folder)
     if not location.granules:
         raise errors.BadFileError(TABLE, "no season listed for this location")
     if len(set(location.granules)) < len(location.granules):
         raise errors.BadFileError(TABLE, "a season of this location is listed twice")
-    if len(s1_granules) != len(location.granules):
+    if len(s1_granules) < len(location.granules):
         raise errors.BadFileError(
             s1_folder,
             f"{len(s1_granules)} S1 granules for the {len(location.granules)} seasons in {TABLE}",
         )
-    pairs = []
+    dated = []
     for folder, granules in ((s1_folder, s1_granules), (TABLE, location.granules)):
         try:
-            pairs.append(sorted(granules, key=lambda granule: (timestamp(granule), granule)))
+            dated.append(sorted((acquisition_time(granule), granule) for granule in granules))
         except ValueError as error:
             raise errors.BadFileError(folder, str(error)) from error
-    return list(zip(*pairs, strict=True))
-
-
-def _read_labels(source: sources.Source, path: str, tile_size: int | None) -> np.ndarray:
-    """Reads a label or truth map: (T,T) uint8, 0..8 and 255; T its own if `tile_size` is None."""
-    pixels = bands.read_band(source, path).pixels
-    side = tile_size or pixels.shape[0]
-    bands.check_size(path, pixels, (side, side))
-    if pixels.shape[0] % 6:
-        raise errors.BadFileError(
-            path,
-            f"{pixels.shape[0]} pixels a side, but bands at 10, 20 and 60 m need a multiple of 6",
-        )
-    known = (pixels >= 0) & (pixels < sensors.NUM_CLASSES) | (pixels == sensors.IGNORE_LABEL)
-    if not known.all():
-        values = np.unique(pixels[~known])
-        shown = ", ".join(map(str, values[:10])) + (", ..." if values.size > 10 else "")
-        raise errors.BadFileError(path, f"labels {shown} are neither 0..8 nor 255")
-    return pixels.astype(np.uint8)
+    s1, s2 = dated
+    nearest = pairing.nearest([time for time, _ in s2], [time for time, _ in s1], max_days)
+    for (time, granule), index in zip(s2, nearest, strict=True):
+        if index is None:
+            days = min(pairing.days_between(time, other) for other, _ in s1)
+            raise errors.BadFileError(
+                s1_folder,
+                f"no S1 granule of its own within {max_days:g} days of {granule}, the nearest is "
+                f"{days:.0f} days away: raise --max_days to pair them",
+            )
+    unused = [granule for i, (_, granule) in enumerate(s1) if i not in nearest]
+    found = [Finding("not paired", f"{s1_folder}/{granule}", "no season") for granule in unused]
+    other = set(source.folders(f"s2c/{location.location_id}")) - set(location.granules)
+    found += [
+        Finding("not read", f"s2c/{location.location_id}/{granule}", f"not in {TABLE}")
+        for granule in sorted(other)
+    ]
+    return [(s1[i][1], granule) for i, (_, granule) in zip(nearest, s2, strict=True)], tuple(found)
 
 
 def features(tile_size: int, max_seasons: int, has_truth: bool) -> tfds.features.FeaturesDict:

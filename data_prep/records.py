@@ -18,6 +18,7 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep import errors, parallel, sources
+from data_prep.report import Finding
 
 # One record a group: random access. On real tiles zstd:-1 takes 0.64 of the raw size and reads as
 # fast as no compression; the default (zstd:3) takes 0.54 and reads at less than half the speed.
@@ -37,14 +38,40 @@ def array_feature(*shape: int, dtype: type = np.uint8) -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=encoding)
 
 
-# The result of a location: its number of records, or why it has none.
-Outcome = int | errors.BadFileError
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What was read of a location.
+
+    Attributes:
+      examples: its records; none if too many of its pixels are invalid.
+      findings: what a user should know about its files.
+    """
+
+    examples: list[Example]
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written of a location.
+
+    Attributes:
+      num_records: how many.
+      findings: see `Reading`.
+    """
+
+    num_records: int
+    findings: tuple[Finding, ...]
+
+
+# The result of a location, or why it has none.
+Outcome = Written | errors.BadFileError
 
 
 def attempt(
-    read: Callable[[Location], list[Example]], location: Location
-) -> list[Example] | errors.BadFileError:
-    """The records of a location, or the reason why it cannot be read."""
+    read: Callable[[Location], Reading], location: Location
+) -> Reading | errors.BadFileError:
+    """What was read of a location, or the reason why it cannot be read."""
     try:
         return read(location)
     except errors.BadFileError as bad:
@@ -87,7 +114,7 @@ class Plan:
     """
 
     shards: Sequence[Shard]
-    read: Callable[[Location], list[Example]]
+    read: Callable[[Location], Reading]
     features: tfds.features.FeaturesDict
     max_bad_locations: int
 
@@ -106,7 +133,7 @@ def _local(path: epath.Path) -> Iterator[str]:
 
 def write_shard(
     path: epath.Path,
-    results: Iterable[list[Example] | errors.BadFileError],
+    results: Iterable[Reading | errors.BadFileError],
     features: tfds.features.FeaturesDict,
 ) -> Iterator[Outcome]:
     """Writes one file of records.
@@ -130,13 +157,13 @@ def write_shard(
             if isinstance(result, errors.BadFileError):
                 yield result
                 continue
-            for example in result:
+            for example in result.examples:
                 serialized = serializer.serialize_example(features.encode_example(example))
                 # TFDS gives the features in another order in each process.
                 message = tf_example_pb2.Example.FromString(serialized)
                 with _write_errors():
                     writer.write(message.SerializeToString(deterministic=True))
-            yield len(result)
+            yield Written(len(result.examples), result.findings)
         with _write_errors():
             writer.close()
 

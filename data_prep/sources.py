@@ -1,4 +1,4 @@
-"""Finds the files of a dataset in folders, zip, tar or tar.gz, and reads them without unpacking.
+"""Finds the files of a data set in folders and archives, and reads them without unpacking.
 
 A data set has a few *components*: the folders and files that its layout begins with, such as `s1`,
 `s2c` or `dw_complete_ids.csv`. A file is addressed by its path from the component on; the folders
@@ -6,17 +6,15 @@ above it, on disk or in an archive, do not matter. Folders may be in a bucket (`
 may not.
 """
 
+import hashlib
 import os
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Sequence
-from typing import Any
+import pathlib
+import re
+from collections.abc import Collection, Mapping, Sequence
 
-import tqdm
 from etils import epath
 
-from data_prep import archives
+from data_prep import archive_index, archives
 
 # How many folders there may be between the source directory and a component or an archive.
 SEARCH_DEPTH = 2
@@ -26,19 +24,35 @@ class SourceError(FileNotFoundError):
     """The source directory does not contain what the data set needs."""
 
 
-def not_found(missing: Sequence[str], source_dir: str | os.PathLike, layout: str) -> SourceError:
+class UnreadableError(OSError):
+    """A file of the source that is missing, or that cannot be read from its archive."""
+
+
+def not_found(
+    missing: Sequence[str],
+    source_dir: str | os.PathLike,
+    layout: str,
+    unread: Sequence[str] = (),
+) -> SourceError:
     """The error for an incomplete tree: what was looked for, where, and what is needed.
 
     Args:
       missing: the components, or folders of them, that were not found.
       source_dir: the folder that was searched.
       layout: one sentence on the tree that is needed, and one on how to make a sample of it.
+      unread: files that were found there, but are of no use.
     """
+    found = f"Found instead: {listed(unread)}. " if unread else ""
     return SourceError(
         f"{', '.join(missing)} not found in {source_dir}: looked for folders and for "
-        f"{', '.join(archives.ARCHIVE_SUFFIXES)} archives there and up to "
-        f"{SEARCH_DEPTH} folders below. {layout}"
+        f"{', '.join(archives.ARCHIVE_SUFFIXES)} archives there. {found}{layout}"
     )
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -47,95 +61,189 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """The full path of a file or folder on disk or in a bucket."""
+    """The full path of a file or folder on disk or in a bucket; `~` is the home directory."""
     path = epath.Path(path)
     return path if is_remote(path) else path.expanduser().absolute()
 
 
-def _entries(folder: epath.Path) -> list[tuple[str, bool]]:
-    """Names in a folder, sorted, and whether they are folders; none if there is no folder."""
+def entries(folder: epath.Path) -> list[tuple[str, bool]]:
+    """Names in a folder, sorted, and whether they are folders; none if there is no folder.
+
+    Files that operating systems add are left out.
+    """
     if is_remote(folder):
-        return sorted((path.name, path.is_dir()) for path in folder.iterdir())
-    if not folder.is_dir():
+        found = [(path.name, path.is_dir()) for path in folder.iterdir()]
+    elif not folder.is_dir():
         return []
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir()) for entry in entries)
+    else:
+        with os.scandir(folder) as scanned:
+            found = [(entry.name, entry.is_dir()) for entry in scanned]
+    return sorted(entry for entry in found if not archive_index.is_junk([entry[0]]))
 
 
-class UnreadableError(OSError):
-    """A file of the source that is missing, or that cannot be read from its archive."""
+def group_archives(paths: Sequence[epath.Path]) -> list[archives.ArchivePath]:
+    """Groups the slices of archives.
+
+    Raises:
+      SourceError: if a slice is missing, or an archive is in a bucket.
+    """
+    for path in paths:
+        if is_remote(path):
+            raise SourceError(
+                f"{path} is an archive in a bucket, and archives cannot be read there: unpack it, "
+                "or give the path under which the bucket is mounted"
+            )
+    try:
+        return archives.group_slices(pathlib.Path(os.fspath(path)) for path in paths)
+    except archives.ArchiveError as error:
+        raise SourceError(str(error)) from error
+
+
+def open_index(
+    paths: Sequence[archives.ArchivePath],
+    selection: archive_index.Selection,
+    index_path: epath.Path | None,
+) -> archive_index.ArchiveIndex:
+    """Indexes archives.
+
+    Raises:
+      SourceError: if one is damaged.
+    """
+    try:
+        return archive_index.ArchiveIndex(paths, selection, index_path)
+    except archives.ArchiveError as error:
+        raise SourceError(str(error)) from error
+
+
+class _Components:
+    """Selects the files of components, and of them only those of the listed locations."""
+
+    def __init__(self, names: Mapping[str, str], location_ids: Collection[str] | None):
+        self._names = names
+        self._ids = None if location_ids is None else frozenset(location_ids)
+        ids = "all" if self._ids is None else sorted(self._ids)
+        self.key = f"{sorted(names.items())} of {hash_text(str(ids))}"
+
+    def path(self, archive: archives.ArchivePath, member: str) -> str | None:
+        """The path from the component on."""
+        del archive
+        parts = archive_index.split_path(member)
+        if archive_index.is_junk(parts):
+            return None
+        for start, part in enumerate(parts):
+            if component := self._names.get(part.lower()):
+                rest = parts[start + 1 :]
+                if self._ids is not None and rest and rest[0] not in self._ids:
+                    return None
+                return "/".join([component, *rest])
+        return None
+
+
+def hash_text(text: str) -> str:
+    """A short digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Source:
-    """The files of one dataset, by their path from the component on. Picklable."""
+    """The files of one data set, by their path from the component on. Picklable.
 
-    def __init__(self, source_dir: str | os.PathLike, components: Sequence[str]):
-        """Looks for the components, and indexes the archives that may hold missing ones.
+    Attributes:
+      unread: files and folders beside the components that are no part of the data set.
+    """
+
+    def __init__(
+        self, source_dir: str | os.PathLike, components: Mapping[str, Sequence[str]] | Sequence[str]
+    ):
+        """Looks for the components, and for archives that may hold missing ones.
 
         A component that exists as a folder or file is read from there. Archives are read for the
-        other components only.
+        other components only, after a call of `index`.
 
         Args:
           source_dir: a folder with components and archives in any mixture, up to
             `SEARCH_DEPTH` folders down, or the path of one archive.
-          components: names of the folders and files that the dataset's layout begins with.
+          components: names of the folders and files that the data set's layout begins with, in
+            any case; or for each of them the names that it may have.
 
         Raises:
-          SourceError: if `source_dir` does not exist, if a component is found twice, or if an
-            archive is damaged.
+          SourceError: if `source_dir` does not exist, or a component is found twice.
         """
+        if not isinstance(components, Mapping):
+            components = {name: (name,) for name in components}
+        self._names = {name.lower(): key for key, names in components.items() for name in names}
         self._components = tuple(components)
         self._folders: dict[str, epath.Path] = {}
-        self._archives: list[archives.Archive] = []
-        self._tree: dict[str, Any] = {}
+        self._index: archive_index.ArchiveIndex | None = None
+        self.unread: list[str] = []
         source_dir = absolute(source_dir)
-        if source_dir.is_file() and source_dir.name.endswith(archives.ARCHIVE_SUFFIXES):
-            archive_paths = [source_dir]
-        elif source_dir.is_dir():
-            archive_paths = self._search(source_dir, SEARCH_DEPTH)
+        if source_dir.is_dir():
+            self._archives = group_archives(self._search(source_dir, SEARCH_DEPTH))
+        elif source_dir.is_file() and archives.is_archive(source_dir.name):
+            self._archives = group_archives(with_slices(source_dir))
         else:
             raise SourceError(
                 f"{source_dir} is neither a folder nor an archive "
                 f"({', '.join(archives.ARCHIVE_SUFFIXES)})"
             )
-        for path in archive_paths:
-            # `s1.tar.gz` beside the extracted folder `s1` need not be indexed.
-            if len(self._folders) < len(components) and path.name.split(".")[0] not in self.found:
-                self._index(path)
+
+    def index(
+        self,
+        index_path: epath.Path | None = None,
+        location_ids: Collection[str] | None = None,
+        only_zip: bool = False,
+    ) -> None:
+        """Indexes the archives that may hold missing components.
+
+        Args:
+          index_path: the file that keeps the index; None for a temporary one.
+          location_ids: the folders of components that are needed; None for all.
+          only_zip: whether to index zip files alone, which are indexed at once.
+
+        Raises:
+          SourceError: if an archive is damaged, or a file is in two archives.
+        """
+        self._index = None
+        if len(self._folders) == len(self._components):
+            return
+        # `s1.tar.gz` beside the extracted folder `s1` need not be indexed.
+        wanted = [
+            path
+            for path in self._archives
+            if self._names.get(path.stem.lower()) not in self._folders
+            and (not only_zip or path.name.lower().endswith(".zip"))
+        ]
+        if wanted:
+            missing = {k: v for k, v in self._names.items() if v not in self._folders}
+            self._index = open_index(wanted, _Components(missing, location_ids), index_path)
 
     @property
     def found(self) -> set[str]:
         """Names of the components that were found."""
-        return {*self._folders, *self._tree}
+        if self._index is None:
+            return set(self._folders)
+        return {*self._folders, *self._index.folders(""), *self._index.files("")}
+
+    def left_out(self) -> list[tuple[str, int, list[str]]]:
+        """For each archive: its name, how many files are not needed, and the names of some."""
+        return self._index.left_out() if self._index else []
 
     def folders(self, path: str) -> list[str]:
         """Names of the folders directly below `path`, sorted; none if `path` does not exist."""
-        component, _, rest = path.partition("/")
-        if component in self._folders:
-            entries = _entries(self._folders[component] / rest)
-            return [name for name, is_folder in entries if is_folder]
-        node = self._node(path)
-        if not isinstance(node, dict):
-            return []
-        return sorted(name for name, child in node.items() if isinstance(child, dict))
+        if (folder := self._on_disk(path)) is not None:
+            return [name for name, is_folder in entries(folder) if is_folder]
+        return self._index.folders(path) if self._index else []
 
     def files(self, path: str) -> list[str]:
         """Names of the files directly in the folder `path`, sorted; none if there is no folder."""
-        component, _, rest = path.partition("/")
-        if component in self._folders:
-            entries = _entries(self._folders[component] / rest)
-            return [name for name, is_folder in entries if not is_folder]
-        node = self._node(path)
-        if not isinstance(node, dict):
-            return []
-        return sorted(name for name, child in node.items() if isinstance(child, tuple))
+        if (folder := self._on_disk(path)) is not None:
+            return [name for name, is_folder in entries(folder) if not is_folder]
+        return self._index.files(path) if self._index else []
 
     def has_file(self, path: str) -> bool:
         """Whether there is a file of that path."""
-        component, _, rest = path.partition("/")
-        if component in self._folders:
-            return (self._folders[component] / rest).is_file()
-        return isinstance(self._node(path), tuple)
+        if (file := self._on_disk(path)) is not None:
+            return file.is_file()
+        return self._index is not None and self._index.has_file(path)
 
     def read(self, path: str) -> bytes:
         """Reads one whole file.
@@ -143,91 +251,62 @@ class Source:
         Raises:
           UnreadableError: if it is missing, or its archive is damaged there.
         """
-        component, _, rest = path.partition("/")
-        try:
-            if component in self._folders:
-                file = self._folders[component]
-                return (file / rest if rest else file).read_bytes()
-            node = self._node(path)
-            if not isinstance(node, tuple):
-                raise UnreadableError("missing")
-            archive, member = node
-            return self._archives[archive].read(member)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UnreadableError("missing") from error
-        except UnreadableError:
-            raise
-        # The last two are raised by zipfile for members that it cannot decrypt or decompress.
-        except (
-            OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError
-        ) as error:  # fmt: skip
-            raise UnreadableError(f"unreadable: {error}") from error
+        return read_from(self._on_disk(path), self._index, path)
 
-    def _node(self, path: str) -> Any:
-        node: Any = self._tree
-        for part in path.split("/"):
-            node = node.get(part) if isinstance(node, dict) else None
-        return node
+    def _on_disk(self, path: str) -> epath.Path | None:
+        """Where a file or folder of an extracted component is; None for other components."""
+        component, _, rest = path.partition("/")
+        folder = self._folders.get(component)
+        return folder if folder is None or not rest else folder / rest
 
     def _search(self, folder: epath.Path, depth: int) -> list[epath.Path]:
         """Finds the components below a folder, and returns the archives there."""
         found = []
-        for name, is_folder in _entries(folder):
+        for name, is_folder in entries(folder):
             path = folder / name
-            if name in self._components:
-                if name in self._folders:
+            component = self._names.get(name.lower())
+            if component is not None:
+                if component in self._folders:
                     raise SourceError(
-                        f"{name} was found twice, as {self._folders[name]} and as "
+                        f"{component} was found twice, as {self._folders[component]} and as "
                         f"{path}: give the folder above one of them"
                     )
-                self._folders[name] = path
-            elif not is_folder and name.endswith(archives.ARCHIVE_SUFFIXES):
+                self._folders[component] = path
+            elif not is_folder and archives.is_archive(name):
                 found.append(path)
-            elif is_folder and depth > 0:
+            elif is_folder and depth > 0 and not re.fullmatch(r"\d{7}", name):
                 found += self._search(path, depth - 1)
+            else:
+                self.unread.append(os.fspath(path))
         return found
 
-    def _index(self, path: epath.Path) -> None:
-        """Adds the members of an archive to the tree of what can be read."""
-        if is_remote(path):
-            raise SourceError(
-                f"{path} is an archive in a bucket, and archives cannot be read there: unpack it, "
-                "or give the path under which the bucket is mounted"
-            )
-        archive = archives.open_archive(path)
-        number = len(self._archives)
-        self._archives.append(archive)
-        progress = tqdm.tqdm(desc=f"indexing {path.name}", unit=" files", leave=False, disable=None)
-        try:
-            with progress:
-                for name, member in archive.members():
-                    progress.update()
-                    self._insert(name, (number, member))
-        except SourceError:
-            raise
-        # indexed_gzip raises OSError for a wrong checksum.
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise SourceError(
-                f"{path} is damaged or cut short ({error}): fetch it again"
-            ) from error
 
-    def _insert(self, name: str, entry: tuple[int, Any]) -> None:
-        parts = [part for part in name.split("/") if part not in ("", ".")]
-        start = next((i for i, part in enumerate(parts) if part in self._components), None)
-        # macOS adds a second entry for every file to its archives.
-        if start is None or "__MACOSX" in parts or parts[-1].startswith("._"):
-            return
-        *folders, file = parts[start:]
-        if parts[start] in self._folders:
-            return
-        node = self._tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        # Within one archive a later member replaces an earlier one, as unpacking would.
-        if file in node and node[file][0] != entry[0]:
-            raise SourceError(
-                f"{'/'.join(parts[start:])} is in two archives, "
-                f"{self._archives[node[file][0]].path} and {self._archives[entry[0]].path}: "
-                "remove one of them"
-            )
-        node[file] = entry
+def with_slices(path: epath.Path) -> list[epath.Path]:
+    """An archive, or all slices of it if the path is one of them."""
+    base = archives.base_name(path.name)
+    if base == path.name:
+        return [path]
+    return [
+        path.parent / name
+        for name, is_folder in entries(path.parent)
+        if not is_folder and archives.is_archive(name) and archives.base_name(name) == base
+    ]
+
+
+def read_from(
+    file: epath.Path | None, index: archive_index.ArchiveIndex | None, path: str
+) -> bytes:
+    """Reads a file from disk, or where it is None, from the archives.
+
+    Raises:
+      UnreadableError: if it is missing, or its archive is damaged there.
+    """
+    try:
+        data = file.read_bytes() if file else index.read(path) if index else None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnreadableError("missing") from error
+    except OSError as error:
+        raise UnreadableError(f"unreadable: {error}") from error
+    if data is None:
+        raise UnreadableError("missing")
+    return data

@@ -15,24 +15,51 @@ import os
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from cromss_jax import sensors
 from data_prep import builder, nol_locations, report, sources
-from data_prep.nol_table import TABLE, read_table
+from data_prep.nol_table import TABLE, Location, read_table
+from data_prep.options import DEFAULT, Options
+from data_prep.report import Finding
 
-COMPONENTS = ("s1", "s2c", "dw_noisy_labels", TABLE)
+# The names that each component has in the published archives.
+COMPONENTS = {
+    "s1": ("s1", "s1_grd"),
+    "s2c": ("s2c", "s2_l1c"),
+    "dw_noisy_labels": ("dw_noisy_labels",),
+    TABLE: (TABLE,),
+}
 
 
-def find_source(source_dir: str | os.PathLike) -> sources.Source:
-    """Finds the tree.
+def find_source(
+    source_dir: str | os.PathLike, index_path: epath.Path | None = None
+) -> tuple[sources.Source, list[Location], tuple[Finding, ...]]:
+    """Finds the tree, and indexes its archives.
+
+    Args:
+      source_dir: see `sources.Source`.
+      index_path: the file that keeps the index of archives; None for a temporary one.
+
+    Returns:
+      The tree, the locations of its table, and what of it was not read.
 
     Raises:
       sources.SourceError: if a component is missing.
+      errors.BuildError: if the table is wrong.
     """
     missing = list(COMPONENTS)
+    unread = ()
     if sources.absolute(source_dir).exists():
         source = sources.Source(source_dir, COMPONENTS)
+        # The table says which locations to index. It is a file, or in the zip of the labels.
+        if TABLE not in source.found:
+            source.index(only_zip=True)
+        locations = read_table(source.read(TABLE)) if TABLE in source.found else None
+        ids = None if locations is None else [location.location_id for location in locations]
+        source.index(index_path, ids)
         missing = [component for component in COMPONENTS if component not in source.found]
+        unread = source.unread
     if missing:
         raise sources.not_found(
             missing,
@@ -41,8 +68,29 @@ def find_source(source_dir: str | os.PathLike) -> sources.Source:
             "s2c/ID/GRANULE/{B1,...,B12}.tif, dw_noisy_labels/ID/GRANULE/label.tif and "
             f"{TABLE}. To try without data, make a sample: "
             "python -m data_prep.sample --output_dir=DIR",
+            unread,
         )
-    return source
+    if locations is None:
+        locations = read_table(source.read(TABLE))
+    return source, locations, _unread(source, locations)
+
+
+def _unread(source: sources.Source, locations: list[Location]) -> tuple[Finding, ...]:
+    """Files and folders of the tree that are no part of the data set, or not in its table."""
+    ids = {location.location_id for location in locations}
+    found = [Finding("not read", path, "no part of the data set") for path in source.unread]
+    for component in COMPONENTS:
+        others = sorted(set(source.folders(component)) - ids)
+        if others:
+            detail = f"{len(others)} folders are not in {TABLE}: {sources.listed(others)}"
+            found.append(Finding("not read", component, detail))
+        for name in source.files(component):
+            found.append(Finding("not read", f"{component}/{name}", "no location"))
+    for name, count, names in source.left_out():
+        if count:
+            detail = f"{count} files are no part of the data set: {sources.listed(names)}"
+            found.append(Finding("not read", name, detail))
+    return tuple(found)
 
 
 class Ssl4eoS12Nol(builder.LocationBuilder):
@@ -57,7 +105,7 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         data_dir: str | os.PathLike,
         num_workers: int = 1,
         max_bad_locations: int = 0,
-        s2_offset: int = 0,
+        options: Options = DEFAULT,
     ):
         """Finds the tree. Its first readable location gives the tile size and whether truth exists.
 
@@ -66,23 +114,24 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
           data_dir: the folder of TFDS data sets.
           num_workers: processes that read.
           max_bad_locations: number of locations that may be skipped.
-          s2_offset: see `nol_locations.read_location`.
+          options: see `Options`.
 
         Raises:
           sources.SourceError: if there is no such tree.
           errors.BuildError: if its table is wrong, or too many locations are bad.
         """
         data_dir = sources.absolute(data_dir)
-        source = find_source(source_dir)
-        locations = read_table(source.read(TABLE))
+        index_path = data_dir / f"{self.name}.archives.sqlite"
+        source, locations, unread = find_source(source_dir, index_path)
         max_seasons = max(1, *(len(location.granules) for location in locations))
         read = functools.partial(
-            nol_locations.read_location, source=source, max_seasons=max_seasons, s2_offset=s2_offset
+            nol_locations.read_location, source=source, max_seasons=max_seasons, options=options
         )
-        report_path = data_dir / f"{self.name}.bad_locations.csv"
         example = builder.first_readable(
-            read, locations, report.BadLocations(report_path, max_bad_locations)
+            read, locations, report.Report(data_dir, self.name, max_bad_locations)
         )
+        findings = report.Report(data_dir, self.name, max_bad_locations)
+        findings.add(unread)
         tile_size = example["s1"].shape[0]
         has_truth = "truth" in example
         super().__init__(
@@ -94,12 +143,12 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
                 "tile_size": tile_size,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
-                "s2_offset": s2_offset,
+                **options.metadata(),
                 # Pairs: an object's order is not kept.
                 "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
             },
             location_bytes=max_seasons
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),
             num_workers=num_workers,
-            bad_locations=report.BadLocations(report_path, max_bad_locations),
+            findings=findings,
         )

@@ -8,12 +8,12 @@ first half of the locations in the training split. The seed decides the location
 sample another seed than the pretraining sample, otherwise both show the same locations.
 """
 
-import os
 import sys
 import time
 
 from absl import app, flags
 
+from data_prep import cpus
 from data_prep.sample import downstream, nol, world
 
 _NOL = "nol"
@@ -40,7 +40,7 @@ _TILE_SIZE = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
 _NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", os.cpu_count(), "Processes that make locations.", lower_bound=1
+    "num_workers", cpus.available(), "Processes that make locations.", lower_bound=1
 )
 
 

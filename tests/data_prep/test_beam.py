@@ -110,9 +110,12 @@ def test_too_many_bad_locations_leave_nothing_but_the_report(trees, tmp_path, na
             build(name, trees[name], data_dir, args, max_bad_locations=1)
         messages.append(str(error.value).replace(str(data_dir), "DIR"))
     assert messages[0] == messages[1]
-    report = f"{BUILDERS[name].name}.bad_locations.csv"
     assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
-    assert [path.name for path in (tmp_path / "beam").rglob("*")] == [report]
+    name = BUILDERS[name].name
+    assert sorted(path.name for path in (tmp_path / "beam").rglob("*")) == [
+        f"{name}.bad_locations.csv",
+        f"{name}.report.md",
+    ]
 
 
 @needs_beam
@@ -145,7 +148,10 @@ def test_failed_pipeline_gives_one_line(templates, tmp_path, monkeypatch):
     assert str(error.value).startswith("the Beam pipeline failed, nothing was written: ")
     assert "No space left on device" in str(error.value)
     assert str(error.value).count("\n") == 0
-    assert [path.name for path in tmp_path.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.md",
+    ]
 
 
 @needs_beam
@@ -155,7 +161,10 @@ def test_pipeline_that_does_not_wait_is_an_error(templates, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline, "_write_shard", lambda number, work_dir: None)
     with pytest.raises(errors.BuildError, match="without writing .*00000-of-00003"):
         build("nol", templates["nol"], tmp_path, ONE_WORKER)
-    assert [path.name for path in tmp_path.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.md",
+    ]
 
 
 def run(*arguments):

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
 from data_prep import downstream, errors, sources, tile_files
+from data_prep.options import Options
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import world
 from tests import runs
@@ -157,7 +158,8 @@ def test_records(templates, tmp_path, name):
     builder = build(name, templates[name], tmp_path)
     legend = {"dw": sensors.DYNAMIC_WORLD, "osm": sensors.OSM, "dfc2020": sensors.DFC2020}[name]
     assert dict(builder.info.metadata) == {
-        "tile_size": 36, "has_truth": False, "s2_offset": 0, "patch_size": 0,
+        "tile_size": 36, "has_truth": False, "s2_offset": "auto", "max_invalid": 0.5,
+        "max_days": 60, "patch_size": 0,
         "num_empty_patches": {"train": 0, "test": 0},
         "legend": [list(pair) for pair in legend.items()],
         "season_counts": {"train": [1, 1, 1], "test": [1, 1]}, "num_bad_locations": 0,
@@ -259,7 +261,7 @@ def test_every_label_value(name):
             np.testing.assert_array_equal(label_map.apply("x.tif", pixels), expected)
             np.testing.assert_array_equal(label_map.apply("x.tif", pixels * 1.0), expected)
     if name != "dfc2020":
-        with pytest.raises(errors.BadFileError, match="labels 2.5, nan are not"):
+        with pytest.raises(errors.BadFileError, match="labels 2.5, nan are no whole"):
             label_map.apply("x.tif", np.array([[1, 2.5], [np.nan, 3]]))
 
 
@@ -281,7 +283,7 @@ def test_ignored_labels_s2_offset_and_ready_made_uint8(trees, tmp_path):
     rewrite(label, lambda pixels: np.where(pixels == 5, 10, np.where(pixels == 2, 0, pixels)))
     rewrite(s1, lambda pixels: scaled(pixels, sensors.S1_MEAN, sensors.S1_STD).transpose(2, 0, 1))
     rewrite(s2, lambda pixels: (pixels % 251).astype(np.uint8))
-    builder = build("dw", trees["dw"], tmp_path / "data", s2_offset=1000)
+    builder = build("dw", trees["dw"], tmp_path / "data", options=Options(s2_offset=1000))
     first, second, _ = builder.as_data_source("train")
     values = read_tif(label)[1]
     assert ((values == 0) | (values == 10)).any()
@@ -373,16 +375,11 @@ DAMAGE = {
     "cut short": (1, lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
     "cut label": (2, lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
     "no image": (0, lambda file: file.write_text("<html>404</html>"), "no GeoTIFF"),
-    "off-size": (1, lambda file: rewrite(file, crop(30, 36)), "30x36 pixels, 36x36 needed"),
+    "off-size": (0, lambda file: rewrite(file, crop(30, 36)), "30x36 pixels, 36x36 needed"),
     "bands": (1, lambda file: rewrite(file, lambda a: a[:12]), "has 12 bands, 13 are needed"),
     "more bands": (0, lambda file: rewrite(file, lambda a: a[[0, 1, 1]]), "has 3 bands, 2 are"),
-    "dtype": (1, lambda file: rewrite(file, lambda a: a.astype(np.float32)), "dtype float32"),
+    "dtype": (1, lambda file: rewrite(file, lambda a: a.astype(np.float32)), "dtype float32, but"),
     "linear power": (0, lambda file: rewrite(file, lambda a: 10 ** (a / 10)), "linear power"),
-    "NaN": (
-        0,
-        lambda file: rewrite(file, lambda a: np.where(a < np.median(a), np.nan, a)),
-        "NaN or infinite",
-    ),
     "label": (2, lambda file: rewrite(file, lambda a: a + 11), "are not 0..10"),
 }
 
@@ -413,13 +410,13 @@ def test_bad_tile_is_skipped(trees, tmp_path, case):
 
 
 def test_larger_label_does_not_set_the_size_of_tiles(trees, tmp_path):
-    s1, _, label = files_of("osm", trees["osm"], "train")[0]
+    _, _, label = files_of("osm", trees["osm"], "train")[0]
     rewrite(label, lambda pixels: np.pad(pixels, ((0, 0), (0, 6), (0, 6))))
     builder = build("osm", trees["osm"], tmp_path / "data", max_bad_locations=1)
     assert builder.info.metadata["tile_size"] == 36
     ((_, path, reason),) = reported("osm", tmp_path / "data")
-    assert path == str(s1.relative_to(trees["osm"]))
-    assert reason == "36x36 pixels, 42x42 needed"
+    assert path == str(label.relative_to(trees["osm"]))
+    assert reason == "42x42 pixels, 36x36 needed, at most 2 more or fewer are accepted"
 
 
 def test_dfc2020_tiles_of_both_splits_are_named_apart(trees, tmp_path):
@@ -436,14 +433,14 @@ def test_dfc2020_tiles_of_both_splits_are_named_apart(trees, tmp_path):
     ]
 
 
-def empty_tree(root, names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return sources.Source(root, tile_files.SSL4EO_S12_OSM.components)
+def find_tiles(names, max_days=60):
+    files, unread = tile_files.sort_files(names, tile_files.SSL4EO_S12_OSM)
+    return tile_files.find_tiles(
+        files["train"], unread, tile_files.SSL4EO_S12_OSM, "train", max_days
+    )
 
 
-def test_places_and_dates_in_names(tmp_path):
+def test_locations_and_dates_in_names():
     names = [
         f"train/{folder}_{location}-{date}.tif"
         for folder, dates in (
@@ -452,17 +449,26 @@ def test_places_and_dates_in_names(tmp_path):
             ("label_osm/osm", ("20200101", "20200317")),
         )
         for location in ("-58.25_-33.1", "7_-0.5", "-101.5_40")
-        for date in (dates if location == "7_-0.5" else dates[:1])
+        for date in (dates if location == "7_-0.5" else dates[1:])
     ]
-    # A second date of labels alone cannot be paired.
     names.append("train/label_osm/osm_12.5_3-20200101.tif")
+    # A second date of labels alone cannot be paired.
     names += [f"train/{kind}_9_9-20200101.tif" for kind in ("image_s1/s1", "image_s2/s2")]
     names += [f"train/label_osm/osm_9_9-2020010{day}.tif" for day in (1, 2)]
-    tiles = tile_files.find_tiles(empty_tree(tmp_path, names), tile_files.SSL4EO_S12_OSM, "train")
+    tiles, findings = find_tiles(names)
+    # Images of the two locations that follow, which have no label of a near date.
+    assert {finding.kind for finding in findings} == {"not paired"}
+    assert {pathlib.Path(finding.file).parent.name for finding in findings} == {
+        "image_s1", "image_s2",
+    }  # fmt: skip
+    assert len(findings) == 4
     assert [tile.location_id for tile in tiles] == [
-        "-101.5_40-20200101", "-58.25_-33.1-20200101", "7_-0.5-20200101", "7_-0.5-20200317",
+        "-101.5_40-20200317", "-58.25_-33.1-20200317", "7_-0.5-20200101", "7_-0.5-20200317",
         "9_9", "12.5_3",
     ]  # fmt: skip
+    # The dates of Sentinel-1 and -2 are 74 days apart.
+    assert tiles[0].fault[0] == "train/label_osm/osm_-101.5_40-20200317.tif"
+    assert tiles[0].fault[1].startswith("no s1 file of its own within 60 days: found 20200103")
     first, second = tiles[2:4]
     assert first.paths == {
         "s1": "train/image_s1/s1_7_-0.5-20200103.tif",
@@ -471,7 +477,7 @@ def test_places_and_dates_in_names(tmp_path):
     }
     assert second.paths["s1"] == "train/image_s1/s1_7_-0.5-20200320.tif"
     assert tiles[4].fault == (
-        "train/label_osm/osm_9_9-*.tif",
+        "train/label_osm/osm_9_9-20200101.tif",
         "the files cannot be paired: 1 of s1, 1 of s2, 2 of labels",
     )
     assert tiles[5].fault == ("train/image_s1/s1_12.5_3-*.tif", "missing")
@@ -511,8 +517,8 @@ def test_split_without_records_is_an_error(trees, tmp_path):
         label.write_bytes(b"")
     with pytest.raises(errors.BuildError, match="split test is left without records: its 2"):
         build("dw", trees["dw"], tmp_path / "data", max_bad_locations=9)
-    left = [file.name for file in (tmp_path / "data").rglob("*")]
-    assert left == ["ssl4eo_s12_dw.bad_locations.csv"]
+    left = sorted(file.name for file in (tmp_path / "data").rglob("*"))
+    assert left == ["ssl4eo_s12_dw.bad_locations.csv", "ssl4eo_s12_dw.report.md"]
 
 
 @pytest.mark.parametrize(

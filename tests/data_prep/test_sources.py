@@ -18,6 +18,12 @@ FILES = {
 }
 
 
+def open_source(path, components):
+    source = sources.Source(path, components)
+    source.index()
+    return source
+
+
 def write_folders(root, keep=lambda path: True):
     for path, data in FILES.items():
         if keep(path):
@@ -65,9 +71,10 @@ def test_folder_or_archive(tmp_path, name, prefix):
         write_folders(path / prefix)
     else:
         write_archive(path, tmp_path, prefix=prefix)
-    assert_holds_all(sources.Source(path, COMPONENTS))
+    source = open_source(path, COMPONENTS)
+    assert_holds_all(source)
     # What a worker gets.
-    assert_holds_all(pickle.loads(pickle.dumps(sources.Source(path, COMPONENTS))))
+    assert_holds_all(pickle.loads(pickle.dumps(source)))
 
 
 def test_mixture(tmp_path):
@@ -76,13 +83,13 @@ def test_mixture(tmp_path):
     write_archive(root / "a.zip", tmp_path, lambda path: "labels" in path)
     write_archive(root / "0001.tar.gz", tmp_path, lambda path: "images/0001" in path, "x")
     write_archive(root / "0002.tar", tmp_path, lambda path: "images/0002" in path)
-    assert_holds_all(sources.Source(root, COMPONENTS))
+    assert_holds_all(open_source(root, COMPONENTS))
 
 
 def test_archive_beside_its_extracted_folder_is_not_opened(tmp_path):
     write_folders(tmp_path, lambda path: "images" in path)
     (tmp_path / "images.tar.gz").write_bytes(b"not even an archive")
-    assert sources.Source(tmp_path, COMPONENTS).found == {"images"}
+    assert open_source(tmp_path, COMPONENTS).found == {"images"}
 
 
 def test_gzip_index_of_many_points(tmp_path, monkeypatch):
@@ -94,7 +101,8 @@ def test_gzip_index_of_many_points(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data)
     with tarfile.open(path, "w:gz") as archive:
         archive.add(tmp_path / "images", "images")
-    source = pickle.loads(pickle.dumps(sources.Source(path, COMPONENTS)))
+    original = open_source(path, COMPONENTS)
+    source = pickle.loads(pickle.dumps(original))
     for name in np.random.default_rng(0).permutation(list(files)):
         assert source.read(str(name)) == files[name]
 
@@ -109,7 +117,7 @@ def test_cut_archive_is_an_error(tmp_path, name):
     for length in (0, 1, 100, end // 3, end // 2, end - 600, end - 1):
         path.write_bytes(data[:length])
         with pytest.raises(sources.SourceError, match="damaged or cut short"):
-            sources.Source(path, COMPONENTS)
+            open_source(path, COMPONENTS)
 
 
 @pytest.mark.parametrize("position", [30, 3000, -6])
@@ -120,7 +128,7 @@ def test_flipped_byte_in_gzip_is_an_error(tmp_path, position):
     data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(sources.SourceError, match="damaged or cut short"):
-        sources.Source(path, COMPONENTS)
+        open_source(path, COMPONENTS)
 
 
 def test_flipped_byte_in_zip_is_unreadable(tmp_path):
@@ -130,7 +138,7 @@ def test_flipped_byte_in_zip_is_unreadable(tmp_path):
     # Random bytes do not compress: the member holds them as they are.
     data[data.index(FILES["images/0001/a.bin"][1000:1020])] ^= 1
     path.write_bytes(data)
-    source = sources.Source(path, COMPONENTS)
+    source = open_source(path, COMPONENTS)
     with pytest.raises(sources.UnreadableError, match="CRC"):
         source.read("images/0001/a.bin")
     assert source.read("images/0001/b.bin") == FILES["images/0001/b.bin"]
@@ -140,15 +148,15 @@ def test_component_found_twice_is_an_error(tmp_path):
     write_folders(tmp_path / "a")
     write_folders(tmp_path / "b")
     with pytest.raises(sources.SourceError, match="was found twice"):
-        sources.Source(tmp_path, COMPONENTS)
+        open_source(tmp_path, COMPONENTS)
     write_archive(tmp_path / "one.zip", tmp_path)
     write_archive(tmp_path / "two.tar", tmp_path)
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(sources.SourceError, match="is in two archives"):
-        sources.Source(tmp_path, COMPONENTS)
+        open_source(tmp_path, COMPONENTS)
 
 
 def test_no_such_folder(tmp_path):
     with pytest.raises(sources.SourceError, match="neither a folder nor an archive"):
-        sources.Source(tmp_path / "nowhere", COMPONENTS)
+        open_source(tmp_path / "nowhere", COMPONENTS)
