@@ -14,7 +14,17 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from cromss_jax import sensors
-from data_prep import builder, errors, file_tree, geotiff, report, sources, tile_files, tiles
+from data_prep import (
+    builder,
+    errors,
+    file_tree,
+    geotiff,
+    report,
+    sources,
+    tile_files,
+    tile_layouts,
+    tiles,
+)
 from data_prep.labels import LabelMap
 from data_prep.options import DEFAULT, Options
 from data_prep.report import Finding
@@ -22,11 +32,11 @@ from data_prep.report import Finding
 
 def find_files(
     source_dir: str | os.PathLike,
-    layout: tile_files.Layout,
+    layout: tile_layouts.Layout,
     sample_format: str,
     index_path: epath.Path | None = None,
     test_cities: Sequence[str] = (),
-) -> tuple[file_tree.FileTree, dict[str, list[tile_files.TileFile]], list[str]]:
+) -> tuple[file_tree.FileTree, dict[str, list[tile_layouts.TileFile]], list[str]]:
     """Finds the files of a data set.
 
     Args:
@@ -71,8 +81,8 @@ def find_files(
 
 
 def _name_splits(
-    files: dict[str, list[tile_files.TileFile]],
-) -> dict[str, list[tile_files.TileFile]]:
+    files: dict[str, list[tile_layouts.TileFile]],
+) -> dict[str, list[tile_layouts.TileFile]]:
     """Takes the large training set for the training set, where there is no other."""
     if "train" not in files and "train_large" in files:
         files = dict(files)
@@ -81,10 +91,10 @@ def _name_splits(
 
 
 def _split_cities(
-    files: dict[str, list[tile_files.TileFile]],
-    layout: tile_files.Layout,
+    files: dict[str, list[tile_layouts.TileFile]],
+    layout: tile_layouts.Layout,
     test_cities: Sequence[str],
-) -> dict[str, list[tile_files.TileFile]]:
+) -> dict[str, list[tile_layouts.TileFile]]:
     """Makes the splits of a data set that has cities instead.
 
     Raises:
@@ -100,7 +110,7 @@ def _split_cities(
             f"the public bundle has no training and test split, and {given} was given: choose "
             f"some, not all, of --test_cities={','.join(cities)}; the others are trained on"
         )
-    splits: dict[str, list[tile_files.TileFile]] = {"train": [], "test": []}
+    splits: dict[str, list[tile_layouts.TileFile]] = {"train": [], "test": []}
     for city in cities:
         splits["test" if city in test_cities else "train"] += files[city]
     return splits
@@ -127,7 +137,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
       SAMPLE_FORMAT: the name of the layout in the sample command.
     """
 
-    LAYOUT: tile_files.Layout
+    LAYOUT: tile_layouts.Layout
     LABEL_MAP: LabelMap
     LEGEND: sensors.Legend
     SAMPLE_FORMAT: str
@@ -229,7 +239,7 @@ class Ssl4eoS12Dw(TileBuilder):
     """SSL4EO-S12@DW: Dynamic World labels made by people, 9 classes."""
 
     VERSION = tfds.core.Version("1.0.0")
-    LAYOUT = tile_files.SSL4EO_S12_DW
+    LAYOUT = tile_layouts.SSL4EO_S12_DW
     # 0 is unmarked, 10 is cloud.
     LABEL_MAP = LabelMap({value: value - 1 for value in range(1, 10)}, ignored=(0, 10))
     LEGEND = sensors.DYNAMIC_WORLD
@@ -240,7 +250,7 @@ class Ssl4eoS12Osm(TileBuilder):
     """SSL4EO-S12@OSM: labels from OpenStreetMap, 13 classes."""
 
     VERSION = tfds.core.Version("1.0.0")
-    LAYOUT = tile_files.SSL4EO_S12_OSM
+    LAYOUT = tile_layouts.SSL4EO_S12_OSM
     # 0 is unmarked.
     LABEL_MAP = LabelMap({value: value - 1 for value in range(1, 14)}, ignored=(0,))
     LEGEND = sensors.OSM
@@ -251,7 +261,7 @@ class Dfc2020(TileBuilder):
     """DFC2020 (IEEE GRSS data fusion contest): 8 of the classes of Dynamic World in its order."""
 
     VERSION = tfds.core.Version("1.0.0")
-    LAYOUT = tile_files.DFC2020
+    LAYOUT = tile_layouts.DFC2020
     LABEL_MAP = LabelMap({1: 1, 2: 5, 4: 2, 5: 3, 6: 4, 7: 6, 9: 7, 10: 0}, ignored=None)
     LEGEND = sensors.DFC2020
     SAMPLE_FORMAT = "dfc2020"

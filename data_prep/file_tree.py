@@ -5,7 +5,7 @@ import re
 
 from etils import epath
 
-from data_prep import archive_index, archives, sources
+from data_prep import archive_index, archive_indexing, archives, sources
 
 # Folders further down are not searched.
 MAX_DEPTH = 8
@@ -20,8 +20,8 @@ class _Everything:
 
     def path(self, archive: archives.ArchivePath, member: str) -> str | None:
         """The path of a member; None for files that operating systems add."""
-        parts = archive_index.split_path(member)
-        return None if archive_index.is_junk(parts) else "/".join([archive.name, *parts])
+        parts = archive_indexing.split_path(member)
+        return None if archive_indexing.is_junk(parts) else "/".join([archive.name, *parts])
 
 
 class FileTree:

@@ -1,9 +1,6 @@
 """Reads all seasons of a location of SSL4EO-S12 + NoL."""
 
 import dataclasses
-import datetime
-import re
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,28 +14,13 @@ from data_prep import (
     labels,
     nodata,
     offsets,
-    pairing,
     records,
     sources,
 )
-from data_prep.nol_table import TABLE, Location
+from data_prep.nol_granules import Granule, acquisition_time, pair_granules, read_granule
+from data_prep.nol_table import Location
 from data_prep.options import Options
 from data_prep.report import Finding
-
-# Files beside the bands that are part of the data set.
-_METADATA = re.compile(r"metadata\.json|.*\.xml", re.IGNORECASE)
-
-
-def acquisition_time(granule: str) -> datetime.datetime:
-    """The first date in a granule's name (UTC).
-
-    Raises:
-      ValueError: if there is none.
-    """
-    match = re.search(r"\d{8}T\d{6}", granule)
-    if match is None:
-        raise ValueError(f"no date (YYYYMMDDThhmmss) in the name {granule}")
-    return datetime.datetime.strptime(match[0], "%Y%m%dT%H%M%S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +71,7 @@ def read_location(
       errors.BadFileError: if a file is missing, damaged, of the wrong size or dtype, contains
         invalid values, or is not where the others are.
     """
-    pairs, findings = _pair_granules(location, source, options.max_days)
+    pairs, findings = pair_granules(location, source, options.max_days)
     kept: list[_Season] = []
     for granules in pairs:
         season, found = _read_season(location, granules, source, tile_size, has_truth, options)
@@ -130,8 +112,8 @@ def _read_season(
 ) -> tuple[_Season, tuple[Finding, ...]]:
     """Reads images and labels of one season."""
     s1_granule, s2_granule = granules
-    s1 = _read_folder(source, f"s1/{location.location_id}/{s1_granule}", sensors.S1_BANDS)
-    s2 = _read_folder(source, f"s2c/{location.location_id}/{s2_granule}", sensors.S2_BANDS)
+    s1 = read_granule(source, f"s1/{location.location_id}/{s1_granule}", sensors.S1_BANDS)
+    s2 = read_granule(source, f"s2c/{location.location_id}/{s2_granule}", sensors.S2_BANDS)
     side = tile_size or s2.images["B2"].size[0]
     if side % 6:
         raise errors.BadFileError(
@@ -154,69 +136,8 @@ def _read_season(
     return season, (*s1.findings, *s2.findings, *found, *label_found)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """The band files of a granule.
-
-    Attributes:
-      folder: its path.
-      names: the file of each band.
-      images: the bands.
-      metadata: texts of metadata files.
-      findings: files that were not read.
-    """
-
-    folder: str
-    names: Mapping[str, str]
-    images: Mapping[str, geotiff.Image]
-    metadata: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-    def path(self, band: str) -> str:
-        """The path of a band's file."""
-        return f"{self.folder}/{self.names[band]}"
-
-
-def band_of_file(name: str) -> str | None:
-    """The band that a file name stands for, in any case and as B2 or B02; None for other files."""
-    match = re.fullmatch(r"(VV|VH|B0?([1-9]\d?A?))\.TIFF?", name.upper())
-    if match is None:
-        return None
-    return f"B{match[2]}" if match[2] else match[1]
-
-
-def _read_folder(source: sources.Source, folder: str, band_names: Sequence[str]) -> _Folder:
-    """Reads the bands of a granule, and finds out which of its files are no bands.
-
-    Raises:
-      errors.BadFileError: if a band is missing or damaged.
-    """
-    files = source.files(folder)
-    names: dict[str, str] = {}
-    metadata, unread = [], []
-    # `B2.tif` comes before `B2.TIF` and `B02.tif`, should there be several.
-    for name in sorted(files, key=lambda name: (band_of_file(name) != name[:-4], name)):
-        band = band_of_file(name)
-        if band in band_names and band not in names:
-            names[band] = name
-        elif _METADATA.fullmatch(name):
-            metadata.append(name)
-        else:
-            unread.append(name)
-    images = {}
-    for band in band_names:
-        if band not in names:
-            similar = [name for name in unread if name.upper().startswith(f"{band}.")]
-            reason = f"missing, found {', '.join(similar)}" if similar else "missing"
-            raise errors.BadFileError(f"{folder}/{band}.tif", reason)
-        images[band] = bands.read_band(source, f"{folder}/{names[band]}")
-    texts = [source.read(f"{folder}/{name}").decode(errors="replace") for name in metadata]
-    found = tuple(Finding("not read", f"{folder}/{name}", "no band") for name in unread)
-    return _Folder(folder, names, images, tuple(texts), found)
-
-
 def _scale_images(
-    s1: _Folder, s2: _Folder, side: int, options: Options, s2_granule: str
+    s1: Granule, s2: Granule, side: int, options: Options, s2_granule: str
 ) -> tuple[records.Example, np.ndarray, tuple[Finding, ...]]:
     """Checks and scales the images of a season.
 
@@ -299,47 +220,6 @@ def _read_label_maps(
         maps.append(pixels)
         found += label_found
     return maps[0], maps[1] if len(maps) > 1 else None, found
-
-
-def _pair_granules(
-    location: Location, source: sources.Source, max_days: float
-) -> tuple[list[tuple[str, str]], tuple[Finding, ...]]:
-    """(S1 granule, S2 granule) of each season of the table, by date, and what was not used."""
-    s1_folder = f"s1/{location.location_id}"
-    s1_granules = source.folders(s1_folder)
-    if not location.granules:
-        raise errors.BadFileError(TABLE, "no season listed for this location")
-    if len(set(location.granules)) < len(location.granules):
-        raise errors.BadFileError(TABLE, "a season of this location is listed twice")
-    if len(s1_granules) < len(location.granules):
-        raise errors.BadFileError(
-            s1_folder,
-            f"{len(s1_granules)} S1 granules for the {len(location.granules)} seasons in {TABLE}",
-        )
-    dated = []
-    for folder, granules in ((s1_folder, s1_granules), (TABLE, location.granules)):
-        try:
-            dated.append(sorted((acquisition_time(granule), granule) for granule in granules))
-        except ValueError as error:
-            raise errors.BadFileError(folder, str(error)) from error
-    s1, s2 = dated
-    nearest = pairing.nearest([time for time, _ in s2], [time for time, _ in s1], max_days)
-    for (time, granule), index in zip(s2, nearest, strict=True):
-        if index is None:
-            days = min(pairing.days_between(time, other) for other, _ in s1)
-            raise errors.BadFileError(
-                s1_folder,
-                f"no S1 granule of its own within {max_days:g} days of {granule}, the nearest is "
-                f"{days:.0f} days away: raise --max_days to pair them",
-            )
-    unused = [granule for i, (_, granule) in enumerate(s1) if i not in nearest]
-    found = [Finding("not paired", f"{s1_folder}/{granule}", "no season") for granule in unused]
-    other = set(source.folders(f"s2c/{location.location_id}")) - set(location.granules)
-    found += [
-        Finding("not read", f"s2c/{location.location_id}/{granule}", f"not in {TABLE}")
-        for granule in sorted(other)
-    ]
-    return [(s1[i][1], granule) for i, (_, granule) in zip(nearest, s2, strict=True)], tuple(found)
 
 
 def features(tile_size: int, max_seasons: int, has_truth: bool) -> tfds.features.FeaturesDict:

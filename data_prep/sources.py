@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from etils import epath
 
-from data_prep import archive_index, archives
+from data_prep import archive_index, archive_indexing, archives
 
 # How many folders there may be between the source directory and a component or an archive.
 SEARCH_DEPTH = 2
@@ -78,7 +78,7 @@ def entries(folder: epath.Path) -> list[tuple[str, bool]]:
     else:
         with os.scandir(folder) as scanned:
             found = [(entry.name, entry.is_dir()) for entry in scanned]
-    return sorted(entry for entry in found if not archive_index.is_junk([entry[0]]))
+    return sorted(entry for entry in found if not archive_indexing.is_junk([entry[0]]))
 
 
 def group_archives(paths: Sequence[epath.Path]) -> list[archives.ArchivePath]:
@@ -101,7 +101,7 @@ def group_archives(paths: Sequence[epath.Path]) -> list[archives.ArchivePath]:
 
 def open_index(
     paths: Sequence[archives.ArchivePath],
-    selection: archive_index.Selection,
+    selection: archive_indexing.Selection,
     index_path: epath.Path | None,
 ) -> archive_index.ArchiveIndex:
     """Indexes archives.
@@ -127,8 +127,8 @@ class _Components:
     def path(self, archive: archives.ArchivePath, member: str) -> str | None:
         """The path from the component on."""
         del archive
-        parts = archive_index.split_path(member)
-        if archive_index.is_junk(parts):
+        parts = archive_indexing.split_path(member)
+        if archive_indexing.is_junk(parts):
             return None
         for start, part in enumerate(parts):
             if component := self._names.get(part.lower()):

@@ -13,7 +13,7 @@ import numpy as np
 from affine import Affine
 
 from cromss_jax.sensors import S2_BANDS, S2_BANDS_BY_RESOLUTION
-from data_prep import geotiff, parallel, tile_files
+from data_prep import geotiff, parallel, tile_layouts
 from data_prep.sample import world
 from data_prep.sample.output import new_directory
 
@@ -30,7 +30,7 @@ class Format:
       s1_dtype: dtype of its Sentinel-1 files (dB).
     """
 
-    layout: tile_files.Layout
+    layout: tile_layouts.Layout
     tile_size: int
     label_values: Sequence[int]
     label_bands: int
@@ -40,11 +40,11 @@ class Format:
 # The classes of the world: water, trees, grass, flooded vegetation, crops, shrub & scrub, built
 # area, bare ground, snow & ice.
 FORMATS = {
-    "dw": Format(tile_files.SSL4EO_S12_DW, 510, range(1, 10), 2, np.float32),
+    "dw": Format(tile_layouts.SSL4EO_S12_DW, 510, range(1, 10), 2, np.float32),
     # OSM has no snow & ice: it becomes open space, as bare ground does.
-    "osm": Format(tile_files.SSL4EO_S12_OSM, 510, (9, 3, 7, 12, 2, 11, 1, 10, 10), 1, np.float32),
+    "osm": Format(tile_layouts.SSL4EO_S12_OSM, 510, (9, 3, 7, 12, 2, 11, 1, 10, 10), 1, np.float32),
     # Snow & ice is 8 in DFC2020's files. It is not one of the eight classes, and is ignored.
-    "dfc2020": Format(tile_files.DFC2020, 256, (10, 1, 4, 5, 6, 2, 7, 9, 8), 1, np.float64),
+    "dfc2020": Format(tile_layouts.DFC2020, 256, (10, 1, 4, 5, 6, 2, 7, 9, 8), 1, np.float64),
 }
 
 

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import downstream, errors, sources, tile_files
+from data_prep import downstream, errors, sources, tile_files, tile_layouts
 from data_prep.options import Options
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import world
@@ -434,9 +434,9 @@ def test_dfc2020_tiles_of_both_splits_are_named_apart(trees, tmp_path):
 
 
 def find_tiles(names, max_days=60):
-    files, unread = tile_files.sort_files(names, tile_files.SSL4EO_S12_OSM)
+    files, unread = tile_files.sort_files(names, tile_layouts.SSL4EO_S12_OSM)
     return tile_files.find_tiles(
-        files["train"], unread, tile_files.SSL4EO_S12_OSM, "train", max_days
+        files["train"], unread, tile_layouts.SSL4EO_S12_OSM, "train", max_days
     )
 
 
