@@ -24,7 +24,8 @@ OTHER_SUFFIXES = (
 )  # fmt: skip
 _SLICE = re.compile(
     r"(?P<archive>.+(?:\.zip|\.tar|\.tar\.gz|\.tgz))\."
-    r"(?:part[-_]?)?(?P<slice>(?!gz|bz|xz|lz)[a-z]{2,4}|\d{1,4})",
+    # Without "part", two letters or a number; not the ending of a compressed file.
+    r"(?:part[-_]?|(?=\d|[a-z]{2}$)(?!gz|bz|xz|lz))(?P<slice>[a-z]{2,4}|\d{1,4})",
     re.IGNORECASE,
 )
 _SPANNED = re.compile(r"(?P<archive>.+)\.z\d{2,3}", re.IGNORECASE)
@@ -102,9 +103,10 @@ def group_slices(paths: Iterable[pathlib.Path]) -> list[ArchivePath]:
             groups.append(ArchivePath(name, (whole[0],)))
             continue
         numbered = sorted((_slice_number(slice_name), path) for slice_name, path in parts)
-        first = numbered[0][0]
+        # Letters begin with "aa", numbers with 0 or 1.
+        first = min(1, numbered[0][0]) if parts[0][0].isdecimal() else 0
         expected = range(first, first + len(numbered))
-        if first > 1 or [number for number, _ in numbered] != list(expected):
+        if [number for number, _ in numbered] != list(expected):
             found = ", ".join(path.name for _, path in numbered)
             raise ArchiveError(
                 f"slices of {parent / name} are missing: found {found}; fetch the others"

@@ -220,7 +220,10 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             source_dir, self.LAYOUT, self.SAMPLE_FORMAT, index_path, options.test_cities
         )
         splits = {}
-        findings = [Finding("not read", path, "no part of a tile") for path in unread]
+        findings = [
+            Finding("not read", path, sources.why_unread(path, "no part of a tile"))
+            for path in unread
+        ]
         for split, split_files in files.items():
             found, unpaired = tile_files.find_tiles(
                 split_files, unread, self.LAYOUT, split, options.max_days

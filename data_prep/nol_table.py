@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 
 from data_prep import errors
 
@@ -25,32 +26,52 @@ class Location:
 def read_table(data: bytes) -> list[Location]:
     """Reads `dw_complete_ids.csv`.
 
+    Columns are found by their names, `ids` and `sub1`, `sub2`, ...; without a header, by what the
+    cells hold. A column of row numbers, called `ind` or without a name, is ignored.
+
     Args:
-      data: the file: a column `ids`, then one S2 granule a column; empty cells are seasons that
-        the location does not have.
+      data: the file; empty cells are seasons that the location does not have.
 
     Raises:
       errors.BuildError: if it is not such a table, is empty, or lists a location twice.
     """
-    rows = list(csv.reader(data.decode("utf-8-sig", errors="replace").splitlines()))
-    if not rows or rows[0][0].strip() != "ids" or len(rows[0]) < 2:
-        found = ",".join(rows[0]) if rows else "an empty file"
-        raise errors.BuildError(
-            f"{TABLE} begins with {found!r}, but the columns ids,sub1,sub2,... are needed"
-        )
+    lines = data.decode("utf-8-sig", errors="replace").splitlines()
+    delimiter = max(",;\t", key=lines[0].count) if lines else ","
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    id_column, granule_columns, start = _find_columns(rows)
     locations: dict[str, Location] = {}
-    for row in rows[1:]:
-        cells = [cell.strip() for cell in row if cell.strip()]
-        if not cells:
+    for row in rows[start:]:
+        if not any(row):
             continue
-        if not cells[0].isdecimal():
-            raise errors.BuildError(
-                f"{TABLE} has the id {cells[0]!r}, but ids must be whole numbers"
-            )
-        location_id = cells[0].zfill(LOCATION_ID_DIGITS)
+        cell = row[id_column] if id_column < len(row) else ""
+        if not cell.isdecimal():
+            raise errors.BuildError(f"{TABLE} has the id {cell!r}, but ids must be whole numbers")
+        location_id = cell.zfill(LOCATION_ID_DIGITS)
         if location_id in locations:
             raise errors.BuildError(f"{TABLE} lists location {location_id} twice")
-        locations[location_id] = Location(location_id, tuple(cells[1:]))
+        granules = (row[column] for column in granule_columns if column < len(row))
+        locations[location_id] = Location(location_id, tuple(filter(None, granules)))
     if not locations:
         raise errors.BuildError(f"{TABLE} lists no locations")
     return list(locations.values())
+
+
+def _find_columns(rows: list[list[str]]) -> tuple[int, list[int], int]:
+    """The column of ids, those of granules, and the first row of data.
+
+    Raises:
+      errors.BuildError: if there are no such columns.
+    """
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    if "ids" in header and len(header) > 1:
+        id_column = header.index("ids")
+        named = [i for i, name in enumerate(header) if re.fullmatch(r"sub\d*", name)]
+        # Other names: what follows the ids.
+        return id_column, named or list(range(id_column + 1, len(header))), 1
+    granules = [i for i, cell in enumerate(header) if re.match(r"\d{8}t\d{6}", cell)]
+    if granules and granules[0] > 0 and all(cell.isdecimal() for cell in header[: granules[0]]):
+        return granules[0] - 1, list(range(granules[0], len(header))), 0
+    found = ",".join(rows[0]) if rows else "an empty file"
+    raise errors.BuildError(
+        f"{TABLE} begins with {found!r}, but the columns ids,sub1,sub2,... are needed"
+    )

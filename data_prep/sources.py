@@ -55,6 +55,15 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def why_unread(path: str, default: str) -> str:
+    """The reason why a file was not read: the kind of archive that it is, or the default."""
+    if archives.is_other_archive(path.rpartition("/")[2]):
+        return "archives of this kind cannot be read in place: unpack it"
+    if path.lower().endswith(".zarr.zip"):
+        return "a Zarr store, as of SSL4EO-S12 v1.1 or TerraMesh: another data set"
+    return default
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is that of a bucket."""
     return "://" in os.fspath(path)
@@ -265,7 +274,7 @@ class Source:
         for name, is_folder in entries(folder):
             path = folder / name
             component = self._names.get(name.lower())
-            if component is not None:
+            if component is not None and not (is_folder and _holds_archives(path)):
                 if component in self._folders:
                     raise SourceError(
                         f"{component} was found twice, as {self._folders[component]} and as "
@@ -279,6 +288,11 @@ class Source:
             else:
                 self.unread.append(os.fspath(path))
         return found
+
+
+def _holds_archives(folder: epath.Path) -> bool:
+    """Whether a folder is that of archives, such as `s1_grd/s1_grd.tar.gz.partaa`."""
+    return any(not is_folder and archives.is_archive(name) for name, is_folder in entries(folder))
 
 
 def with_slices(path: epath.Path) -> list[epath.Path]:

@@ -78,7 +78,10 @@ def find_source(
 def _unread(source: sources.Source, locations: list[Location]) -> tuple[Finding, ...]:
     """Files and folders of the tree that are no part of the data set, or not in its table."""
     ids = {location.location_id for location in locations}
-    found = [Finding("not read", path, "no part of the data set") for path in source.unread]
+    found = [
+        Finding("not read", path, sources.why_unread(path, "no part of the data set"))
+        for path in source.unread
+    ]
     for component in COMPONENTS:
         others = sorted(set(source.folders(component)) - ids)
         if others:
