@@ -111,14 +111,15 @@ def s1_values(path: str, image: geotiff.Image) -> Values:
     if _has_scale(image):
         pixels = _apply_scale(image)
         findings += (Finding("scale applied", path, _scale_text(image)),)
-    # -9999 marks nodata in integers of dB * 100, too.
-    valid = valid & (pixels > (MIN_DECIBELS if _has_scale(image) or _is_float(pixels) else -9999))
+    # Of dB * 100, too, these values alone are nodata.
+    valid = valid & (pixels > 100 * MIN_DECIBELS + 1)
     for band in range(len(pixels)):
         _check_decibels(path, pixels[band][valid[band]], pixels.dtype)
     if not _is_float(pixels):
         raise errors.BadFileError(
             path, f"dtype {pixels.dtype}, but float dB or scaled uint8 is needed"
         )
+    valid = valid & (pixels > MIN_DECIBELS)
     return Values(np.where(valid, pixels, 0), valid, findings)
 
 

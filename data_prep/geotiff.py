@@ -117,18 +117,17 @@ def read_bands(data: bytes) -> Image:
             )
         # Before anything else is asked of the file: this finds out whether it is whole.
         pixels = dataset.read()
-        alpha = rasterio.enums.ColorInterp.alpha
-        indexes = [
-            i for i, c in zip(dataset.indexes, dataset.colorinterp, strict=True) if c != alpha
-        ]
-        if len(indexes) < len(pixels):
-            pixels = pixels[[i - 1 for i in indexes]]
+        is_alpha = [c == rasterio.enums.ColorInterp.alpha for c in dataset.colorinterp]
+        indexes = [i for i in dataset.indexes if not is_alpha[i - 1]]
+        opaque = (pixels[is_alpha] > 0).all(axis=0) if any(is_alpha) else None
+        if opaque is not None:
+            pixels = pixels[np.logical_not(is_alpha)]
         crs = dataset.crs.to_wkt() if dataset.crs else ""
         if crs.startswith(("LOCAL_CS", "ENGCRS")):
             crs = ""
         image = Image(
             pixels,
-            _valid_pixels(dataset, indexes, pixels),
+            _valid_pixels(dataset, indexes, pixels, opaque),
             crs,
             dataset.transform,
             scales=tuple(dataset.scales[i - 1] for i in indexes),
@@ -141,13 +140,18 @@ def read_bands(data: bytes) -> Image:
 
 
 def _valid_pixels(
-    dataset: rasterio.io.DatasetReader, indexes: Sequence[int], pixels: np.ndarray
+    dataset: rasterio.io.DatasetReader,
+    indexes: Sequence[int],
+    pixels: np.ndarray,
+    opaque: np.ndarray | None,
 ) -> np.ndarray | None:
-    """The valid pixels (K, H, W) by the file's tags and masks; None if all are."""
-    valid = None
+    """The valid pixels (K, H, W) by the file's tags, masks and alpha band; None if all are."""
+    # GDAL itself uses alpha bands of integers only.
+    valid = None if opaque is None else np.broadcast_to(opaque, pixels.shape)
     flags = [dataset.mask_flag_enums[i - 1] for i in indexes]
     if any(flag != [rasterio.enums.MaskFlags.all_valid] for flag in flags):
-        valid = dataset.read_masks(indexes) > 0
+        masks = dataset.read_masks(indexes) > 0
+        valid = masks if valid is None else valid & masks
     if np.issubdtype(pixels.dtype, np.floating):
         finite = np.isfinite(pixels)
         valid = finite if valid is None else valid & finite
