@@ -120,6 +120,13 @@ def _forget(connection: sqlite3.Connection, number: int) -> None:
     connection.execute("DELETE FROM members WHERE archive = ?", (number,))
     connection.execute("DELETE FROM left_out WHERE archive = ?", (number,))
     connection.execute("DELETE FROM archives WHERE number = ?", (number,))
+    # Folders of no other archive, from the deepest up.
+    empty = (
+        "DELETE FROM folders WHERE id > 0 AND id NOT IN (SELECT folder FROM members) "
+        "AND id NOT IN (SELECT parent FROM folders WHERE parent IS NOT NULL)"
+    )
+    while connection.execute(empty).rowcount:
+        pass
 
 
 def _add(

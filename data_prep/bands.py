@@ -11,6 +11,7 @@ files that are not uint8, these are invalid, too:
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -206,23 +207,37 @@ def scale_s2(name: str, values: np.ndarray, valid: np.ndarray, offset: int) -> n
     return scale(name, values, valid)
 
 
-def order_bands(
+def pick_bands(
     path: str, image: geotiff.Image, names: tuple[str, ...]
 ) -> tuple[geotiff.Image, tuple[Finding, ...]]:
-    """Brings the bands of a file into the usual order, if their descriptions give another one."""
-    wanted = [_plain(name) for name in names]
+    """The bands of a file in the usual order, by their descriptions if it has any.
+
+    Earth Engine exports VV, VH and angle, other software VH before VV.
+
+    Raises:
+      errors.BadFileError: if their number is wrong, and descriptions do not tell which are needed.
+    """
     found = [_plain(description) for description in image.descriptions]
-    if found == wanted or sorted(found) != sorted(wanted):
+    if set(names) <= set(found):
+        indexes = [found.index(name) for name in names]
+        if indexes == list(range(len(found))):
+            return image, ()
+        detail = f"bands are {', '.join(image.descriptions)}"
+        return image.bands(indexes), (Finding("bands reordered", path, detail),)
+    if len(image.pixels) == len(names):
         return image, ()
-    detail = f"bands are {', '.join(image.descriptions)}"
-    ordered = image.bands([found.index(name) for name in wanted])
-    return ordered, (Finding("bands reordered", path, detail),)
+    reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
+    if len(image.pixels) == 12 and len(names) == 13:
+        reason += ": B10 is missing, as in L2A products, whose values differ; L1C is needed"
+    raise errors.BadFileError(path, reason)
 
 
-def _plain(name: str) -> str:
-    """A band name in the way of Earth Engine: B02 is B2."""
-    name = name.strip().upper()
-    return "B" + name[2:] if name.startswith("B0") else name
+def _plain(description: str) -> str:
+    """The name of a band in its description: B02 is B2, Sigma0_VV_db is VV."""
+    match = re.search(r"(?<![A-Z0-9])(VV|VH|B)(?:0?([1-9]\d?A?))?(?![A-Z0-9])", description.upper())
+    if match is None:
+        return ""
+    return match[1] + (match[2] or "")
 
 
 def _turned(path: str, image: geotiff.Image) -> tuple[Finding, ...]:

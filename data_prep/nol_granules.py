@@ -10,7 +10,7 @@ from data_prep.nol_table import TABLE, Location
 from data_prep.report import Finding
 
 # Files beside the bands that are part of the data set.
-_METADATA = re.compile(r"metadata\.json|.*\.xml", re.IGNORECASE)
+_METADATA = re.compile(r"metadata\.json|(?!.*\.aux\.xml).*\.xml", re.IGNORECASE)
 
 
 def acquisition_time(granule: str) -> datetime.datetime:

@@ -23,7 +23,7 @@ KINDS = {
     "turned": "Files stored from south to north or east to west; they were turned.",
     "grids shifted": "Images or labels a few pixels off the grid of Sentinel-2; used as they are.",
     "not georeferenced": "Files without georeference; their grids could not be compared.",
-    "bands reordered": "Files whose band descriptions give another order; bands were reordered.",
+    "bands reordered": "Files whose band descriptions give another order or more bands; followed.",
     "not paired": "Images of a location without a partner of a near date. They were not read.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
 }

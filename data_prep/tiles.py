@@ -123,13 +123,7 @@ def _read_image(
     source: bands.Reader, path: str, names: tuple[str, ...]
 ) -> tuple[geotiff.Image, tuple[Finding, ...]]:
     """Reads an image with its bands in the usual order, and findings."""
-    image = bands.read_bands(source, path)
-    if len(image.pixels) != len(names):
-        reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
-        if len(image.pixels) == 12 and len(names) == 13:
-            reason += ": B10 is missing, as in L2A products, whose values differ; L1C is needed"
-        raise errors.BadFileError(path, reason)
-    return bands.order_bands(path, image, names)
+    return bands.pick_bands(path, bands.read_bands(source, path), names)
 
 
 def _window(example: records.Example, row: int, column: int, side: int) -> records.Example:

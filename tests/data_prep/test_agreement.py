@@ -210,6 +210,17 @@ def test_bands_are_ordered_by_their_descriptions(templates, tmp_path):
     assert built.report.counts == {"bands reordered": 2}
 
 
+def test_more_bands_are_left_out_by_their_descriptions(templates, tmp_path):
+    tree = shutil.copytree(templates["dfc2020"][0], tmp_path / "tree")
+    s1 = tree / "s1_validation" / "ROIs0000_validation_s1_0_p0.tif"
+    # What SNAP calls its bands, and the angle that Earth Engine exports.
+    names = ("Sigma0_VH_db", "angle", "Sigma0_VV_db")
+    trees.rewrite(s1, lambda pixels: pixels[[1, 1, 0]], descriptions=names)
+    built = trees.build("dfc2020", tree, tmp_path / "data")
+    assert_same(trees.records(built), templates["dfc2020"][1])
+    assert built.report.counts == {"bands reordered": 1}
+
+
 def add_offset(folder):
     for file in folder.iterdir():
         if file.suffix == ".tif":

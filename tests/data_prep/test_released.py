@@ -352,3 +352,13 @@ def test_archive_of_another_kind_is_named(templates, tmp_path):
         archive.add(tree / "s2c", "s2c")
     with pytest.raises(sources.SourceError, match=r"^s2c not found .* instead: \S*s2c.tar.bz2"):
         trees.build("nol", tmp_path / "tree", tmp_path / "data")
+
+
+def test_index_forgets_archives_that_are_gone(templates, tmp_path):
+    tree, _ = templates["nol"]
+    released = pack_nol(tree, tmp_path / "released", parts=2)
+    trees.build("nol", released, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "ssl4eo_s12_nol")
+    shutil.rmtree(released / "s2_l1c")
+    with pytest.raises(sources.SourceError, match="^s2c not found"):
+        trees.build("nol", released, tmp_path / "data")
