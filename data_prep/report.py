@@ -27,7 +27,9 @@ KINDS = {
     "not paired": "Images of a location without a partner of a near date. They were not read.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
 }
+# Files named for each kind of finding. Those that were not read are listed, the others counted.
 _EXAMPLES = 10
+_UNREAD = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Report:
         """Counts findings."""
         for finding in findings:
             examples = self._findings.setdefault(finding.kind, [])
-            if len(examples) < _EXAMPLES:
+            if len(examples) < (_UNREAD if finding.kind == "not read" else _EXAMPLES):
                 examples.append(finding)
             self._counts[finding.kind] = self._counts.get(finding.kind, 0) + 1
             if finding.share is not None:
@@ -130,8 +132,9 @@ class Report:
         for kind in self.counts:
             lines += ["", f"## {kind}: {self._counts[kind]}", "", KINDS[kind], ""]
             lines += [f"- `{f.file}`: {f.detail}" for f in self._findings[kind]]
-            if self._counts[kind] > _EXAMPLES:
-                lines.append(f"- and {self._counts[kind] - _EXAMPLES} more")
+            more = self._counts[kind] - len(self._findings[kind])
+            if more:
+                lines.append(f"- and {more} more")
         self.summary_path.write_text("\n".join(lines) + "\n")
 
     def _row(self, kind: str) -> str:
