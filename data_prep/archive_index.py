@@ -20,17 +20,6 @@ from etils import epath
 from data_prep import archive_indexing, archives
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    """Opens an index for reading."""
-    local = path
-    if "://" in path:
-        folder = tempfile.mkdtemp(prefix="archive_index")
-        local = os.path.join(folder, "index.sqlite")
-        epath.Path(path).copy(local)
-    uri = f"file:{urllib.parse.quote(local)}?mode=ro&immutable=1"
-    return sqlite3.connect(uri, uri=True, check_same_thread=False)
-
-
 class ArchiveIndex:
     """The files in archives, by path. Picklable: workers open the index file."""
 
@@ -70,7 +59,14 @@ class ArchiveIndex:
 
     def _open_files(self) -> None:
         """Opens the index; archives follow when they are read."""
-        self._connection = _connect(self._index_path)
+        local = self._index_path
+        if "://" in local:
+            folder = tempfile.TemporaryDirectory(prefix="archive_index")
+            weakref.finalize(self, folder.cleanup)
+            local = os.path.join(folder.name, "index.sqlite")
+            epath.Path(self._index_path).copy(local)
+        uri = f"file:{urllib.parse.quote(local)}?mode=ro&immutable=1"
+        self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         weakref.finalize(self, self._connection.close)
         self._opened: dict[int, archives.Archive] = {}
 

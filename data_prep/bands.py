@@ -166,7 +166,8 @@ def s2_values(
     findings = _turned(path, image)
     if image.pixels.dtype == np.uint8 and not _has_scale(image):
         return Values(image.pixels, valid, findings)
-    if image.pixels.dtype not in (np.uint16, np.int16):
+    # Of uint8, only files with a scale tag get here.
+    if image.pixels.dtype not in (np.uint16, np.int16, np.uint8):
         raise errors.BadFileError(
             path,
             f"dtype {image.pixels.dtype}, but reflectance * 10000 as uint16 or int16, or scaled "

@@ -59,10 +59,12 @@ def find_files(
     if sources.absolute(source_dir).exists():
         tree = file_tree.FileTree(source_dir)
         files, unread = tile_files.sort_files(tree.paths(), layout)
-        # Extracted files are complete without archives.
-        if tile_files.missing_folders(files, layout):
-            tree.index(index_path)
-            files, unread = tile_files.sort_files(tree.paths(), layout)
+        # Extracted files may be complete without archives, and zip files without others, which
+        # take long to index.
+        for only_zip in (True, False):
+            if tile_files.missing_folders(files, layout):
+                tree.index(index_path, only_zip)
+                files, unread = tile_files.sort_files(tree.paths(), layout)
         files = _split_cities(_name_splits(files), layout, test_cities)
         missing = tile_files.missing_folders(files, layout)
     if missing:

@@ -68,17 +68,19 @@ class FileTree:
         # Workers read files by path and need no list of them.
         return {"_root": self._root, "_index": self._index, "_on_disk": [], "archives": []}
 
-    def index(self, index_path: epath.Path | None) -> None:
+    def index(self, index_path: epath.Path | None, only_zip: bool = False) -> None:
         """Indexes the archives.
 
         Args:
           index_path: the file that keeps the index; None for a temporary one.
+          only_zip: whether to index zip files alone, which are indexed at once.
 
         Raises:
           sources.SourceError: if an archive is damaged.
         """
-        if self.archives:
-            self._index = sources.open_index(self.archives, _Everything(), index_path)
+        wanted = [p for p in self.archives if not only_zip or p.name.lower().endswith(".zip")]
+        if wanted:
+            self._index = sources.open_index(wanted, _Everything(), index_path)
 
     def paths(self) -> list[str]:
         """The paths of all files, sorted."""

@@ -29,6 +29,12 @@ _FIELD_BYTES = {
 }  # fmt: skip
 
 
+# Of an alpha band. Software also calls the second of two label bands one.
+_ALPHA_VALUES = (0, 255, 65535)
+# The mask of a band is the alpha band of its file.
+_ALPHA_FLAGS = [rasterio.enums.MaskFlags.per_dataset, rasterio.enums.MaskFlags.alpha]
+
+
 class GeotiffError(ValueError):
     """A file that is no GeoTIFF, is incomplete, or has another number of bands than needed."""
 
@@ -117,7 +123,10 @@ def read_bands(data: bytes) -> Image:
             )
         # Before anything else is asked of the file: this finds out whether it is whole.
         pixels = dataset.read()
-        is_alpha = [c == rasterio.enums.ColorInterp.alpha for c in dataset.colorinterp]
+        is_alpha = [
+            c == rasterio.enums.ColorInterp.alpha and np.isin(band, _ALPHA_VALUES).all()
+            for c, band in zip(dataset.colorinterp, pixels, strict=True)
+        ]
         indexes = [i for i in dataset.indexes if not is_alpha[i - 1]]
         opaque = (pixels[is_alpha] > 0).all(axis=0) if any(is_alpha) else None
         if opaque is not None:
@@ -146,10 +155,10 @@ def _valid_pixels(
     opaque: np.ndarray | None,
 ) -> np.ndarray | None:
     """The valid pixels (K, H, W) by the file's tags, masks and alpha band; None if all are."""
-    # GDAL itself uses alpha bands of integers only.
+    # GDAL itself uses alpha bands of integers only, and those that hold something else, too.
     valid = None if opaque is None else np.broadcast_to(opaque, pixels.shape)
-    flags = [dataset.mask_flag_enums[i - 1] for i in indexes]
-    if any(flag != [rasterio.enums.MaskFlags.all_valid] for flag in flags):
+    not_masks = ([rasterio.enums.MaskFlags.all_valid], _ALPHA_FLAGS)
+    if any(dataset.mask_flag_enums[i - 1] not in not_masks for i in indexes):
         masks = dataset.read_masks(indexes) > 0
         valid = masks if valid is None else valid & masks
     if np.issubdtype(pixels.dtype, np.floating):

@@ -18,6 +18,8 @@ from data_prep import archive_index, archive_indexing, archives
 
 # How many folders there may be between the source directory and a component or an archive.
 SEARCH_DEPTH = 2
+# The folder of a location of SSL4EO-S12.
+_LOCATION = re.compile(r"\d{7}")
 
 
 class SourceError(FileNotFoundError):
@@ -135,13 +137,17 @@ class _Components:
 
     def path(self, archive: archives.ArchivePath, member: str) -> str | None:
         """The path from the component on."""
-        del archive
         parts = archive_indexing.split_path(member)
         if archive_indexing.is_junk(parts):
             return None
         for start, part in enumerate(parts):
-            if component := self._names.get(part.lower()):
-                rest = parts[start + 1 :]
+            component = self._names.get(part.lower())
+            rest = parts[start + 1 :]
+            if component is None and _LOCATION.fullmatch(part):
+                # `s1.tar.gz` may begin with locations.
+                component = self._names.get(archive.stem.lower())
+                rest = parts[start:]
+            if component is not None:
                 if self._ids is not None and rest and rest[0] not in self._ids:
                     return None
                 return "/".join([component, *rest])
@@ -283,7 +289,7 @@ class Source:
                 self._folders[component] = path
             elif not is_folder and archives.is_archive(name):
                 found.append(path)
-            elif is_folder and depth > 0 and not re.fullmatch(r"\d{7}", name):
+            elif is_folder and depth > 0 and not _LOCATION.fullmatch(name):
                 found += self._search(path, depth - 1)
             else:
                 self.unread.append(os.fspath(path))
@@ -291,8 +297,11 @@ class Source:
 
 
 def _holds_archives(folder: epath.Path) -> bool:
-    """Whether a folder is that of archives, such as `s1_grd/s1_grd.tar.gz.partaa`."""
-    return any(not is_folder and archives.is_archive(name) for name, is_folder in entries(folder))
+    """Whether a folder is that of archives alone, such as `s1_grd/s1_grd.tar.gz.partaa`."""
+    found = entries(folder)
+    if any(is_folder for _, is_folder in found):
+        return False
+    return any(archives.is_archive(name) for name, _ in found)
 
 
 def with_slices(path: epath.Path) -> list[epath.Path]:

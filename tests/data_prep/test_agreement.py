@@ -471,3 +471,16 @@ def test_proj_database_that_cannot_be_replaced_is_named(tmp_path):
     )
     assert f"cannot use the PROJ database (PROJ_DATA={tmp_path})" in result.stdout, result.stderr
     assert "Unset PROJ_DATA and PROJ_LIB" in result.stdout
+
+
+@pytest.mark.parametrize("value", ["on", "-1000", "20000", "1e3"])
+def test_offset_that_is_no_number_is_refused(tmp_path, value):
+    command = runs.command(
+        "data_prep.build", dataset="dfc2020", source_dir=tmp_path, data_dir=tmp_path / "data",
+        s2_offset=value,
+    )  # fmt: skip
+    result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"Error: --s2_offset={value} is neither auto nor a whole number from 0 to 10000\n"
+    )

@@ -131,6 +131,19 @@ def test_alpha_band_of_s1(nol, tmp_path):
     assert_masked(trees.records(built), before, MASK, {"s1": [0]})
 
 
+def test_second_label_band_that_is_called_alpha(templates, tmp_path):
+    """Of two bands, software calls the second one alpha; here it holds the labels."""
+    tree = trees.sample("dw", tmp_path / "tree", 2)
+    before = trees.records(trees.build("dw", tree, tmp_path / "before"))
+    for file in tree.rglob("dw_*.tif"):
+        trees.rewrite(file, alpha="YES")
+        with rasterio.open(file) as dataset:
+            assert dataset.colorinterp[1] == rasterio.enums.ColorInterp.alpha
+    built = trees.build("dw", tree, tmp_path / "data")
+    np.testing.assert_array_equal(trees.records(built)[0]["labels"], before[0]["labels"])
+    assert built.report.counts == {}
+
+
 S2_NODATA = {
     "0 in all bands": (0, {}, sensors.S2_BANDS),
     "0 in the bands of one resolution": (0, {}, sensors.S2_BANDS_BY_RESOLUTION[20]),

@@ -190,6 +190,35 @@ def test_index_is_kept_and_holds_what_the_table_names(templates, tmp_path, monke
         trees.build("nol", released, tmp_path / "data")
 
 
+def test_archives_that_begin_with_locations(templates, tmp_path):
+    tree, expected = templates["nol"]
+    for name in ("s1", "s2c"):
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(tree / name, ".")
+    trees.zip_folder(tree / "dw_noisy_labels", tmp_path / "dw_noisy_labels.zip", "x/")
+    shutil.copy(tree / "dw_complete_ids.csv", tmp_path)
+    built = trees.build("nol", tmp_path, tmp_path / "data")
+    assert trees.digests(built) == trees.digests(expected)
+
+
+def test_archives_in_an_extracted_folder_hide_nothing(templates, tmp_path):
+    tree, expected = templates["nol"]
+    shutil.copytree(tree, tmp_path / "tree")
+    (tmp_path / "tree" / "s1" / "docs.zip").write_bytes(b"")
+    built = trees.build("nol", tmp_path / "tree", tmp_path / "data")
+    assert trees.digests(built) == trees.digests(expected)
+    assert "`s1/docs.zip`: no location" in built.report.summary_path.read_text()
+
+
+def test_slow_archives_are_not_read_where_zips_are_complete(templates, tmp_path, monkeypatch):
+    tree, expected = templates["dfc2020"]
+    trees.zip_folder(tree, tmp_path / "dfc.zip")
+    for i in range(3):
+        (tmp_path / f"s2_l1c.tar.gz.parta{'abc'[i]}").write_bytes(b"hundreds of gigabytes")
+    built = trees.build("dfc2020", tmp_path, tmp_path / "data")
+    assert trees.digests(built) == trees.digests(expected)
+
+
 @pytest.mark.parametrize("missing", [0, 2])
 def test_missing_slice_is_named(templates, tmp_path, missing):
     released = pack_nol(templates["nol"][0], tmp_path / "released", parts=4)
