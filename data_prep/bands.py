@@ -84,11 +84,13 @@ class Values:
     Attributes:
       pixels: (K, H, W), uint8 if already scaled; otherwise dB, or reflectance * 10000.
       valid: (K, H, W) bool.
+      zero: (K, H, W) bool, where the file holds 0; False if already scaled.
       findings: about the file.
     """
 
     pixels: np.ndarray
     valid: np.ndarray
+    zero: np.ndarray
     findings: tuple[Finding, ...]
 
 
@@ -106,9 +108,9 @@ def s1_values(path: str, image: geotiff.Image) -> Values:
     valid = np.ones(image.pixels.shape, bool) if image.valid is None else image.valid
     findings = _turned(path, image)
     if image.pixels.dtype == np.uint8 and not _has_scale(image):
-        return Values(image.pixels, valid, findings)
-    valid = valid & (image.pixels != 0)
-    pixels = image.pixels
+        return Values(image.pixels, valid, np.zeros(valid.shape, bool), findings)
+    pixels, zero = image.pixels, image.pixels == 0
+    valid = valid & ~zero
     if _has_scale(image):
         pixels = _apply_scale(image)
         findings += (Finding("scale applied", path, _scale_text(image)),)
@@ -121,7 +123,7 @@ def s1_values(path: str, image: geotiff.Image) -> Values:
             path, f"dtype {pixels.dtype}, but float dB or scaled uint8 is needed"
         )
     valid = valid & (pixels > MIN_DECIBELS)
-    return Values(np.where(valid, pixels, 0), valid, findings)
+    return Values(np.where(valid, pixels, 0), valid, zero, findings)
 
 
 def _check_decibels(path: str, values: np.ndarray, dtype: np.dtype) -> None:
@@ -148,42 +150,39 @@ def _check_decibels(path: str, values: np.ndarray, dtype: np.dtype) -> None:
         )
 
 
-def s2_values(
-    path: str, image: geotiff.Image, band_groups: tuple[tuple[int, ...], ...] = ((0,),)
-) -> Values:
+def s2_values(path: str, image: geotiff.Image) -> Values:
     """Sentinel-2 values, reflectance * 10000, without correction of an offset.
 
     Args:
       path: of the file, for errors.
       image: uint16 or int16, or uint8 that is already scaled.
-      band_groups: indexes of the bands of each resolution, in which 0 marks nodata if it stands in
-        all of them. For files of one band see `zeros_of_groups`.
+
+    Returns:
+      Values. Zeros are valid here; see `nodata.mark_zeros`.
 
     Raises:
       errors.BadFileError: for another dtype.
     """
     valid = np.ones(image.pixels.shape, bool) if image.valid is None else image.valid
     findings = _turned(path, image)
-    if image.pixels.dtype == np.uint8 and not _has_scale(image):
-        return Values(image.pixels, valid, findings)
+    pixels = image.pixels
+    if pixels.dtype == np.uint8 and not _has_scale(image):
+        return Values(pixels, valid, np.zeros(pixels.shape, bool), findings)
     # Of uint8, only files with a scale tag get here.
-    if image.pixels.dtype not in (np.uint16, np.int16, np.uint8):
+    if pixels.dtype not in (np.uint16, np.int16, np.uint8):
         raise errors.BadFileError(
             path,
-            f"dtype {image.pixels.dtype}, but reflectance * 10000 as uint16 or int16, or scaled "
+            f"dtype {pixels.dtype}, but reflectance * 10000 as uint16 or int16, or scaled "
             "uint8 is needed",
         )
-    pixels = image.pixels
     valid = valid & (pixels >= 0) & (pixels != np.iinfo(pixels.dtype).max)
-    for group in band_groups if len(pixels) > 1 else ():
-        zero = (pixels[list(group)] == 0).all(axis=0)
-        valid[list(group)] &= ~zero
+    zero = pixels == 0
     if _has_scale(image):
         pixels = _apply_scale(image)
         # A scale of 0.0001 gives reflectance.
         pixels = np.rint(pixels * 10000 if max(image.scales) < 0.01 else pixels)
         findings += (Finding("scale applied", path, _scale_text(image)),)
-    return Values(pixels.astype(np.int32), valid, findings)
+    return Values(pixels.astype(np.int32), valid, zero, findings)
 
 
 def scale(name: str, values: np.ndarray, valid: np.ndarray) -> np.ndarray:

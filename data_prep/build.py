@@ -177,7 +177,7 @@ def _summary(builder: LocationBuilder, final_dir: epath.Path, is_tiles: bool) ->
     if _PATCH_SIZE.value:
         summary.append(f"patches without labels omitted ({_listed(metadata['num_empty_patches'])})")
     if report.counts:
-        summary.append(f"found {_listed(report.counts, ': ')} (see {report.summary_path})")
+        summary.append(f"reported: {_listed(report.counts)} (see {report.summary_path})")
     summary.append(f"{builder.info.dataset_size} in {final_dir}")
     return ", ".join(summary)
 
@@ -199,9 +199,9 @@ def _beam_writer(beam_args: Sequence[str]) -> Callable[[records.Plan], Iterator]
     return functools.partial(pipeline.write, options=pipeline.parse_options(beam_args))
 
 
-def _listed(counts: Mapping[str, int], separator: str = " ") -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     """Names and their numbers, as text."""
-    return ", ".join(f"{name}{separator}{count}" for name, count in counts.items())
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def main(argv: list[str]) -> None:

@@ -9,12 +9,12 @@ from data_prep.report import Finding
 
 
 def mark_zeros(
-    values: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]
+    zero: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Marks pixels invalid that are 0 in all Sentinel-2 bands of one resolution.
 
     Args:
-      values: (H, W) of each band of `sensors.S2_BANDS`, at its own resolution, not scaled.
+      zero: (H, W) bool of each band of `sensors.S2_BANDS`, see `bands.Values`.
       valid: (H, W) bool of each band.
 
     Returns:
@@ -22,13 +22,11 @@ def mark_zeros(
     """
     marked = dict(valid)
     for names in sensors.S2_BANDS_BY_RESOLUTION.values():
-        if any(values[name].dtype == np.uint8 for name in names):
-            continue
-        zero = np.logical_and.reduce([values[name] == 0 for name in names])
-        if zero.any():
-            marked |= {name: marked[name] & ~zero for name in names}
+        everywhere = np.logical_and.reduce([zero[name] for name in names])
+        if everywhere.any():
+            marked |= {name: marked[name] & ~everywhere for name in names}
         # A band that is 0 everywhere was never filled.
-        empty = [name for name in names if not values[name].any()]
+        empty = [name for name in names if zero[name].all()]
         marked |= {name: np.zeros_like(marked[name]) for name in empty}
     return marked
 

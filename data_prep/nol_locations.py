@@ -160,7 +160,8 @@ def _scale_images(
             found += grids.compare(reference, path, image, s2.path("B2"))
     s2_pixels = {name: value.pixels[0] for name, value in s2_values.items()}
     s2_valid = nodata.mark_zeros(
-        s2_pixels, {name: value.valid[0] for name, value in s2_values.items()}
+        {name: value.zero[0] for name, value in s2_values.items()},
+        {name: value.valid[0] for name, value in s2_values.items()},
     )
     offset = options.s2_offset
     if offset is None:

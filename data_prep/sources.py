@@ -44,7 +44,8 @@ def not_found(
       layout: one sentence on the tree that is needed, and one on how to make a sample of it.
       unread: files that were found there, but are of no use.
     """
-    found = f"Found instead: {listed(unread)}. " if unread else ""
+    shown = [f"{path} ({why})" if (why := why_unread(path, "")) else path for path in unread]
+    found = f"Found instead: {listed(shown)}. " if shown else ""
     return SourceError(
         f"{', '.join(missing)} not found in {source_dir}: looked for folders and for "
         f"{', '.join(archives.ARCHIVE_SUFFIXES)} archives there. {found}{layout}"

@@ -1,5 +1,7 @@
 """Reads tiles of one date, and cuts them into patches."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -8,12 +10,6 @@ from data_prep import bands, errors, geotiff, grids, nodata, offsets, records, t
 from data_prep.labels import LabelMap, read_labels
 from data_prep.options import Options
 from data_prep.report import Finding
-
-# Bands of a tile by resolution: 0 in all bands of one resolution is nodata.
-_BAND_GROUPS = tuple(
-    tuple(sensors.S2_BANDS.index(name) for name in names)
-    for names in sensors.S2_BANDS_BY_RESOLUTION.values()
-)
 
 
 def read_tile(
@@ -49,7 +45,7 @@ def read_tile(
         bands.check_size(tile.paths[kind], image, labels.shape)
     found += grids.compare(s2, tile.paths["s1"], s1, tile.paths["s2"])
     s1_values = bands.s1_values(tile.paths["s1"], s1)
-    s2_values = bands.s2_values(tile.paths["s2"], s2, _BAND_GROUPS)
+    s2_values = _mark_zeros(bands.s2_values(tile.paths["s2"], s2))
     found += s1_values.findings + s2_values.findings
     offset = options.s2_offset
     if offset is None:
@@ -87,6 +83,13 @@ def read_tile(
         "crs": s2.crs,
         "transform": np.array(s2.transform[:6], np.float64),
     }, found
+
+
+def _mark_zeros(values: bands.Values) -> bands.Values:
+    """Marks the zeros of S2 that are nodata; see `nodata.mark_zeros`."""
+    zero = dict(zip(sensors.S2_BANDS, values.zero, strict=True))
+    valid = nodata.mark_zeros(zero, dict(zip(sensors.S2_BANDS, values.valid, strict=True)))
+    return dataclasses.replace(values, valid=np.stack([valid[n] for n in sensors.S2_BANDS]))
 
 
 def _valid_pixels(

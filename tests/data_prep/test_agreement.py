@@ -276,6 +276,25 @@ def test_scale_and_offset_tags_of_s2_are_applied(nol, tmp_path, scale, raw):
         assert_same(expected, before)
 
 
+def test_zeros_of_files_with_a_scale_are_nodata(nol, tmp_path):
+    tree, before = nol
+    mask = np.zeros((36, 36), bool)
+    mask[:12] = True
+
+    def raw(pixels):
+        pixels = pixels + np.uint16(1000)
+        pixels[:, : pixels.shape[1] // 3] = 0
+        return pixels
+
+    for file in granules(tree, "s2c")[0].iterdir():
+        trees.rewrite(file, raw, scale=(0.0001, -0.1))
+    built = trees.build("nol", tree, tmp_path / "data")
+    record = trees.records(built)[2]
+    assert (record["s2_10m"][:12] == 127).all()
+    np.testing.assert_array_equal(record["s2_10m"][12:], before[2]["s2_10m"][12:])
+    assert (record["labels"][0][mask] == 255).all()
+
+
 def test_metadata_that_disagrees_is_reported(nol, tmp_path):
     tree, before = nol
     first, second = granules(tree, "s2c")
