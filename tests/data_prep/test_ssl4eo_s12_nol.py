@@ -494,6 +494,11 @@ def test_real_location_without_labels(shared, tmp_path):
     (copy / "dw_complete_ids.csv").write_text(f"ids,sub1,sub2\n200,{','.join(granules)}\n")
     data = build(copy, tmp_path / "data").as_data_source("train")
     assert len(data) == 2
+    report = (tmp_path / "data" / "ssl4eo_s12_nol.report.md").read_text()
+    # VV and VH of both seasons; metadata.json is read.
+    assert "| grids shifted | 4 |" in report
+    assert report.count("pixels of 10 m") == 4
+    assert "not read" not in report
     for record in data:
         assert_scaled_files(record, copy)
         assert 0.0002 < record["transform"][2] - record["s1_transform"][2] < 0.0006
