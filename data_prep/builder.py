@@ -189,6 +189,10 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
             )
 
     def _count(self, split: str, location: Location, num_records: int) -> None:
-        """Adds the number of records of a location to the metadata."""
+        """Adds the number of records of a location to the metadata, if it has any.
+
+        Training visits every location that the metadata counts, and draws one of its records.
+        """
         del location
-        self._metadata["season_counts"][split].append(num_records)
+        if num_records:
+            self._metadata["season_counts"][split].append(num_records)

@@ -53,8 +53,7 @@ def find_files(
       sources.SourceError: if files of a kind are missing.
       errors.BuildError: if the data set has no split and no cities are given.
     """
-    missing = [folder for split in layout.splits for folder in layout.folders(split).values()
-               if split not in layout.optional_splits]  # fmt: skip
+    missing = tile_files.missing_folders({}, layout)
     unread: list[str] = []
     if sources.absolute(source_dir).exists():
         tree = file_tree.FileTree(source_dir)
@@ -103,7 +102,7 @@ def _split_cities(
       errors.BuildError: if it is not said which cities are the test split.
     """
     cities = sorted(files.keys() - layout.splits.keys())
-    if not cities or not tile_files.missing_folders(files, layout):
+    if not cities or any(split in files for split in layout.splits):
         return files
     unknown = sorted(set(test_cities) - set(cities))
     if unknown or not test_cities or len(set(test_cities)) == len(cities):
@@ -235,7 +234,8 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         return source, splits, findings
 
     def _count(self, split: str, location: tile_files.Tile, num_records: int) -> None:
-        super()._count(split, location, num_records)
+        # Tiles without records are counted, too.
+        self._metadata["season_counts"][split].append(num_records)
         empty = tiles.num_patches(location.size, self._patch_size) - num_records
         self._metadata["num_empty_patches"][split] += empty
 

@@ -116,13 +116,19 @@ def _tiles_of_location(
     if fault := _fault_of_location(kinds, shown):
         return [Tile(location_id, {}, fault)], []
     labels = kinds["labels"]
-    pairs = {"labels": list(range(len(labels)))}
-    for kind in ("s2", "s1"):
-        pairs[kind] = pairing.nearest(_dates(labels), _dates(kinds[kind]), max_days)
+    pairs: dict[str, list[int | None]] = {"labels": list(range(len(labels)))}
+    days = {kind: _dates(kinds[kind]) for kind in KINDS}
+    pairs["s2"] = pairing.nearest(days["labels"], days["s2"], max_days)
+    # The date of the Sentinel-2 file counts: it is the image that the labels were drawn on.
+    imaged = [
+        days["labels"][row] if index is None else days["s2"][index]
+        for row, index in enumerate(pairs["s2"])
+    ]
+    pairs["s1"] = pairing.nearest(imaged, days["s1"], max_days)
     tiles, used = [], set()
     for row in range(len(labels)):
         indexes = {kind: pairs[kind][row] for kind in KINDS}
-        far = [kind for kind, index in indexes.items() if index is None]
+        far = [kind for kind in ("s2", "s1") if indexes[kind] is None]
         if far:
             reason = (
                 f"no {far[0]} file of its own within {max_days:g} days: found "

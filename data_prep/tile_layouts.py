@@ -5,6 +5,7 @@ of the same data set in other ones, or leave them out of their zip files.
 """
 
 import dataclasses
+import datetime
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -86,6 +87,15 @@ def _split_of_folders(folders: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
+def _is_date(text: str) -> bool:
+    """Whether a text begins with a day of the calendar."""
+    try:
+        datetime.datetime.strptime(text.replace("-", "")[:8], "%Y%m%d")
+    except ValueError:
+        return False
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class _ByCoordinates:
     """Recognises `s1_LON_LAT-DATE.tif` in the folder of a split, also with p as decimal point.
@@ -105,7 +115,7 @@ class _ByCoordinates:
             re.IGNORECASE,
         )
         split = _split_of_folders(folders)
-        if match is None or split is None:
+        if match is None or split is None or not _is_date(match["date"]):
             return None
         lon, lat = (match[field].lower().replace("p", ".") for field in ("lon", "lat"))
         token = match["kind"].lower()
@@ -128,7 +138,7 @@ def _dfc2020(path: str) -> TileFile | None:
     The latter is of the public bundle, whose split is a city.
     """
     match = re.fullmatch(
-        r"ROIs\d+_(?P<part>[a-z]+)_(?P<kind>s1|s2|dfc)_(?P<scene>[a-z0-9]+)_p(?P<number>\d+)\.tiff?",
+        r"ROIs0000_(?P<part>[a-z]+)_(?P<kind>s1|s2|dfc)_(?P<scene>[a-z0-9]+)_p(?P<number>\d+)\.tiff?",
         path.rpartition("/")[2],
         re.IGNORECASE,
     )
@@ -138,12 +148,9 @@ def _dfc2020(path: str) -> TileFile | None:
     token = kind.lower()
     kind = "labels" if token == "dfc" else token
     splits = {"validation": "train", "test": "test"}
-    if (split := splits.get(part.lower())) is not None:
-        location_id, order = f"{part}_p{number}", (int(number),)
-        if scene != "0":
-            location_id, order = f"{part}_{scene}_p{number}", (scene, int(number))
-    else:
-        split, location_id, order = scene, f"{part}_{scene}_p{number}", (part, int(number))
+    split = splits.get(part.lower(), scene)
+    name = part if scene == "0" else f"{part}_{scene}"
+    location_id, order = f"{name}_p{number}", (name, int(number))
     sibling = f"ROIs0000_{part}_{{}}_{scene}_p{number}.tif"
     return TileFile(path, split, kind, location_id, order, "", "", token, sibling)
 

@@ -483,6 +483,32 @@ def test_locations_and_dates_in_names():
     assert tiles[5].fault == ("train/image_s1/s1_12.5_3-*.tif", "missing")
 
 
+def test_dates_of_s1_and_s2_are_compared():
+    names = [
+        "train/image_s1/s1_1_2-20200101.tif",
+        "train/image_s2/s2_1_2-20200320.tif",
+        "train/label_osm/osm_1_2-20200220.tif",
+    ]
+    (tile,), _ = find_tiles(names)
+    assert tile.fault[1].startswith("no s1 file of its own within 60 days: found 20200101")
+    (tile,), findings = find_tiles(names, max_days=79)
+    assert (tile.fault, findings) == ((), [])
+    assert tile.location_id == "1_2-20200320"
+
+
+def test_names_with_impossible_dates_are_faults():
+    names = [f"train/{kind}_1_2-20200101.tif" for kind in ("image_s1/s1", "image_s2/s2")]
+    names += ["train/label_osm/osm_1_2-20200101.tif", "train/label_osm/osm_1_2-20201399.tif"]
+    tiles, _ = find_tiles(names)
+    assert [tile.fault for tile in tiles] == [
+        (
+            "train/label_osm/osm_1_2-20201399.tif",
+            "the name is not osm_{lon}_{lat}-{date}.tif",
+        ),
+        (),
+    ]
+
+
 def test_archives_and_workers_change_no_bit(templates, tmp_path):
     for name in ("dw", "dfc2020"):
         template = templates[name]

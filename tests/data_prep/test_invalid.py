@@ -8,6 +8,7 @@ import rasterio
 import rasterio.shutil
 
 from cromss_jax import sensors
+from cromss_jax.data import input_pipeline
 from data_prep import bands, errors, geotiff, nodata
 from data_prep.options import Options
 from tests.data_prep import trees
@@ -225,8 +226,11 @@ def test_location_without_a_season_left_has_no_records(nol, tmp_path):
         for file in folder.iterdir():
             trees.rewrite(file, lambda pixels: pixels * 0)
     built = trees.build("nol", tree, tmp_path / "data")
-    assert built.info.metadata["season_counts"]["train"] == [2, 0]
+    # Training draws a season of every location that is counted.
+    assert built.info.metadata["season_counts"]["train"] == [2]
     assert len(trees.records(built)) == 2
+    dataset = input_pipeline.open_dataset(str(tmp_path / "data"), "ssl4eo_s12_nol")
+    assert dataset.num_locations == 1
     shutil.rmtree(tmp_path / "data")
     for file in (tree / "s1" / "0000000").rglob("*.tif"):
         trees.rewrite(file, lambda pixels: pixels * np.nan)
