@@ -35,7 +35,7 @@ MIN_MEDIAN_DECIBELS = -60.0
 
 
 class Reader(Protocol):
-    """What gives the bytes of a file: a `sources.Source` or a `file_tree.FileTree`."""
+    """A tree that files are read from: a `ComponentTree` or a `FileTree`."""
 
     def read(self, path: str) -> bytes:
         """Reads one whole file."""

@@ -156,7 +156,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         """Finds the tree, pairs its files, and measures its largest tile.
 
         Args:
-          source_dir: the tree, or what `sources.Source` finds one in.
+          source_dir: see `file_tree.FileTree`.
           data_dir: the folder of TFDS data sets.
           num_workers: processes that read.
           max_bad_locations: number of tiles that may be skipped.

@@ -5,7 +5,7 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 
-from data_prep import bands, errors, geotiff, pairing, sources
+from data_prep import bands, component_tree, errors, geotiff, pairing
 from data_prep.nol_table import TABLE, Location
 from data_prep.report import Finding
 
@@ -56,7 +56,9 @@ def band_of_file(name: str) -> str | None:
     return f"B{match[2]}" if match[2] else match[1]
 
 
-def read_granule(source: sources.Source, folder: str, band_names: Sequence[str]) -> Granule:
+def read_granule(
+    source: component_tree.ComponentTree, folder: str, band_names: Sequence[str]
+) -> Granule:
     """Reads the bands of a granule, and finds out which of its files are no bands.
 
     Raises:
@@ -87,7 +89,7 @@ def read_granule(source: sources.Source, folder: str, band_names: Sequence[str])
 
 
 def pair_granules(
-    location: Location, source: sources.Source, max_days: float
+    location: Location, source: component_tree.ComponentTree, max_days: float
 ) -> tuple[list[tuple[str, str]], tuple[Finding, ...]]:
     """(S1 granule, S2 granule) of each season of the table, by date, and what was not used."""
     s1_folder = f"s1/{location.location_id}"

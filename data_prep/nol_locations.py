@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from cromss_jax import sensors
 from data_prep import (
     bands,
+    component_tree,
     errors,
     geotiff,
     grids,
@@ -15,7 +16,6 @@ from data_prep import (
     nodata,
     offsets,
     records,
-    sources,
 )
 from data_prep.nol_granules import Granule, acquisition_time, pair_granules, read_granule
 from data_prep.nol_table import Location
@@ -43,7 +43,7 @@ class _Season:
 def read_location(
     location: Location,
     *,
-    source: sources.Source,
+    source: component_tree.ComponentTree,
     max_seasons: int,
     options: Options,
     tile_size: int | None = None,
@@ -105,7 +105,7 @@ def read_location(
 def _read_season(
     location: Location,
     granules: tuple[str, str],
-    source: sources.Source,
+    source: component_tree.ComponentTree,
     tile_size: int | None,
     has_truth: bool | None,
     options: Options,
@@ -194,7 +194,7 @@ _RESOLUTIONS = {
 
 
 def _read_label_maps(
-    source: sources.Source,
+    source: component_tree.ComponentTree,
     folder: str,
     has_truth: bool | None,
     reference: geotiff.Image,

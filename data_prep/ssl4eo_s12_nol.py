@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from cromss_jax import sensors
-from data_prep import builder, nol_locations, report, sources
+from data_prep import builder, component_tree, nol_locations, report, sources
 from data_prep.nol_table import TABLE, Location, read_table
 from data_prep.options import DEFAULT, Options
 from data_prep.report import Finding
@@ -34,11 +34,11 @@ COMPONENTS = {
 
 def find_source(
     source_dir: str | os.PathLike, index_path: epath.Path | None = None
-) -> tuple[sources.Source, list[Location], tuple[Finding, ...]]:
+) -> tuple[component_tree.ComponentTree, list[Location], tuple[Finding, ...]]:
     """Finds the tree, and indexes its archives.
 
     Args:
-      source_dir: see `sources.Source`.
+      source_dir: see `component_tree.ComponentTree`.
       index_path: the file that keeps the index of archives; None for a temporary one.
 
     Returns:
@@ -51,7 +51,7 @@ def find_source(
     missing = list(COMPONENTS)
     unread = ()
     if sources.absolute(source_dir).exists():
-        source = sources.Source(source_dir, COMPONENTS)
+        source = component_tree.ComponentTree(source_dir, COMPONENTS)
         # The table says which locations to index. It is a file, or in the zip of the labels.
         if TABLE not in source.found:
             source.index(only_zip=True)
@@ -75,7 +75,7 @@ def find_source(
     return source, locations, _unread(source, locations)
 
 
-def _unread(source: sources.Source, locations: list[Location]) -> tuple[Finding, ...]:
+def _unread(source: component_tree.ComponentTree, locations: list[Location]) -> tuple[Finding, ...]:
     """Files and folders of the tree that are no part of the data set, or not in its table."""
     ids = {location.location_id for location in locations}
     found = [
@@ -113,7 +113,7 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         """Finds the tree. Its first readable location gives the tile size and whether truth exists.
 
         Args:
-          source_dir: the tree, or what `sources.Source` finds one in.
+          source_dir: see `component_tree.ComponentTree`.
           data_dir: the folder of TFDS data sets.
           num_workers: processes that read.
           max_bad_locations: number of locations that may be skipped.

@@ -95,8 +95,8 @@ def test_south_up_tiles_are_turned(templates, tmp_path):
     assert built.report.counts == {"turned": 3}
 
 
-def place(path, **profile):
-    """Says that a file is elsewhere."""
+def relocate(path, **profile):
+    """Moves the georeference of a file."""
     with rasterio.open(path) as file:
         east, north = profile.pop("shift", (0, 0))
         transform = rasterio.Affine.translation(east, north) @ file.transform
@@ -111,7 +111,7 @@ def test_a_few_pixels_are_accepted_and_reported(nol, tmp_path, which, shift, pix
     tree, before = nol
     files = [label_file(tree)] if which == "labels" else list(granules(tree, "s1")[0].iterdir())
     for file in files:
-        place(file, shift=shift)
+        relocate(file, shift=shift)
     built = trees.build("nol", tree, tmp_path / "data")
     for record, old in zip(trees.records(built), before, strict=True):
         for name in ("s1", "s2_10m", "labels"):
@@ -142,7 +142,7 @@ def test_other_grids_are_refused(nol, tmp_path, which, change, message):
         else granules(tree, which)[0] / ("VV.tif" if which == "s1" else "B5.tif")
     )
     values = {k: v(file) if callable(v) else v for k, v in change.items()}
-    place(file, **values)
+    relocate(file, **values)
     with pytest.raises(errors.BuildError, match=message):
         trees.build("nol", tree, tmp_path / "data")
 
@@ -150,7 +150,7 @@ def test_other_grids_are_refused(nol, tmp_path, which, change, message):
 def test_other_grids_of_tiles_are_refused(templates, tmp_path):
     tree = shutil.copytree(templates["osm"][0], tmp_path / "tree")
     file = next((tree / "train" / "label_osm").iterdir())
-    place(file, shift=(0, 2000))
+    relocate(file, shift=(0, 2000))
     with pytest.raises(
         errors.BuildError, match=r"is 2.0 km off s2_.*at most 8 pixels are accepted"
     ):
@@ -167,7 +167,7 @@ def test_the_same_grid_in_another_crs_is_accepted(nol, tmp_path):
             f"+proj=tmerc +lat_0=0 +lon_0={6 * zone - 183} +k=0.9996 +x_0=500000 "
             f"+y_0={0 if dataset.crs.to_epsg() < 32700 else 10_000_000} +datum=WGS84"
         )
-    place(file, crs=crs)
+    relocate(file, crs=crs)
     built = trees.build("nol", tree, tmp_path / "data")
     assert_same(trees.records(built), before)
     assert built.report.counts == {}
@@ -448,7 +448,7 @@ def test_proj_database_of_another_version_changes_nothing(nol, templates, tmp_pa
     """QGIS, PostGIS and conda set these variables to databases that rasterio cannot use."""
     tree, _ = nol
     for file in tree.rglob("*.tif"):
-        place(file, crs="EPSG:3035")
+        relocate(file, crs="EPSG:3035")
     other = tmp_path / "proj"
     other.mkdir()
     (other / "proj.db").write_bytes(b"of another version")

@@ -134,7 +134,7 @@ def pack_nol(tree, released, parts):
         (released / path).mkdir(parents=True)
         packed = released / path / f"{name}.tar.gz"
         with tarfile.open(packed, "w:gz") as archive:
-            # Places that NoL has no labels for.
+            # Locations without labels in NoL.
             for member in sorted((tree / folder).iterdir(), reverse=True):
                 archive.add(member, f"{folder}/{int(member.name) + 100:07d}")
             archive.add(tree / folder, folder)

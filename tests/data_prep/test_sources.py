@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep import archives, sources
+from data_prep import archives, component_tree, sources
 
 COMPONENTS = ("images", "labels", "table.csv")
 FILES = {
@@ -19,7 +19,7 @@ FILES = {
 
 
 def open_source(path, components):
-    source = sources.Source(path, components)
+    source = component_tree.ComponentTree(path, components)
     source.index()
     return source
 
