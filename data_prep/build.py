@@ -1,4 +1,4 @@
-"""Builds a dataset of ArrayRecord files from its GeoTIFFs.
+"""Builds a data set of ArrayRecord files from its GeoTIFFs.
 
 python -m data_prep.build --dataset=ssl4eo_s12_nol --source_dir=DIR --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR
@@ -7,7 +7,6 @@ python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --be
 
 import concurrent.futures.process
 import functools
-import os
 import signal
 import sys
 import time
@@ -15,8 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
+from etils import epath
 
-from data_prep import downstream, records, sources, ssl4eo_s12_nol
+from data_prep import cpus, downstream, errors, options, proj, records, sources, ssl4eo_s12_nol
+from data_prep.builder import LocationBuilder
 
 BUILDERS = {
     builder_class.name: builder_class
@@ -28,111 +29,170 @@ BUILDERS = {
     )
 }
 
-_DATASET = flags.DEFINE_enum("dataset", None, sorted(BUILDERS), "Which dataset.", required=True)
+_DATASET = flags.DEFINE_enum(
+    "dataset", None, sorted(BUILDERS), "The data set to build.", required=True
+)
 _SOURCE_DIR = flags.DEFINE_string(
     "source_dir",
     None,
-    "Folder holding the source tree, extracted or as .zip, .tar or .tar.gz archives in any "
-    "mixture, or one such archive. Nothing is unpacked.",
+    "Folder with the source tree, extracted or as .zip, .tar or .tar.gz archives in any "
+    "mixture, or the path of one such archive. Nothing is unpacked.",
     required=True,
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets are written.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "The folder that data sets are written to.", required=True
+)
 _NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", os.cpu_count(), "Processes that read.", lower_bound=1
+    "num_workers",
+    cpus.available(),
+    "Number of processes that read; by default the processors that this process may use.",
+    lower_bound=1,
 )
 _MAX_BAD_LOCATIONS = flags.DEFINE_integer(
     "max_bad_locations",
     0,
-    "How many locations may be set aside for missing, damaged or wrong files.",
+    "Number of locations that may be skipped because of missing, damaged or wrong files.",
     lower_bound=0,
 )
-_S2_OFFSET = flags.DEFINE_integer(
+_S2_OFFSET = flags.DEFINE_string(
     "s2_offset",
-    0,
-    "Subtracted from raw Sentinel-2 pixels: 1000 for products since processing baseline 04.00.",
+    "auto",
+    "Subtracted from raw Sentinel-2 pixels. auto detects the offset of 1000 that products since "
+    "processing baseline 04.00 have, for each image; a number is used for all images.",
+)
+_MAX_INVALID = flags.DEFINE_float(
+    "max_invalid",
+    options.DEFAULT.max_invalid,
+    "Seasons and tiles with a larger share of invalid pixels (nodata) are skipped.",
     lower_bound=0,
-    upper_bound=10000,
+    upper_bound=1,
+)
+_MAX_DAYS = flags.DEFINE_float(
+    "max_days",
+    options.DEFAULT.max_days,
+    "Largest number of days between the Sentinel-1 and the Sentinel-2 image of a pair.",
+    lower_bound=0,
+)
+_TEST_CITIES = flags.DEFINE_list(
+    "test_cities",
+    [],
+    "Cities of the public bundle of DFC2020 that are the test split, separated by commas.",
 )
 _PATCH_SIZE = flags.DEFINE_integer(
     "patch_size",
     0,
-    "Side of the patches to cut downstream tiles into, without overlap; those without any labels "
-    "are left out. 0 leaves tiles whole.",
+    "Side of the patches that downstream tiles are cut into, without overlap; patches without "
+    "labels are omitted. 0 does not cut tiles.",
     lower_bound=0,
 )
 _BEAM = flags.DEFINE_boolean(
     "beam",
     False,
-    "Build in an Apache Beam pipeline, whose options follow after --, for instance "
+    "Build in an Apache Beam pipeline. Its options follow after --, for instance "
     "-- --runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=8.",
 )
 
 
+def _options() -> options.Options:
+    """The options that all data sets share, by the flags.
+
+    Raises:
+      errors.BuildError: if a flag has a wrong value.
+    """
+    offset = None if _S2_OFFSET.value == "auto" else _S2_OFFSET.value
+    if offset is not None and not (offset.isdecimal() and int(offset) <= 10000):
+        raise errors.BuildError(
+            f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
+        )
+    return options.Options(
+        s2_offset=None if offset is None else int(offset),
+        max_invalid=_MAX_INVALID.value,
+        max_days=_MAX_DAYS.value,
+        test_cities=tuple(_TEST_CITIES.value),
+    )
+
+
 def build(beam_args: Sequence[str] = ()) -> str:
-    """Builds what the flags say, in a pipeline with these options, and returns a summary."""
+    """Builds the data set that the flags describe, and returns a summary."""
     builder_class = BUILDERS[_DATASET.value]
     is_tiles = issubclass(builder_class, downstream.TileBuilder)
     if _PATCH_SIZE.value and not is_tiles:
-        raise records.BuildError(
+        raise errors.BuildError(
             f"--patch_size={_PATCH_SIZE.value} is for downstream data sets, not for "
-            f"{builder_class.name}: leave it out, crops are drawn during training"
+            f"{builder_class.name}: leave it out, training takes random crops"
         )
-    options = {"s2_offset": _S2_OFFSET.value}
-    if is_tiles:
-        options["patch_size"] = _PATCH_SIZE.value
+    build_options = _options()
+    special = {"patch_size": _PATCH_SIZE.value} if is_tiles else {}
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = sources.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        info = tfds.builder_from_directory(final_dir).info
-        for name, value in options.items():
-            if info.metadata[name] != value:
-                raise records.BuildError(
-                    f"{final_dir} was built with --{name}={info.metadata[name]}: delete it, "
-                    "or choose another --data_dir"
-                )
-        return (
-            f"{final_dir} is there already, nothing was done: "
-            f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
-            "build it anew."
-        )
+        return _existing(final_dir, build_options.metadata() | special)
     start = time.monotonic()
     builder = builder_class(
         source_dir=_SOURCE_DIR.value,
         data_dir=data_dir,
         num_workers=_NUM_WORKERS.value,
         max_bad_locations=_MAX_BAD_LOCATIONS.value,
-        **options,
+        options=build_options,
+        **special,
     )
     builder.build(write)
+    return f"{_summary(builder, final_dir, is_tiles)}, {time.monotonic() - start:.0f} s."
+
+
+def _existing(final_dir: epath.Path, wanted: Mapping[str, object]) -> str:
+    """A sentence on a data set that exists already.
+
+    Raises:
+      errors.BuildError: if it was built with other options.
+    """
+    info = tfds.builder_from_directory(final_dir).info
+    for name, value in wanted.items():
+        # Data sets of earlier versions do not say all options.
+        found = info.metadata.get(name, value)
+        if found != value and (flags.FLAGS[name].present or name == "patch_size"):
+            raise errors.BuildError(
+                f"{final_dir} was built with --{name}={found}: delete it, or choose another "
+                "--data_dir"
+            )
+    return (
+        f"{final_dir} exists, nothing was done: "
+        f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
+        "build it again."
+    )
+
+
+def _summary(builder: LocationBuilder, final_dir: epath.Path, is_tiles: bool) -> str:
+    """What was written and found, as text."""
     metadata = builder.info.metadata
     num_records = {name: split.num_examples for name, split in builder.info.splits.items()}
-    set_aside = builder.bad_locations.count
+    report = builder.report
     summary = [
         f"{sum(map(len, metadata['season_counts'].values()))} "
         f"{'tiles' if is_tiles else 'locations'} written",
-        f"{set_aside} set aside" + (f" (see {builder.bad_locations.path})" if set_aside else ""),
+        f"{report.count} skipped" + (f" (see {report.path})" if report.count else ""),
         f"{sum(num_records.values())} records" + (f" ({_listed(num_records)})" if is_tiles else ""),
     ]
     if _PATCH_SIZE.value:
-        summary.append(
-            f"patches without labels left out ({_listed(metadata['num_empty_patches'])})"
-        )
+        summary.append(f"patches without labels omitted ({_listed(metadata['num_empty_patches'])})")
+    if report.counts:
+        summary.append(f"reported: {_listed(report.counts)} (see {report.summary_path})")
     summary.append(f"{builder.info.dataset_size} in {final_dir}")
-    return f"{', '.join(summary)}, {time.monotonic() - start:.0f} s."
+    return ", ".join(summary)
 
 
 def _beam_writer(beam_args: Sequence[str]) -> Callable[[records.Plan], Iterator]:
-    """What builds in a pipeline."""
+    """The function that writes the files in a Beam pipeline."""
     if _NUM_WORKERS.present:
-        raise records.BuildError(
-            "--num_workers is for builds without --beam: tell the runner how many to start, for "
-            "instance -- --direct_num_workers=8"
+        raise errors.BuildError(
+            "--num_workers is for builds without --beam: give the runner its own option instead, "
+            "such as -- --direct_num_workers=8"
         )
     try:
         from data_prep import pipeline
     except ModuleNotFoundError as error:
-        raise records.BuildError(
+        raise errors.BuildError(
             "--beam needs Apache Beam, which is not installed: pip install -e .[beam], in an "
             "environment of its own"
         ) from error
@@ -140,22 +200,23 @@ def _beam_writer(beam_args: Sequence[str]) -> Callable[[records.Plan], Iterator]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    """A number for each split."""
-    return ", ".join(f"{split} {count}" for split, count in counts.items())
+    """Names and their numbers, as text."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; what the user can mend is told in one sentence."""
+    """Runs the command. An error that the user can correct is printed as one sentence."""
     if len(argv) > 1 and not _BEAM.value:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    # Ends like Ctrl-C does, so that the unfinished dataset is removed.
+    # As for Ctrl-C, the unfinished data set is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        proj.check()
         print(build(argv[1:]))
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit("Error: a worker process died (out of memory?); nothing was written.")
-    except (records.BuildError, sources.SourceError, OSError) as error:
+    except (errors.BuildError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; nothing was written.")

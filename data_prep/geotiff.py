@@ -1,4 +1,4 @@
-"""Writes GeoTIFFs, and reads them, refusing those that are not whole."""
+"""Reads and writes GeoTIFFs. Incomplete files are refused."""
 
 import contextlib
 import dataclasses
@@ -6,16 +6,20 @@ import logging
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+# Before rasterio: it chooses the database of coordinate reference systems.
+from data_prep import proj  # noqa: F401 # isort: skip
+
 import rasterio
 import rasterio.enums
 import rasterio.errors
 import rasterio.io
 from affine import Affine
 
-# What GDAL logs about a damaged file is raised here as an error.
+# GDAL's messages about damaged files are raised here as errors.
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)
 
 # Bytes of one value of each TIFF field type.
@@ -25,66 +29,166 @@ _FIELD_BYTES = {
 }  # fmt: skip
 
 
+# Of an alpha band. Software also calls the second of two label bands one.
+_ALPHA_VALUES = (0, 255, 65535)
+# The mask of a band is the alpha band of its file.
+_ALPHA_FLAGS = [rasterio.enums.MaskFlags.per_dataset, rasterio.enums.MaskFlags.alpha]
+
+
 class GeotiffError(ValueError):
-    """A file that is no GeoTIFF, is cut short, or has another number of bands than needed."""
+    """A file that is no GeoTIFF, is incomplete, or has another number of bands than needed."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Band:
-    """One band as stored.
+class Image:
+    """Bands of a file, rows from north to south and columns from west to east.
 
     Attributes:
-      pixels: (H, W), of the file's dtype.
+      pixels: (K, H, W), of the file's dtype.
+      valid: (K, H, W) bool, False where the file's nodata tag, mask or alpha band says so, and for
+        NaN and infinity; None if all pixels are valid.
       crs: coordinate reference system as WKT; empty if the file names none.
       transform: (a, b, c, d, e, f): x = a * column + b * row + c, y = d * column + e * row + f,
         in the units of `crs`. The identity if the file has none.
+      scales: of each band; physical value = pixel * scale + offset.
+      offsets: of each band.
+      descriptions: names of the bands; empty where the file has none.
+      tags: metadata of the file.
+      is_turned: whether the file stores its rows from south to north, or columns east to west.
     """
 
     pixels: np.ndarray
+    valid: np.ndarray | None
     crs: str
     transform: Affine
+    scales: tuple[float, ...]
+    offsets: tuple[float, ...]
+    descriptions: tuple[str, ...]
+    tags: Mapping[str, str]
+    is_turned: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels.shape[1:]
+
+    @property
+    def is_georeferenced(self) -> bool:
+        """Whether the file says where it is."""
+        return bool(self.crs) and self.transform != Affine.identity()
+
+    def bands(self, indexes: Sequence[int]) -> "Image":
+        """Some of the bands, in the given order."""
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[list(indexes)],
+            valid=None if self.valid is None else self.valid[list(indexes)],
+            scales=tuple(self.scales[i] for i in indexes),
+            offsets=tuple(self.offsets[i] for i in indexes),
+            descriptions=tuple(self.descriptions[i] for i in indexes),
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class Bands:
-    """All bands of a file as stored: like `Band`, with pixels (K, H, W)."""
-
-    pixels: np.ndarray
-    crs: str
-    transform: Affine
-
-
-def read_band(data: bytes) -> Band:
-    """Reads the one band of a GeoTIFF.
+def read_band(data: bytes) -> Image:
+    """Reads the one band of a GeoTIFF; an alpha band is its mask and does not count.
 
     Args:
-      data: the whole file. Reading from memory costs no more than from a path, and is the same
-        for files that lie in an archive.
+      data: the whole file. Reading from memory takes no longer than from a path, and works for
+        files in an archive, too.
 
     Raises:
       GeotiffError: if the file is no GeoTIFF, is cut short, or has more than one band.
     """
-    bands = read_bands(data)
-    if len(bands.pixels) != 1:
-        raise GeotiffError(f"has {len(bands.pixels)} bands, one is needed")
-    return Band(bands.pixels[0], bands.crs, bands.transform)
+    image = read_bands(data)
+    if len(image.pixels) != 1:
+        raise GeotiffError(f"has {len(image.pixels)} bands, one is needed")
+    return image
 
 
-def read_bands(data: bytes) -> Bands:
+def read_bands(data: bytes) -> Image:
     """Reads all bands of a GeoTIFF, stored pixel by pixel or band by band.
 
     Args:
       data: the whole file.
 
     Raises:
-      GeotiffError: if the file is no GeoTIFF, or is cut short.
+      GeotiffError: if the file is no GeoTIFF, is cut short, or is in radar geometry.
     """
     with _open(data) as dataset:
         _check_blocks(dataset)
+        if dataset.transform == Affine.identity() and dataset.gcps[0]:
+            raise GeotiffError(
+                "has ground control points and no grid, as Sentinel-1 GRD in radar geometry: "
+                "correct the terrain first, for instance with SNAP"
+            )
+        # Before anything else is asked of the file: this finds out whether it is whole.
+        pixels = dataset.read()
+        is_alpha = [
+            c == rasterio.enums.ColorInterp.alpha and np.isin(band, _ALPHA_VALUES).all()
+            for c, band in zip(dataset.colorinterp, pixels, strict=True)
+        ]
+        indexes = [i for i in dataset.indexes if not is_alpha[i - 1]]
+        opaque = (pixels[is_alpha] > 0).all(axis=0) if any(is_alpha) else None
+        if opaque is not None:
+            pixels = pixels[np.logical_not(is_alpha)]
         crs = dataset.crs.to_wkt() if dataset.crs else ""
-        bands = Bands(dataset.read(), crs, dataset.transform)
+        if crs.startswith(("LOCAL_CS", "ENGCRS")):
+            crs = ""
+        image = Image(
+            pixels,
+            _valid_pixels(dataset, indexes, pixels, opaque),
+            crs,
+            dataset.transform,
+            scales=tuple(dataset.scales[i - 1] for i in indexes),
+            offsets=tuple(dataset.offsets[i - 1] for i in indexes),
+            descriptions=tuple(dataset.descriptions[i - 1] or "" for i in indexes),
+            tags=dataset.tags(),
+        )
         _check_tags(data)
-    return bands
+    return _turn_north_up(image)
+
+
+def _valid_pixels(
+    dataset: rasterio.io.DatasetReader,
+    indexes: Sequence[int],
+    pixels: np.ndarray,
+    opaque: np.ndarray | None,
+) -> np.ndarray | None:
+    """The valid pixels (K, H, W) by the file's tags, masks and alpha band; None if all are."""
+    # GDAL itself uses alpha bands of integers only, and those that hold something else, too.
+    valid = None if opaque is None else np.broadcast_to(opaque, pixels.shape)
+    not_masks = ([rasterio.enums.MaskFlags.all_valid], _ALPHA_FLAGS)
+    if any(dataset.mask_flag_enums[i - 1] not in not_masks for i in indexes):
+        masks = dataset.read_masks(indexes) > 0
+        valid = masks if valid is None else valid & masks
+    if np.issubdtype(pixels.dtype, np.floating):
+        finite = np.isfinite(pixels)
+        valid = finite if valid is None else valid & finite
+    return None if valid is None or valid.all() else valid
+
+
+def _turn_north_up(image: Image) -> Image:
+    """Turns an image whose rows go from south to north, or whose columns go from east to west."""
+    if image.transform == Affine.identity():
+        return image
+    a, b, c, d, e, f = image.transform[:6]
+    height, width = image.size
+    rows = slice(None, None, -1) if e > 0 else slice(None)
+    columns = slice(None, None, -1) if a < 0 else slice(None)
+    if e > 0:
+        b, c, e, f = -b, c + b * height, -e, f + e * height
+    if a < 0:
+        a, c, d, f = -a, c + a * width, -d, f + d * width
+    transform = Affine(a, b, c, d, e, f)
+    if transform == image.transform:
+        return image
+    return dataclasses.replace(
+        image,
+        pixels=np.ascontiguousarray(image.pixels[:, rows, columns]),
+        valid=None if image.valid is None else image.valid[:, rows, columns],
+        transform=transform,
+        is_turned=True,
+    )
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -109,8 +213,8 @@ def write(
       path: where; its folder exists.
       pixels: (K, H, W), of any dtype that GeoTIFF knows.
       crs: coordinate reference system, such as "EPSG:32632".
-      transform: see `Band`.
-      **options: how GDAL is to write, such as compress="deflate".
+      transform: see `Image`.
+      **options: GDAL's creation options, such as compress="deflate".
 
     Raises:
       OSError: if the file cannot be written.
@@ -125,17 +229,17 @@ def write(
 
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
-    """Opens a file in memory; whatever damage GDAL finds in it is a GeotiffError."""
+    """Opens a file in memory. Damage that GDAL finds is raised as GeotiffError."""
     if not data:
         raise GeotiffError("empty file")
     try:
         with (
-            # No search for side-car files, which GDAL would look for beside every tile.
+            # Otherwise GDAL looks for side-car files beside every tile.
             rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
             warnings.catch_warnings(),
             rasterio.io.MemoryFile(data) as memory,
         ):
-            # Tiles without georeference are fine to train on.
+            # Training does not need a georeference.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff") as dataset:
                 yield dataset
@@ -144,9 +248,9 @@ def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
 
 
 def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
-    """Refuses a file with blocks that were never written: GDAL would give zeros and say nothing."""
+    """Refuses a file with blocks that were never written: GDAL would read them as zeros."""
     height, width = dataset.block_shapes[0]
-    # Where pixels are interleaved, the bands share their blocks.
+    # With pixel interleaving, all bands share their blocks.
     shared = dataset.interleaving == rasterio.enums.Interleaving.pixel
     for band in [1] if shared else dataset.indexes:
         for row in range(-(-dataset.height // height)):
@@ -159,9 +263,9 @@ def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
 
 
 def _check_tags(data: bytes) -> None:
-    """Refuses a file with tags whose values lie past its end.
+    """Refuses a file with tags whose values are past its end.
 
-    GDAL takes such tags, the georeference and the table of blocks included, for absent or zero.
+    GDAL reads such tags, including the georeference and the table of blocks, as absent or zero.
     """
     order = "<" if data[:2] == b"II" else ">"
     big_tiff = struct.unpack_from(order + "H", data, 2)[0] == 43

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-# Items a worker gets at a time: neighbours in an archive are then read in one go.
+# Items that a worker gets at a time: neighbours in an archive are then read together.
 ITEMS_PER_TASK = 4
 
 _function: Callable[[Any], Any] | None = None
@@ -21,20 +21,20 @@ _function: Callable[[Any], Any] | None = None
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # Ctrl-C reaches every process of the terminal; the parent alone decides.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A killed parent would leave its workers waiting for ever."""
+    """Ends this worker when its parent is killed; otherwise it would wait for ever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back: a worker half started would make the pool wait for ever."""
+    """Defers Ctrl-C and SIGTERM: the pool would wait for ever for a worker that is half started."""
     received = []
     handlers = {
         number: signal.signal(number, lambda number, frame: received.append(number))
@@ -60,7 +60,7 @@ def map_in_order(
 
     Args:
       function: picklable; sent to each worker once.
-      items: picklable; read as needed, so that little is in flight at any time.
+      items: picklable; read as needed, so that few are in memory at any time.
       num_workers: processes. With 1 the calling process does the work itself; with more the
         caller must be the main thread.
 
@@ -76,7 +76,7 @@ def map_in_order(
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     pool = concurrent.futures.ProcessPoolExecutor(
         num_workers,
-        # Neither the threads nor the memory of the parent are copied.
+        # Does not copy the threads and the memory of the parent.
         mp_context=multiprocessing.get_context("forkserver"),
         initializer=_start_worker,
         initargs=(function,),

@@ -1,8 +1,8 @@
-"""Writes the files of a dataset in an Apache Beam pipeline, on this machine or on many.
+"""Writes the files of a data set in an Apache Beam pipeline, on one machine or on many.
 
-An element of the pipeline is the number of a file, which one worker reads and writes whole: no
-runner and no number of workers changes a bit of it. What the numbers stand for lies in a folder
-beside the files; the index of a terabyte of archives would not fit into the description of a job.
+An element of the pipeline is the number of a file, which one worker writes completely. Therefore
+the files are the same for every runner and number of workers. The plan is stored in a folder beside
+the files: the index of a terabyte of archives would not fit into the description of a job.
 """
 
 import functools
@@ -16,9 +16,9 @@ from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from etils import epath
 
-from data_prep import records
+from data_prep import errors, records
 
-# One file at a time in a process: threads would share the position in an archive.
+# A process writes one file at a time: its threads would share the position in an archive.
 _writing = threading.Lock()
 
 
@@ -32,14 +32,15 @@ def _outcomes_path(work_dir: epath.Path, number: int) -> epath.Path:
 
 
 def _stop_path(work_dir: epath.Path) -> epath.Path:
-    """Of a file that is there once too many locations are bad."""
+    """The file that exists once too many locations were skipped."""
     return work_dir / "stop"
 
 
 def _write_shard(number: int, work_dir: str) -> None:
-    """Writes one file and what became of its locations, each under its name when it is whole.
+    """Writes one file and the results of its locations, each renamed when it is complete.
 
-    Runners repeat what failed or was slow, even while it still runs: all attempts write the same.
+    Runners repeat elements that failed or are slow, even while they still run: all attempts write
+    the same.
     """
     folder = epath.Path(work_dir)
     with _writing:
@@ -52,7 +53,7 @@ def _write_shard(number: int, work_dir: str) -> None:
         outcomes = []
         for outcome in records.write_shard(unfinished, results, plan.features):
             outcomes.append(outcome)
-            num_bad = sum(isinstance(outcome, records.BadFileError) for outcome in outcomes)
+            num_bad = sum(isinstance(outcome, errors.BadFileError) for outcome in outcomes)
             if num_bad > plan.max_bad_locations:
                 break
         else:
@@ -66,7 +67,7 @@ def _write_shard(number: int, work_dir: str) -> None:
 
 
 def parse_options(args: Sequence[str]) -> pipeline_options.PipelineOptions:
-    """The options of a pipeline as Beam's own commands take them; warns of unknown ones.
+    """Parses pipeline options as Beam does, and warns of unknown ones.
 
     Raises:
       SystemExit: if one has a wrong value.
@@ -79,22 +80,22 @@ def parse_options(args: Sequence[str]) -> pipeline_options.PipelineOptions:
 def write(
     plan: records.Plan, options: pipeline_options.PipelineOptions
 ) -> Iterator[tuple[records.Shard, records.Location, records.Outcome]]:
-    """Does in a pipeline what `records.write_here` does.
+    """Does the same as `records.write_here`, in a pipeline.
 
     Args:
-      plan: of the dataset. All workers see the same files under the same paths.
+      plan: of the data set. All workers must see the same files under the same paths.
       options: of the pipeline.
 
     Yields:
-      See `records.write_here`, once all is written. If one file alone has more bad locations than
-      are allowed, those of files that nobody had begun are left out.
+      See `records.write_here`, after all files are written. If one file alone has more skipped
+      locations than are allowed, locations of files that were not started are omitted.
 
     Raises:
-      records.BuildError: if the pipeline does not write all files.
+      errors.BuildError: if the pipeline does not write all files.
     """
     runner = options.view_as(pipeline_options.StandardOptions).runner
     if runner in (None, "DirectRunner"):
-        # It would fetch the Prism runner from the network, which starts no processes.
+        # DirectRunner would download the Prism runner, which starts no processes.
         runner = fn_api_runner.FnApiRunner()
     work_dir = plan.shards[0].path.parent / "beam"
     work_dir.mkdir()
@@ -103,23 +104,23 @@ def write(
         with beam.Pipeline(runner, options) as pipeline:
             numbers = pipeline | beam.Create(range(len(plan.shards))) | beam.Reshuffle()
             numbers | beam.Map(_write_shard, str(work_dir))
-    # Each runner has errors of its own.
+    # Each runner raises its own errors.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise records.BuildError(
+        raise errors.BuildError(
             f"the Beam pipeline failed, nothing was written: {reason[-1]}"
         ) from error
     is_stopped = _stop_path(work_dir).exists()
     for number, shard in enumerate(plan.shards):
         path = _outcomes_path(work_dir, number)
         if path.exists():
-            # Fewer where there were too many bad ones.
+            # There are fewer results where too many locations were skipped.
             outcomes = pickle.loads(path.read_bytes())
             for location, outcome in zip(shard.locations, outcomes, strict=False):
                 yield shard, location, outcome
         elif not is_stopped:
-            raise records.BuildError(
+            raise errors.BuildError(
                 f"the Beam pipeline ended without writing {shard.path.name}; nothing was written: "
-                "leave out what keeps the command from waiting for the job, and do not cancel it"
+                "remove options that end the command before the job, and do not cancel the job"
             )
     work_dir.rmtree()

@@ -2,91 +2,25 @@
 
 import collections
 import dataclasses
+import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep import sources
+from data_prep import pairing
+from data_prep.report import Finding
+from data_prep.tile_layouts import KINDS, Layout, TileFile
 
-KINDS = ("s1", "s2", "labels")
-# What may stand in a path for each of its fields. Dates sort by their text.
-_FIELDS = {
-    "lon": r"-?\d+(?:\.\d+)?",
-    "lat": r"-?\d+(?:\.\d+)?",
-    "date": r"\d{4}-?\d{2}-?\d{2}.*",
-    "number": r"\d+",
-}
-# The fields of a path that tell one place from another, with their values.
-Place = tuple[tuple[str, str], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a data set keeps its files.
-
-    Attributes:
-      splits: for each of our splits, the name it has in the data set.
-      optional_splits: ours that may be absent.
-      paths: for each of `KINDS`, the path of a tile's file from the component on, with fields
-        `{split}` and those of `_FIELDS`; only `{split}` in its folders. A `{date}` may differ
-        between the files of a tile; the other fields, its *place*, may not.
-      place: how a place is called, with the same fields.
-    """
-
-    splits: Mapping[str, str]
-    optional_splits: frozenset[str]
-    paths: Mapping[str, str]
-    place: str
-
-    def folders(self, split: str) -> dict[str, str]:
-        """The folder of each kind of file in one of our splits."""
-        name = self.splits[split]
-        return {
-            kind: path.rpartition("/")[0].format(split=name) for kind, path in self.paths.items()
-        }
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """What `sources.Source` must look for."""
-        folders = [folder for split in self.splits for folder in self.folders(split).values()]
-        return tuple(dict.fromkeys(folder.split("/")[0] for folder in folders))
-
-
-def _ssl4eo_s12(labels: str) -> Layout:
-    return Layout(
-        splits={"train": "train", "test": "test", "val": "val"},
-        optional_splits=frozenset({"val"}),
-        paths={
-            "s1": "{split}/image_s1/s1_{lon}_{lat}-{date}.tif",
-            "s2": "{split}/image_s2/s2_{lon}_{lat}-{date}.tif",
-            "labels": f"{{split}}/label_{labels}/{labels}_{{lon}}_{{lat}}-{{date}}.tif",
-        },
-        place="{lon}_{lat}",
-    )
-
-
-SSL4EO_S12_DW = _ssl4eo_s12("dw")
-SSL4EO_S12_OSM = _ssl4eo_s12("osm")
-DFC2020 = Layout(
-    # Its makers train on what they call validation.
-    splits={"train": "validation", "test": "test"},
-    optional_splits=frozenset(),
-    paths={
-        "s1": "s1_{split}/ROIs0000_{split}_s1_0_p{number}.tif",
-        "s2": "s2_{split}/ROIs0000_{split}_s2_0_p{number}.tif",
-        "labels": "dfc_{split}/ROIs0000_{split}_dfc_0_p{number}.tif",
-    },
-    place="{split}_p{number}",
-)
+_GEOTIFF = re.compile(r".*\.tiff?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One tile, or a place whose files make none.
+    """One tile, or the files of a location that cannot form one.
 
     Attributes:
       location_id: its name, unique in its split.
-      paths: of its file of each of `KINDS`; empty if they do not belong together.
-      fault: the file and the reason why they do not; empty if they do.
+      paths: of its file of each of `KINDS`; empty if there is a fault.
+      fault: the file, and the reason why it cannot be used; empty if there is none.
       size: height and width in pixels, 0 where unknown.
     """
 
@@ -96,73 +30,149 @@ class Tile:
     size: tuple[int, int] = (0, 0)
 
 
-def find_tiles(source: sources.Source, layout: Layout, split: str) -> list[Tile]:
-    """Lists the tiles of one of our splits, in the order of their places and dates.
+def sort_files(paths: Iterable[str], layout: Layout) -> tuple[dict[str, list[TileFile]], list[str]]:
+    """Recognises the files of a data set.
 
-    Several dates of a place are paired by rank. A place where they cannot be, and a GeoTIFF whose
-    name does not fit the layout, yield a `Tile` with a fault.
+    Returns:
+      The files of each split, and the paths of files that are no part of a tile.
     """
-    folders = layout.folders(split)
-    names = {kind: source.files(folder) for kind, folder in folders.items()}
-    places: dict[Place, dict[str, list[tuple[str, str]]]] = collections.defaultdict(
-        lambda: {kind: [] for kind in KINDS}
-    )
+    found: dict[str, list[TileFile]] = collections.defaultdict(list)
+    unread = []
+    for path in paths:
+        file = layout.recognise(path)
+        if file is None:
+            unread.append(path)
+        else:
+            found[file.split].append(file)
+    # Another data set has images with the same names: its folders hold other labels.
+    for split, files in found.items():
+        roots = {file.root for file in files if file.kind == "labels"}
+        if roots:
+            unread += [file.path for file in files if file.root not in roots]
+            found[split] = [file for file in files if file.root in roots]
+    return dict(found), sorted(unread)
+
+
+def missing_folders(files: Mapping[str, Sequence[TileFile]], layout: Layout) -> list[str]:
+    """The usual folders of files that were not found, in splits that must exist or are begun."""
+    missing = []
+    for split in layout.splits:
+        kinds = {file.kind for file in files.get(split, ())}
+        if split in layout.optional_splits and not kinds:
+            continue
+        missing += [folder for kind, folder in layout.folders(split).items() if kind not in kinds]
+    return missing
+
+
+def find_tiles(
+    files: Sequence[TileFile], unread: Sequence[str], layout: Layout, split: str, max_days: float
+) -> tuple[list[Tile], list[Finding]]:
+    """Lists the tiles of a split, in the order of their locations and dates.
+
+    Each label file is paired with the Sentinel-1 and the Sentinel-2 file of the nearest date. Where
+    there is none, and for images beside the split's files whose names do not match, the `Tile` has
+    a fault.
+
+    Args:
+      files: of one split.
+      unread: paths of files that were not recognised.
+      layout: of the data set.
+      split: by our name.
+      max_days: see `Options`.
+
+    Returns:
+      The tiles, and findings on files that were not paired.
+    """
+    folders = {file.path.rpartition("/")[0] for file in files}
     tiles = []
+    for path in unread:
+        folder, _, name = path.rpartition("/")
+        if folder in folders and _GEOTIFF.fullmatch(name):
+            known = [file.kind for file in files if file.path.rpartition("/")[0] == folder]
+            expected = " or ".join(
+                layout.paths[kind].rpartition("/")[2].replace("{split}", layout.splits[split])
+                for kind in dict.fromkeys(known)
+            )
+            tiles.append(Tile(name, {}, (path, f"the name is not {expected}")))
+    # One file of each kind, which shows where the others are.
+    shown = {file.kind: file for file in reversed(files)}
+    locations: dict[tuple, list[TileFile]] = collections.defaultdict(list)
+    for file in files:
+        locations[(file.order, file.location_id)].append(file)
+    findings = []
+    for key in sorted(locations):
+        found, unpaired = _tiles_of_location(locations[key], shown, max_days)
+        tiles += found
+        findings += unpaired
+    return tiles, findings
+
+
+def _tiles_of_location(
+    files: Sequence[TileFile], shown: Mapping[str, TileFile], max_days: float
+) -> tuple[list[Tile], list[Finding]]:
+    """The tiles of one location, or one with the reason why there are none."""
+    location_id = files[0].location_id
+    kinds = {kind: _sorted_by_date(files, kind) for kind in KINDS}
+    if fault := _fault_of_location(kinds, shown):
+        return [Tile(location_id, {}, fault)], []
+    labels = kinds["labels"]
+    pairs: dict[str, list[int | None]] = {"labels": list(range(len(labels)))}
+    days = {kind: _dates(kinds[kind]) for kind in KINDS}
+    pairs["s2"] = pairing.nearest(days["labels"], days["s2"], max_days)
+    # The date of the Sentinel-2 file counts: it is the image that the labels were drawn on.
+    imaged = [
+        days["labels"][row] if index is None else days["s2"][index]
+        for row, index in enumerate(pairs["s2"])
+    ]
+    pairs["s1"] = pairing.nearest(imaged, days["s1"], max_days)
+    tiles, used = [], set()
+    for row in range(len(labels)):
+        indexes = {kind: pairs[kind][row] for kind in KINDS}
+        far = [kind for kind in ("s2", "s1") if indexes[kind] is None]
+        if far:
+            reason = (
+                f"no {far[0]} file of its own within {max_days:g} days: found "
+                f"{', '.join(file.date for file in kinds[far[0]])}; raise --max_days to pair them"
+            )
+            tiles.append(Tile(f"{location_id}-{labels[row].date}", {}, (labels[row].path, reason)))
+            continue
+        paths = {kind: kinds[kind][index].path for kind, index in indexes.items()}
+        used |= set(paths.values())
+        date = kinds["s2"][indexes["s2"]].date
+        tiles.append(Tile(f"{location_id}-{date}" if date else location_id, paths))
+    unpaired = [
+        Finding("not paired", file.path, "no label file of a near date")
+        for file in files
+        if file.path not in used and file.kind != "labels"
+    ]
+    return tiles, unpaired
+
+
+def _fault_of_location(
+    kinds: Mapping[str, Sequence[TileFile]], shown: Mapping[str, TileFile]
+) -> tuple[str, str] | tuple[()]:
+    """A file that is missing or found twice, and the reason; empty if there is none."""
     for kind in KINDS:
-        pattern, expected = _name_pattern(layout, kind, split)
-        for name in names[kind]:
-            match = re.fullmatch(pattern, name)
-            if match is not None:
-                fields = match.groupdict()
-                date = fields.pop("date", "")
-                places[tuple(fields.items())][kind].append((date, name))
-            # macOS puts a shadow `._NAME` beside every file.
-            elif name.endswith((".tif", ".tiff")) and not name.startswith("."):
-                fault = (f"{folders[kind]}/{name}", f"the name is not {expected}")
-                tiles.append(Tile(name, {}, fault))
-    for place in sorted(places, key=_numbers):
-        tiles += _tiles_of_place(layout, split, place, places[place])
-    return tiles
+        if not kinds[kind]:
+            sibling = next(file for files in kinds.values() for file in files).sibling
+            folder = shown[kind].path.rpartition("/")[0]
+            return "/".join(
+                [*([folder] if folder else []), sibling.format(shown[kind].token)]
+            ), "missing"
+        for first, second in zip(kinds[kind], kinds[kind][1:], strict=False):
+            if first.date == second.date:
+                return second.path, f"was found twice, also as {first.path}: remove one of them"
+        if len(kinds[kind]) < len(kinds["labels"]):
+            counts = ", ".join(f"{len(kinds[other])} of {other}" for other in KINDS)
+            return kinds["labels"][0].path, f"the files cannot be paired: {counts}"
+    return ()
 
 
-def _name_pattern(layout: Layout, kind: str, split: str) -> tuple[str, str]:
-    """The regular expression of a kind's file names, and the same for people to read."""
-    name = layout.paths[kind].rpartition("/")[2].replace("{split}", layout.splits[split])
-    pattern = re.escape(name)
-    for field, values in _FIELDS.items():
-        pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{values})")
-    return pattern, name
+def _sorted_by_date(files: Sequence[TileFile], kind: str) -> list[TileFile]:
+    return sorted((f for f in files if f.kind == kind), key=lambda f: (f.date, f.path))
 
 
-def _numbers(place: Place) -> list[float]:
-    """What to sort places by."""
-    return [float(value) for _, value in place]
-
-
-def _tiles_of_place(
-    layout: Layout,
-    split: str,
-    place: Place,
-    files: Mapping[str, list[tuple[str, str]]],
-) -> list[Tile]:
-    """The tiles of one place, or one with the reason why there are none."""
-    fields = dict(place, split=layout.splits[split])
-    place_id = layout.place.format(**fields)
-    for kind in KINDS:
-        if not files[kind]:
-            wanted = layout.paths[kind].format(**fields, date="*")
-            return [Tile(place_id, {}, (wanted, "missing"))]
-    counts = {kind: len(files[kind]) for kind in KINDS}
-    if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
-        wanted = layout.paths["labels"].format(**fields, date="*")
-        return [Tile(place_id, {}, (wanted, f"the files of this place do not pair: {shown}"))]
-    folders = layout.folders(split)
-    tiles = []
-    for ranked in zip(*(sorted(files[kind]) for kind in KINDS), strict=True):
-        paths = {
-            kind: f"{folders[kind]}/{name}" for kind, (_, name) in zip(KINDS, ranked, strict=True)
-        }
-        date = ranked[KINDS.index("s2")][0]
-        tiles.append(Tile(f"{place_id}-{date}" if date else place_id, paths))
-    return tiles
+def _dates(files: Sequence[TileFile]) -> list[datetime.datetime]:
+    """The days of files; the same day for all where names have no date."""
+    days = [file.date.replace("-", "")[:8] for file in files]
+    return [datetime.datetime.strptime(day or "20000101", "%Y%m%d") for day in days]

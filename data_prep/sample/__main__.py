@@ -2,48 +2,50 @@
 
 python -m data_prep.sample --output_dir=DIR --locations=64 --seasons=4 --tile_size=264 --seed=0
 
-SSL4EO-S12 + NoL for pretraining, noisy labels with the truth beside them; or, with
-`--format=dw|osm|dfc2020`, a downstream data set with clean labels: one date a location, the first
-half of the locations the training split. Locations follow from the seed: give a downstream sample
-another one than the sample pretrained on, or its tiles show the very same locations.
+`--format=nol` writes SSL4EO-S12 + NoL for pretraining: noisy labels, with the truth beside them.
+`--format=dw|osm|dfc2020` writes a downstream data set with clean labels: one date a location, the
+first half of the locations in the training split. The seed decides the locations: give a downstream
+sample another seed than the pretraining sample, otherwise both show the same locations.
 """
 
-import os
 import sys
 import time
 
 from absl import app, flags
 
+from data_prep import cpus
 from data_prep.sample import downstream, nol, world
 
 _NOL = "nol"
 
 _OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Where the tree goes: a new or an empty directory.", required=True
+    "output_dir", None, "The directory to write the tree to, new or empty.", required=True
 )
-_FORMAT = flags.DEFINE_enum("format", _NOL, [_NOL, *downstream.FORMATS], "Which data set's tree.")
-_LOCATIONS = flags.DEFINE_integer("locations", 64, "How many locations.", lower_bound=1)
+_FORMAT = flags.DEFINE_enum(
+    "format", _NOL, [_NOL, *downstream.FORMATS], "The data set whose tree is written."
+)
+_LOCATIONS = flags.DEFINE_integer("locations", 64, "Number of locations.", lower_bound=1)
 _SEASONS = flags.DEFINE_integer(
     "seasons",
     None,
-    f"Seasons of each location; nol only, {nol.SEASONS} if not given.",
+    f"Seasons of each location, for nol only; {nol.SEASONS} by default.",
     lower_bound=1,
     upper_bound=world.MAX_SEASONS,
 )
 _TILE_SIZE = flags.DEFINE_integer(
     "tile_size",
     None,
-    "Pixels of 10 m along a side, for nol a multiple of 6; as in the real data set if not given.",
+    "Pixels of 10 m along a side, for nol a multiple of 6; by default as in the real data set.",
     lower_bound=6,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the whole world.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the world.", lower_bound=0)
 _NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", os.cpu_count(), "Processes that make locations.", lower_bound=1
+    "num_workers", cpus.available(), "Processes that make locations.", lower_bound=1
 )
 
 
 def _run_nol() -> str:
-    """Writes what the flags say as SSL4EO-S12 + NoL, and returns a summary."""
+    """Writes SSL4EO-S12 + NoL as the flags say, and returns a summary."""
     seasons = _SEASONS.value or nol.SEASONS
     tile_size = _TILE_SIZE.value or nol.TILE_SIZE
     wrong = nol.write_sample(
@@ -61,11 +63,11 @@ def _run_nol() -> str:
 
 
 def _run_downstream() -> str:
-    """Writes what the flags say as a downstream data set, and returns a summary."""
+    """Writes a downstream data set as the flags say, and returns a summary."""
     if _SEASONS.value is not None:
         raise ValueError(
-            f"--seasons={_SEASONS.value} is for --format={_NOL}, tiles of --format={_FORMAT.value} "
-            "have one date: leave it out"
+            f"--seasons={_SEASONS.value} is for --format={_NOL}: tiles of --format={_FORMAT.value} "
+            "have one date, leave --seasons out"
         )
     tile_size = _TILE_SIZE.value or downstream.FORMATS[_FORMAT.value].tile_size
     downstream.write_sample(
@@ -85,7 +87,7 @@ def _run_downstream() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; what the user can mend is told in one sentence."""
+    """Runs the command. An error that the user can correct is printed as one sentence."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     start = time.monotonic()

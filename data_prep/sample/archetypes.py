@@ -1,4 +1,4 @@
-"""Whole lands, one function for each archetype: farmland, forest, river, settlement and so on."""
+"""Complete lands, one function for each archetype: farmland, forest, river and so on."""
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def _shrubland(rng: np.random.Generator, size: int) -> Land:
     cover[(wadi < 12) & (gaussian_field(rng, size, 5) > 0.5)] = TREES
     cover[wadi < rng.uniform(2, 6)] = BARE
     land = dry_land(cover, parcel)
-    if rng.random() < 0.5:  # fields watered by a turning arm
+    if rng.random() < 0.5:  # fields with centre-pivot irrigation
         x, y = pixel_grid(size)
         for _ in range(rng.integers(1, 5)):
             cx, cy = rng.uniform(0, size, 2)

@@ -1,6 +1,6 @@
-"""Writes places of the procedural world in the layouts of the downstream data sets, labels clean.
+"""Writes the procedural world in the layouts of the downstream data sets, with clean labels.
 
-A place has one date; all bands of Sentinel-2 are at 10 m, those of 20 and 60 m repeated.
+A location has one date. All Sentinel-2 bands are at 10 m; those of 20 and 60 m are repeated.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from affine import Affine
 
 from cromss_jax.sensors import S2_BANDS, S2_BANDS_BY_RESOLUTION
-from data_prep import geotiff, parallel, tile_files
+from data_prep import geotiff, parallel, tile_layouts
 from data_prep.sample import world
 from data_prep.sample.output import new_directory
 
@@ -24,13 +24,13 @@ class Format:
 
     Attributes:
       layout: where its files lie.
-      tile_size: pixels along a side, as distributed.
-      label_values: what its label files hold for each class of the world.
+      tile_size: pixels along a side in the published files.
+      label_values: the value in its label files for each class of the world.
       label_bands: bands of a label file; the labels are the last.
-      s1_dtype: of the dB in its Sentinel-1 files.
+      s1_dtype: dtype of its Sentinel-1 files (dB).
     """
 
-    layout: tile_files.Layout
+    layout: tile_layouts.Layout
     tile_size: int
     label_values: Sequence[int]
     label_bands: int
@@ -40,16 +40,16 @@ class Format:
 # The classes of the world: water, trees, grass, flooded vegetation, crops, shrub & scrub, built
 # area, bare ground, snow & ice.
 FORMATS = {
-    "dw": Format(tile_files.SSL4EO_S12_DW, 510, range(1, 10), 2, np.float32),
-    # OSM has no snow & ice: open space, like bare ground.
-    "osm": Format(tile_files.SSL4EO_S12_OSM, 510, (9, 3, 7, 12, 2, 11, 1, 10, 10), 1, np.float32),
-    # Snow & ice is 8 in the scheme of DFC2020, but none of its eight classes: ignored.
-    "dfc2020": Format(tile_files.DFC2020, 256, (10, 1, 4, 5, 6, 2, 7, 9, 8), 1, np.float64),
+    "dw": Format(tile_layouts.SSL4EO_S12_DW, 510, range(1, 10), 2, np.float32),
+    # OSM has no snow & ice: it becomes open space, as bare ground does.
+    "osm": Format(tile_layouts.SSL4EO_S12_OSM, 510, (9, 3, 7, 12, 2, 11, 1, 10, 10), 1, np.float32),
+    # Snow & ice is 8 in DFC2020's files. It is not one of the eight classes, and is ignored.
+    "dfc2020": Format(tile_layouts.DFC2020, 256, (10, 1, 4, 5, 6, 2, 7, 9, 8), 1, np.float64),
 }
 
 
 def num_training(locations: int) -> int:
-    """How many of the locations, the first, are the training split."""
+    """Number of locations in the training split, which is the first half."""
     return (locations + 1) // 2
 
 
@@ -84,27 +84,29 @@ def write_tile(
     Raises:
       OSError: if a file cannot be written.
     """
-    form = FORMATS[format_name]
-    values = np.array(form.label_values, np.uint8)
-    labels = np.zeros((form.label_bands, tile_size, tile_size), np.uint8)
+    file_format = FORMATS[format_name]
+    values = np.array(file_format.label_values, np.uint8)
+    labels = np.zeros((file_format.label_bands, tile_size, tile_size), np.uint8)
     labels[-1] = values[location.truth[0, :tile_size, :tile_size]]
     images = {
-        "s1": location.s1[0, :tile_size, :tile_size].transpose(2, 0, 1).astype(form.s1_dtype),
+        "s1": location.s1[0, :tile_size, :tile_size]
+        .transpose(2, 0, 1)
+        .astype(file_format.s1_dtype),
         "s2": stack_s2(location, tile_size),
         "labels": labels,
     }
     dates = {"s1": location.s1_times[0], "s2": location.s2_times[0], "labels": location.s2_times[0]}
     easting, northing = location.origin
     for kind, pixels in images.items():
-        path = output_dir / form.layout.paths[kind].format(
-            split=form.layout.splits[split],
+        path = output_dir / file_format.layout.paths[kind].format(
+            split=file_format.layout.splits[split],
             lon=f"{location.longitude:.4f}",
             lat=f"{location.latitude:.4f}",
             date=f"{dates[kind]:%Y%m%d}",
             number=index,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Maps shrink to a tenth; noisy images would not, and take twice the time.
+        # Maps compress to a tenth. Noisy images do not, and would take twice the time.
         options = {"compress": "deflate"} if kind == "labels" else {}
         transform = Affine(10, 0, easting, 0, -10, northing)
         geotiff.write(path, pixels, f"EPSG:{location.epsg}", transform, **options)
@@ -120,10 +122,10 @@ def make_and_write(
     output_dir: pathlib.Path,
 ) -> None:
     """Makes one of the locations and writes it in the split that its index belongs to."""
-    # Bands at 20 and 60 m ask for a multiple of 6, which 256 is not.
-    whole = -(-tile_size // 6) * 6
+    # Bands at 20 and 60 m need a multiple of 6, which 256 is not: make more and crop.
+    made_size = -(-tile_size // 6) * 6
     write_tile(
-        world.make_location(seed, index, 1, whole),
+        world.make_location(seed, index, 1, made_size),
         index,
         format_name=format_name,
         split="train" if index < num_training(locations) else "test",
@@ -147,8 +149,8 @@ def write_sample(
       format_name: a name of `FORMATS`.
       locations: how many, 2 or more, a tile each; the first half is the training split.
       tile_size: pixels of 10 m along a side; None takes the real data set's.
-      seed: of the whole world; places differ from those of other seeds.
-      num_workers: processes; the files are the same whatever their number.
+      seed: of the world; other seeds give other locations.
+      num_workers: processes; the files are the same for any number.
 
     Raises:
       FileExistsError: if `output_dir` holds anything.
@@ -156,8 +158,7 @@ def write_sample(
     """
     if locations < 2:
         raise ValueError(
-            f"--locations={locations} leaves no tile for the test split, needs 2 or more: "
-            "give more locations"
+            f"--locations={locations} leaves no tile for the test split: 2 or more are needed"
         )
     make = functools.partial(
         make_and_write,

@@ -1,4 +1,4 @@
-"""Random fields: smooth noise of a chosen scale, what all of the procedural land is made of."""
+"""Random fields: smooth noise of a chosen scale, from which all of the procedural land is made."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ from scipy import fft, special
 def _matern_gain(n: int, scale: float, smoothness: float) -> np.ndarray:
     """Amplitudes of the low frequencies of a Matérn field of variance 1 on n x n pixels.
 
-    Rows are frequencies 0..h, -h..-1 along y, columns 0..h along x; all above matter less than
-    a thousandth.
+    Rows are frequencies 0..h, -h..-1 along y, columns 0..h along x. Higher frequencies contribute
+    less than a thousandth.
     """
     reach = 1000 ** (1 / (smoothness + 1)) / (2 * np.pi * scale)
     h = min((n - 1) // 2, math.ceil(reach * n))
@@ -21,7 +21,7 @@ def _matern_gain(n: int, scale: float, smoothness: float) -> np.ndarray:
     k = 2 * np.pi * scale * np.hypot(rows[:, None], columns)
     gain = (1 + k**2) ** (-(smoothness + 1) / 2)
     gain[0, 0] = 0
-    # Column 0 has no mirror image: the transform counts it once, and its real part only.
+    # Column 0 has no mirror image: the transform counts it once, and only its real part.
     gain[:, 0] *= math.sqrt(2)
     variance = ((gain[:, 0] ** 2).sum() + 4 * (gain[:, 1:] ** 2).sum()) / n**4
     return (gain / math.sqrt(variance)).astype(np.float32)
@@ -33,12 +33,12 @@ def gaussian_field(
     """A Gaussian random field [size,size] float32, mean 0, variance 1.
 
     Args:
-      rng: whence it comes.
+      rng: the source of randomness.
       size: pixels along a side.
-      scale: over how many pixels it is correlated.
-      smoothness: of the Matérn covariance; lower is more ragged.
+      scale: correlation length in pixels.
+      smoothness: of the Matérn covariance; lower values give rougher fields.
     """
-    # The transform is periodic: what lies beyond the tile keeps its opposite edges apart.
+    # The transform is periodic: the margin keeps opposite edges of the tile uncorrelated.
     n = fft.next_fast_len(size + math.ceil(2 * scale), real=True)
     gain = _matern_gain(n, scale, smoothness)
     h = gain.shape[1] - 1

@@ -1,12 +1,12 @@
-"""What Sentinel-2 and Sentinel-1 see of a place in one season."""
+"""Sentinel-2 and Sentinel-1 images of a location in one season."""
 
 import numpy as np
 from scipy import ndimage, special
 
 from cromss_jax.sensors import NUM_CLASSES, S2_BANDS, S2_BANDS_BY_RESOLUTION
 from data_prep.sample.fields import gaussian_field
+from data_prep.sample.geography import COVER, Geography, Season
 from data_prep.sample.land import BARE, BUILT, CROPS, IS_OPEN, SNOW, TREES, WATER, Land
-from data_prep.sample.place import COVER, Place, Season
 
 _HAZE = np.array([520, 430, 330, 260, 230, 190, 170, 150, 130, 30, 4, 50, 30], np.float32)
 
@@ -55,12 +55,12 @@ _LOOKS = 4.5
 _CLOUD_SHARE = 0.02  # of the seasons have a cloud
 
 
-def _crop_covers(place: Place, season: Season) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each parcel, were it a field: two covers it is a mixture of, and the second's share."""
-    kind, _, delay = place.parcels
+def _crop_covers(geography: Geography, season: Season) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each parcel as a field: the two covers that it mixes, and the share of the second."""
+    kind, _, delay = geography.parcels
     # Spring crops, then later ones, then winter crops.
     offset = np.select([kind < 0.55, kind < 0.8], [0.0, 0.12], 0.55)
-    age = (season.year - place.sowing_time - offset - 0.08 * delay) % 1
+    age = (season.year - geography.sowing_time - offset - 0.08 * delay) % 1
     stages = np.array(_CROP_STAGES, np.float32)
     stage = np.searchsorted(stages, age, side="right").clip(1, len(stages) - 1) - 1
     share = (age - stages[stage]) / (stages[stage + 1] - stages[stage])
@@ -69,32 +69,42 @@ def _crop_covers(place: Place, season: Season) -> tuple[np.ndarray, np.ndarray, 
 
 def _mixture(
     rng: np.random.Generator,
-    place: Place,
+    geography: Geography,
     land: Land,
     season: Season,
     truth: np.ndarray,
     patches: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two covers that each pixel [T,T] is a mixture of, and the share of the second."""
+    """The two covers that each pixel [T,T] mixes, and the share of the second."""
     leafless = 1 - special.expit(8 * (season.warmth + 0.4))
-    dry = place.dryness + 0.3 * np.cos(2 * np.pi * (season.year - place.dry_time))
+    dry = geography.dryness + 0.3 * np.cos(2 * np.pi * (season.year - geography.dry_time))
     first, second = np.array(_MIXED_COVERS).T
-    first[BARE] = COVER["rock" if place.rock else "sand"]
+    first[BARE] = COVER["rock" if geography.rock else "sand"]
     share = np.array(
-        [place.turbidity, leafless, dry, 0.5 * leafless + 0.2, 0, 0.2, place.gardens, 0.1, 0.1],
+        [
+            geography.turbidity,
+            leafless,
+            dry,
+            0.5 * leafless + 0.2,
+            0,
+            0.2,
+            geography.gardens,
+            0.1,
+            0.1,
+        ],
         np.float32,
     )
     a, b = first[truth], second[truth]
     w = share[truth] + 0.12 * patches
 
-    kind = place.parcels[0][land.parcel]
-    stands = (truth == TREES) & (kind < place.conifers)
+    kind = geography.parcels[0][land.parcel]
+    stands = (truth == TREES) & (kind < geography.conifers)
     a[stands] = COVER["conifers"]
     w[stands] *= 0.15
     crops = truth == CROPS
-    for mixed, of_parcel in zip((a, b, w), _crop_covers(place, season), strict=True):
+    for mixed, of_parcel in zip((a, b, w), _crop_covers(geography, season), strict=True):
         mixed[crops] = of_parcel[land.parcel[crops]]
-    # Whole blocks share their roofs, single houses differ.
+    # Houses of one block have similar roofs.
     roofs = 0.6 * gaussian_field(rng, len(truth), 0.9) + 2 * (kind - 0.5)
     houses = (truth == BUILT) & ~land.street
     a[houses & (roofs > -0.5)] = COVER["red roof"]
@@ -112,9 +122,9 @@ def _shade(land: Land) -> np.ndarray:
 
 
 def s2_scene(
-    rng: np.random.Generator, place: Place, land: Land, season: Season, truth: np.ndarray
+    rng: np.random.Generator, geography: Geography, land: Land, season: Season, truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The light that reaches Sentinel-2, before its sensor.
+    """The reflectance that Sentinel-2 images, before the noise and resolution of its sensor.
 
     Returns:
       L1C reflectance * 10000 [13,T,T] float32 in the order of `S2_BANDS`, all at 10 m, and the
@@ -122,14 +132,14 @@ def s2_scene(
     """
     size = len(truth)
     fine, patches = gaussian_field(rng, size, 0.8), gaussian_field(rng, size, 8)
-    first, second, share = _mixture(rng, place, land, season, truth, patches)
-    spectra = place.spectra.T
+    first, second, share = _mixture(rng, geography, land, season, truth, patches)
+    spectra = geography.spectra.T
     # `take` gathers several times as fast as an index does.
     scene = spectra.take(first, axis=1)
     scene += (spectra.take(second, axis=1) - scene) * share
 
     texture = _TEXTURE.take(truth, axis=1)
-    brightness = 3.4 * (place.parcels[1][land.parcel] - 0.5)  # variance about 1
+    brightness = 3.4 * (geography.parcels[1][land.parcel] - 0.5)  # variance about 1
     gain = 1 + texture[0] * fine + texture[1] * patches + texture[2] * brightness
     sunlight = np.float32(1 + 0.05 * season.warmth + rng.normal(0, 0.03))
     scene *= (gain * sunlight * _shade(land)).clip(0.3)
@@ -171,26 +181,25 @@ def sense_s2(rng: np.random.Generator, scene: np.ndarray, resolution: int) -> np
 
 
 def s1_image(
-    rng: np.random.Generator, place: Place, land: Land, season: Season, truth: np.ndarray
+    rng: np.random.Generator, geography: Geography, land: Land, season: Season, truth: np.ndarray
 ) -> np.ndarray:
     """Backscatter [T,T,2] float32 in dB, VV and VH, with speckle."""
     size = len(truth)
     of_truth = _BACKSCATTER.take(truth, axis=1)
     mean, spread = of_truth[:2], of_truth[2]
     patches = gaussian_field(rng, size, 10)
-    # Dark fields need not be dark to the radar: a draw of its own, the one that delays sowing.
-    brightness = 3.4 * (place.parcels[2][land.parcel] - 0.5)
+    # Fields that are dark in Sentinel-2 need not be dark in Sentinel-1: use another random value.
+    brightness = 3.4 * (geography.parcels[2][land.parcel] - 0.5)
     mean += spread * (0.4 * patches + 0.9 * brightness)
     wind = rng.uniform(0, 5) * (1 + 0.2 * patches)
     mean += np.where(truth == WATER, wind, 0) * np.array([1, 0.5], np.float32)[:, None, None]
-    # Moist soil is brighter under thin cover, trees without leaves are darker in VH, wet snow
-    # swallows the pulse.
+    # Moist soil is brighter under thin cover, leafless trees are darker in VH, wet snow absorbs.
     shift = np.zeros((2, NUM_CLASSES))
     shift[:, IS_OPEN] = rng.normal(0, 0.8)
     shift[1, TREES] = -0.8 * (season.warmth < -0.4)
     shift[:, SNOW] = -2.5 * (season.warmth > -0.5)
     mean += shift.take(truth, axis=1)
-    # Walls facing the radar stand out of the blocks, streets lie in between.
+    # Walls that face the radar are bright, the streets between them dark.
     walls = 2.6 * gaussian_field(rng, size, 0.8) - 4 * land.street
     mean += np.where(truth == BUILT, walls, 0)
     mean += 6 * (_shade(land) - 1)

@@ -1,9 +1,9 @@
-"""Labels that are wrong in the ways in which Dynamic World is.
+"""Noisy labels with the kinds of errors that Dynamic World has.
 
 Brown et al., "Dynamic World, near real-time global 10 m land use land cover mapping", Scientific
-Data 2022: alike classes confused over blobs and parcels, displaced and smoothed borders, lost
-small objects, and now and then a season that is wrong altogether. Where they are wrong is drawn
-apart from the images and anew each season, so that no image tells it.
+Data 2022: similar classes confused over blobs and parcels, displaced and smoothed borders, lost
+small objects, and sometimes a season that is largely wrong. The errors are drawn independently of
+the images and for each season, so that no image predicts them.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ _CONFUSIONS = {
     BARE: (0.19, {BUILT: 3, SHRUB: 4, CROPS: 3}),
     SNOW: (0.20, {BARE: 6, WATER: 2, SHRUB: 2}),
 }
-# Half of a confused share goes by whole parcels, but where the land has none, all by blobs.
+# By true class: the part of a confused share that follows parcels. The rest forms blobs.
 _CONFUSED_BY_PARCEL = np.array([0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0], np.float32)
 
 
@@ -48,7 +48,7 @@ _SHARES, _CUMULATIVE_ODDS = _confusion_tables()
 
 
 def _confuse(rng: np.random.Generator, truth: np.ndarray, parcel: np.ndarray) -> np.ndarray:
-    """The true map with whole parcels, then blobs, taken for an alike class."""
+    """The true map with parcels, then blobs, replaced by a similar class."""
     size = len(truth)
     by_parcel = rng.random((2, parcel.max() + 1), dtype=np.float32)[:, parcel]
     by_blob = (uniform_field(rng, size, 9), uniform_field(rng, size, 14))
@@ -59,7 +59,7 @@ def _confuse(rng: np.random.Generator, truth: np.ndarray, parcel: np.ndarray) ->
         (by_blob, _SHARES - parcel_shares),
     ):
         hit = chance < shares[truth]
-        # A draw of exactly 1 would lie past the last class.
+        # A value of exactly 1 would be past the last class.
         draw = choice[hit].clip(max=0.999)
         confused[hit] = (draw[:, None] >= _CUMULATIVE_ODDS[truth[hit]]).sum(1)
     return confused
@@ -87,7 +87,7 @@ def noisy_labels(
     Args:
       rng: of the season.
       truth: [T,T] uint8, the true classes.
-      parcel: [T,T] int from 0; half of the confusion takes whole parcels.
+      parcel: [T,T] int from 0; half of the confusion follows parcels.
       cloud: [T,T] bool, where no label can be given.
       season_wrong: whether the season is largely wrong.
 

@@ -25,13 +25,13 @@ class Land:
     bank: np.ndarray  # float32, distance from the mean water line, negative in the water
     marsh: np.ndarray  # float32, how far from the water flooded vegetation reaches
     height: np.ndarray  # float32, 0..1 in mountains, 0 elsewhere
-    street: np.ndarray  # bool, paved within built area
+    street: np.ndarray  # bool, street within a built area
 
 
 def draw_parcels(
     rng: np.random.Generator, size: int, width: float, length: float, districts: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Brick-like parcels with slightly bent borders, differently turned in each district.
+    """Brick-like parcels with slightly bent borders, rotated differently in each district.
 
     Returns:
       ids [size,size] from 0 without gaps, and the distance to the nearest border.
@@ -65,7 +65,7 @@ def draw_parcels(
                 column_edges[column] - v,
             ]
         )
-    # Numbered anew without gaps, as np.unique would, but without sorting.
+    # Renumbered without gaps, as np.unique would do, but without sorting.
     return (np.cumsum(np.bincount(ids.ravel()) > 0) - 1)[ids], border
 
 
@@ -104,7 +104,7 @@ def dry_land(cover: np.ndarray, parcel: np.ndarray) -> Land:
 
 
 def add_town(rng: np.random.Generator, land: Land, centre: np.ndarray, radius: float) -> None:
-    """Lays blocks, streets and parks over the land around `centre` (x, y)."""
+    """Adds blocks, streets and parks around `centre` (x, y)."""
     size = len(land.cover)
     x, y = pixel_grid(size)
     distance = np.hypot(x - centre[0], y - centre[1])
@@ -134,7 +134,7 @@ def add_hamlets(rng: np.random.Generator, land: Land, count: int) -> None:
 
 
 def add_river(rng: np.random.Generator, land: Land, width: float, marsh: float) -> None:
-    """Lets a river run through, with marsh of up to about `marsh` pixels along its banks."""
+    """Adds a river, with up to about `marsh` pixels of marsh along its banks."""
     size = len(land.cover)
     channel = width / 2 * (1 + 0.2 * gaussian_field(rng, size, 30))
     land.bank = np.minimum(land.bank, meander_distance(rng, size, rng.uniform(0.9, 1.5)) - channel)

@@ -1,4 +1,4 @@
-"""Writes a procedural world in the tree of SSL4EO-S12 + NoL, the truth beside the noisy labels."""
+"""Writes a procedural world in the tree of SSL4EO-S12 + NoL, with the truth beside the labels."""
 
 import datetime
 import functools
@@ -19,9 +19,9 @@ TILE_SIZE = 264
 
 
 def granule_names(location: world.Location, season: int) -> tuple[str, str]:
-    """Names of one season's S1 and S2 granules, formed as the real ones are.
+    """Names of one season's S1 and S2 granules, in the form of the real ones.
 
-    Such as S1A_IW_GRDH_1SDV_20200607T010800_20200607T010825_032904_03CFBA_D457 and
+    Examples: S1A_IW_GRDH_1SDV_20200607T010800_20200607T010825_032904_03CFBA_D457 and
     20200823T054639_20200823T055618_T43RCP.
     """
     start, sensed = location.s1_times[season], location.s2_times[season]
@@ -38,7 +38,7 @@ def granule_names(location: world.Location, season: int) -> tuple[str, str]:
 
 
 def _write(path: pathlib.Path, pixels: np.ndarray, location: world.Location, **options) -> None:
-    """Writes one band over the whole of the location."""
+    """Writes one band that covers the location."""
     metres = 10 * location.truth.shape[-1] / pixels.shape[-1]
     easting, northing = location.origin
     transform = Affine(metres, 0, easting, 0, -metres, northing)
@@ -73,7 +73,7 @@ def write_nol(location: world.Location, location_id: str, output_dir: pathlib.Pa
             for i, band in enumerate(bands):
                 pixels = location.s2(resolution)[season, ..., i]
                 _write(s2_dir / f"{band}.tif", pixels, location)
-        # Maps shrink to a tenth; noisy images would not, and take twice the time.
+        # Maps compress to a tenth. Noisy images do not, and would take twice the time.
         for name, maps in (("label", location.labels), ("truth", location.truth)):
             _write(label_dir / f"{name}.tif", maps[season], location, compress="deflate")
         s2_granules.append(s2_granule)
@@ -97,15 +97,15 @@ def write_sample(
     seed: int = 0,
     num_workers: int = 1,
 ) -> float:
-    """Writes the sample. The table comes last: a tree without it was interrupted.
+    """Writes the sample. The table is written last: a tree without it was interrupted.
 
     Args:
       output_dir: a new or an empty directory.
       locations: how many.
       seasons: of each location.
       tile_size: pixels of 10 m along a side, a multiple of 6.
-      seed: of the whole world; the first locations are the same however many there are.
-      num_workers: processes; the files are the same whatever their number.
+      seed: of the world; the first locations are the same for any number of locations.
+      num_workers: processes; the files are the same for any number.
 
     Returns:
       The share of the labels that differ from the truth.

@@ -1,4 +1,4 @@
-"""Where a sample is written."""
+"""The directory that a sample is written to."""
 
 import os
 import pathlib

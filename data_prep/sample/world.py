@@ -1,7 +1,7 @@
 """A procedural world: land with its true classes, both sensors' images of it, and noisy labels.
 
 Every location is one coherent scene of an archetype (farmland, forest, river, settlement, coast,
-mountains, shrubland, wetland) seen in several seasons. Arrays only: numpy and scipy, no files.
+mountains, shrubland, wetland) in several seasons. Arrays only: numpy and scipy, no files.
 """
 
 import dataclasses
@@ -11,10 +11,16 @@ import numpy as np
 
 from cromss_jax.sensors import S2_BANDS_BY_RESOLUTION
 from data_prep.sample.archetypes import ARCHETYPES
+from data_prep.sample.geography import (
+    Geography,
+    acquisition_times,
+    draw_geography,
+    draw_season,
+    utm,
+)
 from data_prep.sample.imagery import s1_image, s2_scene, sense_s2
 from data_prep.sample.label_noise import NOISE_KINDS, noisy_labels
 from data_prep.sample.land import Land, true_map
-from data_prep.sample.place import Place, acquisition_times, draw_place, draw_season, utm
 
 __all__ = [
     "ARCHETYPES",
@@ -25,14 +31,14 @@ __all__ = [
     "make_location",
 ]
 
-# Sentinel-1 and -2 then still come in the same order.
+# With more, Sentinel-1 and -2 dates would no longer be in the same order.
 MAX_SEASONS = 52
 _WRONG_SEASON_SHARE = 0.3  # of the locations have one season that is largely wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """One place, seen by both sensors in S seasons on a grid of T x T pixels of 10 m.
+    """One location, imaged by both sensors in S seasons on a grid of T x T pixels of 10 m.
 
     Attributes:
       archetype: a name of `ARCHETYPES`.
@@ -46,11 +52,11 @@ class Location:
       s2_60m: [S,T/6,T/6,3] uint16, likewise at 60 m.
       s1_times: S acquisition times (UTC), in order of date.
       s2_times: S acquisition times (UTC), in order of date.
-      epsg: the EPSG code of the place's UTM zone.
+      epsg: the EPSG code of its UTM zone.
       origin: easting and northing in metres of the upper left corner of all grids.
-      mgrs_tile: the Sentinel-2 tile that covers the place, such as "T32UPU".
-      longitude: of the place, in degrees east.
-      latitude: of the place, in degrees north.
+      mgrs_tile: the Sentinel-2 tile that covers it, such as "T32UPU".
+      longitude: in degrees east.
+      latitude: in degrees north.
     """
 
     archetype: str
@@ -75,25 +81,25 @@ class Location:
 
 
 def check_shape(seasons: int, tile_size: int) -> None:
-    """Raises ValueError if no location can have so many seasons or pixels along a side."""
+    """Raises ValueError if a location cannot have this number of seasons or pixels a side."""
     if tile_size < 6 or tile_size % 6:
         raise ValueError(
             f"tile_size is {tile_size}: bands at 10, 20 and 60 m need a positive multiple of 6, "
             "such as 264"
         )
     if not 1 <= seasons <= MAX_SEASONS:
-        raise ValueError(f"seasons is {seasons}: needs to be from 1 to {MAX_SEASONS}")
+        raise ValueError(f"seasons is {seasons}: must be from 1 to {MAX_SEASONS}")
 
 
-def _see(
-    rng: np.random.Generator, place: Place, land: Land, time: datetime.datetime, wrong: bool
+def _image_season(
+    rng: np.random.Generator, geography: Geography, land: Land, time: datetime.datetime, wrong: bool
 ) -> dict[str, np.ndarray]:
     """The arrays of one season, by the names of `Location`'s attributes."""
-    season = draw_season(rng, place, time)
+    season = draw_season(rng, geography, time)
     truth = true_map(rng, land, season.warmth, season.snow)
-    scene, cloud = s2_scene(rng, place, land, season, truth)
+    scene, cloud = s2_scene(rng, geography, land, season, truth)
     labels, noise_kind = noisy_labels(rng, truth, land.parcel, cloud, wrong)
-    s1 = s1_image(rng, place, land, season, truth)
+    s1 = s1_image(rng, geography, land, season, truth)
     s2 = {f"s2_{metres}m": sense_s2(rng, scene, metres) for metres in S2_BANDS_BY_RESOLUTION}
     return {"truth": truth, "labels": labels, "noise_kind": noise_kind, "s1": s1, **s2}
 
@@ -101,8 +107,8 @@ def _see(
 def make_location(seed: int, index: int, seasons: int = 4, tile_size: int = 264) -> Location:
     """Makes one location of the procedural world.
 
-    A function of its arguments alone. Archetypes take turns in an order that the seed shuffles
-    anew every eight locations, so that few locations show all of them.
+    Depends on its arguments alone. Eight consecutive locations have the eight archetypes, in an
+    order that the seed shuffles again for every eight.
 
     Args:
       seed: of the world, 0 or more.
@@ -118,32 +124,32 @@ def make_location(seed: int, index: int, seasons: int = 4, tile_size: int = 264)
         range.
     """
     check_shape(seasons, tile_size)
-    turn, place_in_turn = divmod(index, len(ARCHETYPES))
-    order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, turn)))
-    archetype = order.permutation(list(ARCHETYPES))[place_in_turn].item()
+    group, index_in_group = divmod(index, len(ARCHETYPES))
+    order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, group)))
+    archetype = order.permutation(list(ARCHETYPES))[index_in_group].item()
 
     root = np.random.SeedSequence(seed, spawn_key=(1, index))
     land_rng, *season_rngs = map(np.random.default_rng, root.spawn(1 + seasons))
     land = ARCHETYPES[archetype](land_rng, tile_size)
-    place = draw_place(land_rng, land)
-    s1_times, s2_times = acquisition_times(land_rng, seasons, place.longitude)
+    geography = draw_geography(land_rng, land)
+    s1_times, s2_times = acquisition_times(land_rng, seasons, geography.longitude)
     wrong_season = -1
     if land_rng.random() < _WRONG_SEASON_SHARE:
         wrong_season = land_rng.integers(seasons)
 
-    seen = [
-        _see(rng, place, land, time, s == wrong_season)
+    images = [
+        _image_season(rng, geography, land, time, s == wrong_season)
         for s, (rng, time) in enumerate(zip(season_rngs, s2_times, strict=True))
     ]
-    epsg, origin, mgrs_tile = utm(place.longitude, place.latitude)
+    epsg, origin, mgrs_tile = utm(geography.longitude, geography.latitude)
     return Location(
         archetype=archetype,
-        **{name: np.stack([season[name] for season in seen]) for name in seen[0]},
+        **{name: np.stack([season[name] for season in images]) for name in images[0]},
         s1_times=s1_times,
         s2_times=s2_times,
         epsg=epsg,
         origin=origin,
         mgrs_tile=mgrs_tile,
-        longitude=place.longitude,
-        latitude=place.latitude,
+        longitude=geography.longitude,
+        latitude=geography.latitude,
     )

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from data_prep import downstream, records, ssl4eo_s12_nol
+from data_prep import downstream, errors, records, ssl4eo_s12_nol
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
 from tests import runs
@@ -29,7 +29,7 @@ needs_beam = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    """Five places: with seasons; as tiles, three to train on and two to test on."""
+    """Five locations: with seasons; as tiles, three to train on and two to test on."""
     trees = {name: tmp_path_factory.mktemp(name) for name in BUILDERS}
     nol.write_sample(trees["nol"], 5, seasons=2, tile_size=TILE_SIZES["nol"], num_workers=1)
     sample_downstream.write_sample(
@@ -46,7 +46,7 @@ def trees(templates, tmp_path):
 
 @pytest.fixture(autouse=True)
 def several_files(monkeypatch):
-    """Two places of "nol" in a file, one of "dfc2020"."""
+    """Two locations of "nol" in a file, one of "dfc2020"."""
     monkeypatch.setattr(records, "SHARD_BYTES", 30_000)
 
 
@@ -68,7 +68,7 @@ def contents(data_dir):
 
 
 def damage(name, tree):
-    """Makes one place bad in the first file of records and one in the last."""
+    """Makes one location bad in the first file of records and one in the last."""
     pattern = {"nol": "dw_noisy_labels/*/*/label.tif", "dfc2020": "dfc_*/*.tif"}[name]
     files = sorted(tree.glob(pattern))
     for file in (files[0], files[-1]):
@@ -106,13 +106,16 @@ def test_too_many_bad_locations_leave_nothing_but_the_report(trees, tmp_path, na
     damage(name, trees[name])
     messages = []
     for data_dir, args in ((tmp_path / "plain", None), (tmp_path / "beam", beam_args)):
-        with pytest.raises(records.BuildError, match="bad locations: 2, .*=1 allowed") as error:
+        with pytest.raises(errors.BuildError, match="bad locations: 2, .*=1 allowed") as error:
             build(name, trees[name], data_dir, args, max_bad_locations=1)
         messages.append(str(error.value).replace(str(data_dir), "DIR"))
     assert messages[0] == messages[1]
-    report = f"{BUILDERS[name].name}.bad_locations.csv"
     assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
-    assert [path.name for path in (tmp_path / "beam").rglob("*")] == [report]
+    name = BUILDERS[name].name
+    assert sorted(path.name for path in (tmp_path / "beam").rglob("*")) == [
+        f"{name}.bad_locations.csv",
+        f"{name}.report.md",
+    ]
 
 
 @needs_beam
@@ -126,26 +129,29 @@ def test_file_with_too_many_bad_locations_stops_the_others(trees, tmp_path, monk
 
     monkeypatch.setattr(records, "write_shard", count)
     # One in each file at least, whichever comes first.
-    for place in range(1, 5):
-        next((trees["nol"] / "s2c" / f"{place:07d}").rglob("B2.tif")).unlink()
-    with pytest.raises(records.BuildError, match="bad locations: 1, .*=0 allowed"):
+    for number in range(1, 5):
+        next((trees["nol"] / "s2c" / f"{number:07d}").rglob("B2.tif")).unlink()
+    with pytest.raises(errors.BuildError, match="bad locations: 1, .*=0 allowed"):
         build("nol", trees["nol"], tmp_path / "data", ONE_WORKER)
     assert len(begun) == 1
 
 
 @needs_beam
-def test_failed_pipeline_is_told_in_one_line(templates, tmp_path, monkeypatch):
+def test_failed_pipeline_gives_one_line(templates, tmp_path, monkeypatch):
     def fail(*_):
-        raise records.BuildError("cannot write the records: No space left on device")
+        raise errors.BuildError("cannot write the records: No space left on device")
         yield
 
     monkeypatch.setattr(records, "write_shard", fail)
-    with pytest.raises(records.BuildError) as error:
+    with pytest.raises(errors.BuildError) as error:
         build("nol", templates["nol"], tmp_path, ONE_WORKER)
     assert str(error.value).startswith("the Beam pipeline failed, nothing was written: ")
     assert "No space left on device" in str(error.value)
     assert str(error.value).count("\n") == 0
-    assert [path.name for path in tmp_path.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.md",
+    ]
 
 
 @needs_beam
@@ -153,9 +159,12 @@ def test_pipeline_that_does_not_wait_is_an_error(templates, tmp_path, monkeypatc
     from data_prep import pipeline
 
     monkeypatch.setattr(pipeline, "_write_shard", lambda number, work_dir: None)
-    with pytest.raises(records.BuildError, match="without writing .*00000-of-00003"):
+    with pytest.raises(errors.BuildError, match="without writing .*00000-of-00003"):
         build("nol", templates["nol"], tmp_path, ONE_WORKER)
-    assert [path.name for path in tmp_path.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.md",
+    ]
 
 
 def run(*arguments):
@@ -168,7 +177,7 @@ def test_command(templates, tmp_path):
     flags = (f"--source_dir={templates['nol']}", f"--data_dir={tmp_path / 'beam'}", "--beam")
     result = run(*flags, "--", *TWO_WORKERS)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("5 locations written, 0 set aside, 10 records, ")
+    assert result.stdout.startswith("5 locations written, 0 skipped, 10 records, ")
     run(flags[0], f"--data_dir={tmp_path / 'plain'}", "--num_workers=1")
     assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
     unknown = run(flags[0], f"--data_dir={tmp_path / 'unknown'}", "--beam", "--", "--runer=x")

@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import downstream, records, sources, tile_files
+from data_prep import downstream, errors, sources, tile_files, tile_layouts
+from data_prep.options import Options
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import world
 from tests import runs
@@ -50,7 +51,7 @@ ERRORS = {"dw": set(range(11, 256)), "osm": set(range(14, 256)), "dfc2020": set(
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    """A tree of each format: three places to train on, two to test on."""
+    """A tree of each format: three locations to train on, two to test on."""
     trees = {}
     for name in FORMATS:
         trees[name] = tmp_path_factory.mktemp(name)
@@ -86,19 +87,19 @@ def reported(name, data_dir):
 
 
 def files_of(name, tree, split):
-    """(S1, S2, label) files of a split, by place."""
+    """(S1, S2, label) files of a split, by location."""
     folders = FOLDERS[name].format(split=THEIR_NAMES[name][split]).split()
     columns = []
     for folder in folders:
-        # p10 comes after p9; places elsewhere are numbers, west to east.
+        # p10 comes after p9; other locations are sorted from west to east.
         files = list((tree / folder).iterdir())
         columns.append(
-            sorted(files, key=lambda f: [float(part) for part in place_of(name, f).split("_")])
+            sorted(files, key=lambda f: [float(part) for part in location_of(name, f).split("_")])
         )
     return list(zip(*columns, strict=True))
 
 
-def place_of(name, path):
+def location_of(name, path):
     """The part of a file's name that says where: LON_LAT or a number."""
     if name == "dfc2020":
         return path.stem.rpartition("_p")[2]
@@ -157,7 +158,8 @@ def test_records(templates, tmp_path, name):
     builder = build(name, templates[name], tmp_path)
     legend = {"dw": sensors.DYNAMIC_WORLD, "osm": sensors.OSM, "dfc2020": sensors.DFC2020}[name]
     assert dict(builder.info.metadata) == {
-        "tile_size": 36, "has_truth": False, "s2_offset": 0, "patch_size": 0,
+        "tile_size": 36, "has_truth": False, "s2_offset": "auto", "max_invalid": 0.5,
+        "max_days": 60, "patch_size": 0,
         "num_empty_patches": {"train": 0, "test": 0},
         "legend": [list(pair) for pair in legend.items()],
         "season_counts": {"train": [1, 1, 1], "test": [1, 1]}, "num_bad_locations": 0,
@@ -208,14 +210,14 @@ def test_sample_shows_the_world_with_its_true_classes(templates, name):
         "osm": [9, 3, 7, 12, 2, 11, 1, 10, 10],
         "dfc2020": [10, 1, 4, 5, 6, 2, 7, 9, 8],
     }[name]
-    places = {
-        split: {place_of(name, tile[1]): tile for tile in files_of(name, templates[name], split)}
+    locations = {
+        split: {location_of(name, tile[1]): tile for tile in files_of(name, templates[name], split)}
         for split in ("train", "test")
     }
     for index in range(5):
         made = world.make_location(SEED, index, 1, TILE_SIZE)
-        place = str(index) if name == "dfc2020" else f"{made.longitude:.4f}_{made.latitude:.4f}"
-        s1, s2, label = places["train" if index < 3 else "test"][place]
+        location = str(index) if name == "dfc2020" else f"{made.longitude:.4f}_{made.latitude:.4f}"
+        s1, s2, label = locations["train" if index < 3 else "test"][location]
         np.testing.assert_array_equal(read_tif(s1), made.s1[0].transpose(2, 0, 1))
         assert read_tif(s1).dtype == (np.float64 if name == "dfc2020" else np.float32)
         bands = read_tif(s2)
@@ -252,14 +254,14 @@ def test_every_label_value(name):
     for value in range(256):
         pixels = np.full((2, 3), value, np.uint8)
         if value in ERRORS[name]:
-            with pytest.raises(records.BadFileError, match=f"labels {value} are not 0"):
+            with pytest.raises(errors.BadFileError, match=f"labels {value} are not 0"):
                 label_map.apply("x.tif", pixels)
         else:
             expected = np.full((2, 3), CLASSES[name].get(value, 255), np.uint8)
             np.testing.assert_array_equal(label_map.apply("x.tif", pixels), expected)
             np.testing.assert_array_equal(label_map.apply("x.tif", pixels * 1.0), expected)
     if name != "dfc2020":
-        with pytest.raises(records.BadFileError, match="labels 2.5, nan are not"):
+        with pytest.raises(errors.BadFileError, match="labels 2.5, nan are no whole"):
             label_map.apply("x.tif", np.array([[1, 2.5], [np.nan, 3]]))
 
 
@@ -281,7 +283,7 @@ def test_ignored_labels_s2_offset_and_ready_made_uint8(trees, tmp_path):
     rewrite(label, lambda pixels: np.where(pixels == 5, 10, np.where(pixels == 2, 0, pixels)))
     rewrite(s1, lambda pixels: scaled(pixels, sensors.S1_MEAN, sensors.S1_STD).transpose(2, 0, 1))
     rewrite(s2, lambda pixels: (pixels % 251).astype(np.uint8))
-    builder = build("dw", trees["dw"], tmp_path / "data", s2_offset=1000)
+    builder = build("dw", trees["dw"], tmp_path / "data", options=Options(s2_offset=1000))
     first, second, _ = builder.as_data_source("train")
     values = read_tif(label)[1]
     assert ((values == 0) | (values == 10)).any()
@@ -338,8 +340,8 @@ def test_patches(trees, tmp_path):
     assert metadata["num_empty_patches"] == {"train": 5, "test": 0}
     assert metadata["season_counts"] == {"train": [0, 3, 4], "test": [4, 4]}
     patches = list(builder.as_data_source("train"))
-    place = files[1][1].stem[3:]
-    ids = [f"{place}_0_0", f"{place}_0_20", f"{place}_20_0"]
+    location = files[1][1].stem[3:]
+    ids = [f"{location}_0_0", f"{location}_0_20", f"{location}_20_0"]
     assert [patch["location_id"].decode() for patch in patches[:3]] == ids
     whole = build("osm", tree, tmp_path / "whole").as_data_source("train")
     corners = [(1, 0, 0), (1, 0, 20), (1, 20, 0), (2, 0, 0), (2, 0, 20), (2, 20, 0), (2, 20, 20)]
@@ -363,7 +365,7 @@ def test_patches(trees, tmp_path):
     np.testing.assert_array_equal(
         dataset.location_of(np.arange(7)), [tile for tile, _, _ in corners]
     )
-    with pytest.raises(records.BuildError, match="--patch_size=37 is larger .* 36 pixels"):
+    with pytest.raises(errors.BuildError, match="--patch_size=37 is larger .* 36 pixels"):
         build("osm", tree, tmp_path / "large", patch_size=37)
 
 
@@ -373,37 +375,32 @@ DAMAGE = {
     "cut short": (1, lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
     "cut label": (2, lambda file: file.write_bytes(file.read_bytes()[:-10]), "cut short"),
     "no image": (0, lambda file: file.write_text("<html>404</html>"), "no GeoTIFF"),
-    "off-size": (1, lambda file: rewrite(file, crop(30, 36)), "30x36 pixels, 36x36 needed"),
+    "off-size": (0, lambda file: rewrite(file, crop(30, 36)), "30x36 pixels, 36x36 needed"),
     "bands": (1, lambda file: rewrite(file, lambda a: a[:12]), "has 12 bands, 13 are needed"),
     "more bands": (0, lambda file: rewrite(file, lambda a: a[[0, 1, 1]]), "has 3 bands, 2 are"),
-    "dtype": (1, lambda file: rewrite(file, lambda a: a.astype(np.float32)), "dtype float32"),
+    "dtype": (1, lambda file: rewrite(file, lambda a: a.astype(np.float32)), "dtype float32, but"),
     "linear power": (0, lambda file: rewrite(file, lambda a: 10 ** (a / 10)), "linear power"),
-    "NaN": (
-        0,
-        lambda file: rewrite(file, lambda a: np.where(a < np.median(a), np.nan, a)),
-        "NaN or infinite",
-    ),
     "label": (2, lambda file: rewrite(file, lambda a: a + 11), "are not 0..10"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_bad_tile_is_set_aside(trees, tmp_path, case):
+def test_bad_tile_is_skipped(trees, tmp_path, case):
     kind, damage, reason = DAMAGE[case]
     file = files_of("dw", trees["dw"], "train")[1][kind]
-    place = place_of("dw", file)
+    location = location_of("dw", file)
     damage(file)
-    with pytest.raises(records.BuildError, match="bad locations: 1, --max_bad_locations=0"):
+    with pytest.raises(errors.BuildError, match="bad locations: 1, --max_bad_locations=0"):
         build("dw", trees["dw"], tmp_path / "none")
     assert not list((tmp_path / "none").glob("*/"))
     builder = build("dw", trees["dw"], tmp_path / "data", max_bad_locations=1)
     assert builder.info.metadata["season_counts"] == {"train": [1, 1], "test": [1, 1]}
     assert builder.info.metadata["num_bad_locations"] == 1
     assert not any(
-        place in record["location_id"].decode() for record in builder.as_data_source("train")
+        location in record["location_id"].decode() for record in builder.as_data_source("train")
     )
     ((location_id, path, reported_reason),) = reported("dw", tmp_path / "data")
-    assert location_id.startswith(place)
+    assert location_id.startswith(location)
     assert reason in reported_reason
     # The date of a missing file is unknown.
     wanted = str(file.relative_to(trees["dw"]))
@@ -413,13 +410,13 @@ def test_bad_tile_is_set_aside(trees, tmp_path, case):
 
 
 def test_larger_label_does_not_set_the_size_of_tiles(trees, tmp_path):
-    s1, _, label = files_of("osm", trees["osm"], "train")[0]
+    _, _, label = files_of("osm", trees["osm"], "train")[0]
     rewrite(label, lambda pixels: np.pad(pixels, ((0, 0), (0, 6), (0, 6))))
     builder = build("osm", trees["osm"], tmp_path / "data", max_bad_locations=1)
     assert builder.info.metadata["tile_size"] == 36
     ((_, path, reason),) = reported("osm", tmp_path / "data")
-    assert path == str(s1.relative_to(trees["osm"]))
-    assert reason == "36x36 pixels, 42x42 needed"
+    assert path == str(label.relative_to(trees["osm"]))
+    assert reason == "42x42 pixels, 36x36 needed, at most 2 more or fewer are accepted"
 
 
 def test_dfc2020_tiles_of_both_splits_are_named_apart(trees, tmp_path):
@@ -436,33 +433,42 @@ def test_dfc2020_tiles_of_both_splits_are_named_apart(trees, tmp_path):
     ]
 
 
-def empty_tree(root, names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return sources.Source(root, tile_files.SSL4EO_S12_OSM.components)
+def find_tiles(names, max_days=60):
+    files, unread = tile_files.sort_files(names, tile_layouts.SSL4EO_S12_OSM)
+    return tile_files.find_tiles(
+        files["train"], unread, tile_layouts.SSL4EO_S12_OSM, "train", max_days
+    )
 
 
-def test_places_and_dates_in_names(tmp_path):
+def test_locations_and_dates_in_names():
     names = [
-        f"train/{folder}_{place}-{date}.tif"
+        f"train/{folder}_{location}-{date}.tif"
         for folder, dates in (
             ("image_s1/s1", ("20200320", "20200103")),
             ("image_s2/s2", ("20200101", "20200317")),
             ("label_osm/osm", ("20200101", "20200317")),
         )
-        for place in ("-58.25_-33.1", "7_-0.5", "-101.5_40")
-        for date in (dates if place == "7_-0.5" else dates[:1])
+        for location in ("-58.25_-33.1", "7_-0.5", "-101.5_40")
+        for date in (dates if location == "7_-0.5" else dates[1:])
     ]
-    # A second date of labels alone cannot be paired.
     names.append("train/label_osm/osm_12.5_3-20200101.tif")
+    # A second date of labels alone cannot be paired.
     names += [f"train/{kind}_9_9-20200101.tif" for kind in ("image_s1/s1", "image_s2/s2")]
     names += [f"train/label_osm/osm_9_9-2020010{day}.tif" for day in (1, 2)]
-    tiles = tile_files.find_tiles(empty_tree(tmp_path, names), tile_files.SSL4EO_S12_OSM, "train")
+    tiles, findings = find_tiles(names)
+    # Images of the two locations that follow, which have no label of a near date.
+    assert {finding.kind for finding in findings} == {"not paired"}
+    assert {pathlib.Path(finding.file).parent.name for finding in findings} == {
+        "image_s1", "image_s2",
+    }  # fmt: skip
+    assert len(findings) == 4
     assert [tile.location_id for tile in tiles] == [
-        "-101.5_40-20200101", "-58.25_-33.1-20200101", "7_-0.5-20200101", "7_-0.5-20200317",
+        "-101.5_40-20200317", "-58.25_-33.1-20200317", "7_-0.5-20200101", "7_-0.5-20200317",
         "9_9", "12.5_3",
     ]  # fmt: skip
+    # The dates of Sentinel-1 and -2 are 74 days apart.
+    assert tiles[0].fault[0] == "train/label_osm/osm_-101.5_40-20200317.tif"
+    assert tiles[0].fault[1].startswith("no s1 file of its own within 60 days: found 20200103")
     first, second = tiles[2:4]
     assert first.paths == {
         "s1": "train/image_s1/s1_7_-0.5-20200103.tif",
@@ -471,10 +477,36 @@ def test_places_and_dates_in_names(tmp_path):
     }
     assert second.paths["s1"] == "train/image_s1/s1_7_-0.5-20200320.tif"
     assert tiles[4].fault == (
-        "train/label_osm/osm_9_9-*.tif",
-        "the files of this place do not pair: 1 of s1, 1 of s2, 2 of labels",
+        "train/label_osm/osm_9_9-20200101.tif",
+        "the files cannot be paired: 1 of s1, 1 of s2, 2 of labels",
     )
     assert tiles[5].fault == ("train/image_s1/s1_12.5_3-*.tif", "missing")
+
+
+def test_dates_of_s1_and_s2_are_compared():
+    names = [
+        "train/image_s1/s1_1_2-20200101.tif",
+        "train/image_s2/s2_1_2-20200320.tif",
+        "train/label_osm/osm_1_2-20200220.tif",
+    ]
+    (tile,), _ = find_tiles(names)
+    assert tile.fault[1].startswith("no s1 file of its own within 60 days: found 20200101")
+    (tile,), findings = find_tiles(names, max_days=79)
+    assert (tile.fault, findings) == ((), [])
+    assert tile.location_id == "1_2-20200320"
+
+
+def test_names_with_impossible_dates_are_faults():
+    names = [f"train/{kind}_1_2-20200101.tif" for kind in ("image_s1/s1", "image_s2/s2")]
+    names += ["train/label_osm/osm_1_2-20200101.tif", "train/label_osm/osm_1_2-20201399.tif"]
+    tiles, _ = find_tiles(names)
+    assert [tile.fault for tile in tiles] == [
+        (
+            "train/label_osm/osm_1_2-20201399.tif",
+            "the name is not osm_{lon}_{lat}-{date}.tif",
+        ),
+        (),
+    ]
 
 
 def test_archives_and_workers_change_no_bit(templates, tmp_path):
@@ -509,10 +541,10 @@ def test_validation_split_where_there_is_one(trees, tmp_path):
 def test_split_without_records_is_an_error(trees, tmp_path):
     for _, _, label in files_of("dw", trees["dw"], "test"):
         label.write_bytes(b"")
-    with pytest.raises(records.BuildError, match="split test is left without records: its 2"):
+    with pytest.raises(errors.BuildError, match="split test is left without records: its 2"):
         build("dw", trees["dw"], tmp_path / "data", max_bad_locations=9)
-    left = [file.name for file in (tmp_path / "data").rglob("*")]
-    assert left == ["ssl4eo_s12_dw.bad_locations.csv"]
+    left = sorted(file.name for file in (tmp_path / "data").rglob("*"))
+    assert left == ["ssl4eo_s12_dw.bad_locations.csv", "ssl4eo_s12_dw.report.md"]
 
 
 @pytest.mark.parametrize(
@@ -558,9 +590,9 @@ def test_commands(templates, tmp_path):
     built = run("data_prep.build", dataset="dfc2020", max_bad_locations=1, **flags)
     assert built.returncode == 0, built.stderr
     assert built.stderr == ""
-    assert built.stdout.startswith("2 tiles written, 1 set aside (see ")
+    assert built.stdout.startswith("2 tiles written, 1 skipped (see ")
     # Snow alone in one patch, which is none of the classes.
-    assert ", 7 records (train 4, test 3), patches without labels left out (train 0, test 1), " in (
+    assert ", 7 records (train 4, test 3), patches without labels omitted (train 0, test 1), " in (
         built.stdout
     )
     other = run("data_prep.build", dataset="dfc2020", **(flags | {"patch_size": 0}))

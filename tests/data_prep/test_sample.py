@@ -1,4 +1,4 @@
-"""The procedural sample: reproducible, whole, with the spectra of land and labels fitly wrong."""
+"""The procedural sample: reproducible, complete, with plausible spectra and label noise."""
 
 import itertools
 import pathlib
@@ -55,7 +55,7 @@ def test_location_depends_on_seed_and_index_alone():
         assert not np.array_equal(later.s2_10m, other.s2_10m)
 
 
-def test_same_files_whatever_the_number_of_workers_and_locations(tmp_path):
+def test_same_files_for_any_number_of_workers_and_locations(tmp_path):
     nol.write_sample(tmp_path / "two", 3, seasons=2, tile_size=24, seed=1, num_workers=2)
     nol.write_sample(tmp_path / "one", 2, seasons=2, tile_size=24, seed=1)
     of_two, of_one = _files(tmp_path / "two"), _files(tmp_path / "one")
@@ -141,7 +141,7 @@ def test_noise_kind_says_where_and_why(locations):
     assert set(kinds.tolist()) >= set(range(len(world.NOISE_KINDS))) - {CLOUD}
 
 
-def test_noise_is_drawn_anew_each_season(locations):
+def test_noise_is_independent_between_seasons(locations):
     confused = np.stack([location.noise_kind for location in locations]) == 1
     both, independent = 0, 0
     for a, b in itertools.combinations(range(4), 2):
@@ -214,7 +214,7 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path):
         world.make_location(0, 0, 0, 48)
 
 
-def test_directory_in_use_is_left_alone(tmp_path):
+def test_directory_in_use_is_not_changed(tmp_path):
     (tmp_path / nol.TABLE).write_text("ids,sub1\n")
     with pytest.raises(FileExistsError, match="not empty: delete it, or choose another"):
         nol.write_sample(tmp_path, 1, tile_size=24)

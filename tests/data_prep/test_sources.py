@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep import sources
+from data_prep import archives, component_tree, sources
 
 COMPONENTS = ("images", "labels", "table.csv")
 FILES = {
@@ -16,6 +16,12 @@ FILES = {
     "labels/0001/c.bin": b"label",
     "table.csv": b"ids\n1\n",
 }
+
+
+def open_source(path, components):
+    source = component_tree.ComponentTree(path, components)
+    source.index()
+    return source
 
 
 def write_folders(root, keep=lambda path: True):
@@ -65,9 +71,10 @@ def test_folder_or_archive(tmp_path, name, prefix):
         write_folders(path / prefix)
     else:
         write_archive(path, tmp_path, prefix=prefix)
-    assert_holds_all(sources.Source(path, COMPONENTS))
+    source = open_source(path, COMPONENTS)
+    assert_holds_all(source)
     # What a worker gets.
-    assert_holds_all(pickle.loads(pickle.dumps(sources.Source(path, COMPONENTS))))
+    assert_holds_all(pickle.loads(pickle.dumps(source)))
 
 
 def test_mixture(tmp_path):
@@ -76,17 +83,17 @@ def test_mixture(tmp_path):
     write_archive(root / "a.zip", tmp_path, lambda path: "labels" in path)
     write_archive(root / "0001.tar.gz", tmp_path, lambda path: "images/0001" in path, "x")
     write_archive(root / "0002.tar", tmp_path, lambda path: "images/0002" in path)
-    assert_holds_all(sources.Source(root, COMPONENTS))
+    assert_holds_all(open_source(root, COMPONENTS))
 
 
 def test_archive_beside_its_extracted_folder_is_not_opened(tmp_path):
     write_folders(tmp_path, lambda path: "images" in path)
     (tmp_path / "images.tar.gz").write_bytes(b"not even an archive")
-    assert sources.Source(tmp_path, COMPONENTS).found == {"images"}
+    assert open_source(tmp_path, COMPONENTS).found == {"images"}
 
 
 def test_gzip_index_of_many_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "GZIP_SPACING", 1 << 16)
+    monkeypatch.setattr(archives, "GZIP_SPACING", 1 << 16)
     files = {f"images/{i:04d}": np.random.default_rng(i).bytes(50_000) for i in range(40)}
     path = tmp_path / "images.tar.gz"
     for name, data in files.items():
@@ -94,7 +101,8 @@ def test_gzip_index_of_many_points(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data)
     with tarfile.open(path, "w:gz") as archive:
         archive.add(tmp_path / "images", "images")
-    source = pickle.loads(pickle.dumps(sources.Source(path, COMPONENTS)))
+    original = open_source(path, COMPONENTS)
+    source = pickle.loads(pickle.dumps(original))
     for name in np.random.default_rng(0).permutation(list(files)):
         assert source.read(str(name)) == files[name]
 
@@ -109,18 +117,18 @@ def test_cut_archive_is_an_error(tmp_path, name):
     for length in (0, 1, 100, end // 3, end // 2, end - 600, end - 1):
         path.write_bytes(data[:length])
         with pytest.raises(sources.SourceError, match="damaged or cut short"):
-            sources.Source(path, COMPONENTS)
+            open_source(path, COMPONENTS)
 
 
-@pytest.mark.parametrize("place", [30, 3000, -6])
-def test_flipped_byte_in_gzip_is_an_error(tmp_path, place):
+@pytest.mark.parametrize("position", [30, 3000, -6])
+def test_flipped_byte_in_gzip_is_an_error(tmp_path, position):
     path = tmp_path / "all.tar.gz"
     write_archive(path, tmp_path)
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(sources.SourceError, match="damaged or cut short"):
-        sources.Source(path, COMPONENTS)
+        open_source(path, COMPONENTS)
 
 
 def test_flipped_byte_in_zip_is_unreadable(tmp_path):
@@ -130,25 +138,25 @@ def test_flipped_byte_in_zip_is_unreadable(tmp_path):
     # Random bytes do not compress: the member holds them as they are.
     data[data.index(FILES["images/0001/a.bin"][1000:1020])] ^= 1
     path.write_bytes(data)
-    source = sources.Source(path, COMPONENTS)
+    source = open_source(path, COMPONENTS)
     with pytest.raises(sources.UnreadableError, match="CRC"):
         source.read("images/0001/a.bin")
     assert source.read("images/0001/b.bin") == FILES["images/0001/b.bin"]
 
 
-def test_component_in_two_places_is_an_error(tmp_path):
+def test_component_found_twice_is_an_error(tmp_path):
     write_folders(tmp_path / "a")
     write_folders(tmp_path / "b")
-    with pytest.raises(sources.SourceError, match="lies in two places"):
-        sources.Source(tmp_path, COMPONENTS)
+    with pytest.raises(sources.SourceError, match="was found twice"):
+        open_source(tmp_path, COMPONENTS)
     write_archive(tmp_path / "one.zip", tmp_path)
     write_archive(tmp_path / "two.tar", tmp_path)
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
-    with pytest.raises(sources.SourceError, match="lies in two archives"):
-        sources.Source(tmp_path, COMPONENTS)
+    with pytest.raises(sources.SourceError, match="is in two archives"):
+        open_source(tmp_path, COMPONENTS)
 
 
 def test_no_such_folder(tmp_path):
     with pytest.raises(sources.SourceError, match="neither a folder nor an archive"):
-        sources.Source(tmp_path / "nowhere", COMPONENTS)
+        open_source(tmp_path / "nowhere", COMPONENTS)

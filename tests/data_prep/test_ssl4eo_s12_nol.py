@@ -16,11 +16,13 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import records, sources, ssl4eo_s12_nol
+from data_prep import errors, records, sources, ssl4eo_s12_nol
+from data_prep.options import Options
 
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}
 DATES = ("20200315T100000", "20200615T100000", "20200915T100000", "20201215T100000")
+REPORTS = ["ssl4eo_s12_nol.bad_locations.csv", "ssl4eo_s12_nol.report.md"]
 ARRAYS = ("s1", "s2_10m", "s2_20m", "s2_60m", "labels")
 
 
@@ -36,7 +38,7 @@ def write_band(path, pixels, metres=10, x=500_000):
 
 
 def write_tree(root, seasons_per_location=(4, 4, 2), truth=False, scaled=False, tile=TILE_SIZE):
-    """A tree of seeded noise. Seasons are listed in the table in no order."""
+    """A tree of seeded noise. The table lists seasons in random order."""
     rng = np.random.default_rng(0)
     for number, seasons in enumerate(seasons_per_location):
         location_id = f"{200 + number:07d}"
@@ -50,6 +52,8 @@ def write_tree(root, seasons_per_location=(4, 4, 2), truth=False, scaled=False, 
             for band in sensors.S2_BANDS:
                 size = tile * 10 // PIXEL_SIZE[band]
                 pixels = rng.integers(0, 5000, (size, size), np.uint16)
+                # Band 10 sees no ground; its values tell whether pixels carry an offset.
+                pixels = pixels // 100 if band == "B10" else pixels
                 pixels = sensors.scale_to_uint8(pixels, band) if scaled else pixels
                 path = root / "s2c" / location_id / granule / f"{band}.tif"
                 write_band(path, pixels, PIXEL_SIZE[band])
@@ -141,7 +145,7 @@ def test_records(template, tmp_path):
     assert dict(builder.info.metadata) == {
         "tile_size": 24, "max_seasons": 4, "has_truth": False,
         "season_counts": {"train": [4, 4, 2]},
-        "num_bad_locations": 0, "s2_offset": 0,
+        "num_bad_locations": 0, "s2_offset": "auto", "max_invalid": 0.5, "max_days": 60,
         "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
     }  # fmt: skip
     assert builder.info.features["season"].np_dtype == np.int32
@@ -210,12 +214,12 @@ def test_truth_beside_labels(tmp_path):
 def test_scaled_uint8_files_are_taken_as_they_are(template, tmp_path):
     scaled = write_tree(tmp_path / "scaled", scaled=True)
     build(template, tmp_path / "from_raw")
-    build(scaled, tmp_path / "from_scaled", s2_offset=1000)
+    build(scaled, tmp_path / "from_scaled", options=Options(s2_offset=1000))
     assert digests(tmp_path / "from_raw") == digests(tmp_path / "from_scaled")
 
 
 def test_s2_offset(template, tmp_path):
-    data = build(template, tmp_path, s2_offset=1000).as_data_source("train")
+    data = build(template, tmp_path, options=Options(s2_offset=1000)).as_data_source("train")
     folder = template / "s2c" / "0000200" / f"{DATES[0]}_{DATES[0]}_T32UPU"
     raw = read_tif(folder / "B3.tif").astype(int)
     assert (raw < 1000).any()
@@ -294,34 +298,29 @@ DAMAGE = {
     "off-size": (f"{S2}/B5.tif", lambda path: rewrite(path, lambda a: np.kron(a, [[1, 1]] * 2)),
                  "24x24 pixels, 12x12 needed"),
     "off-size label": (f"{LABEL}/label.tif", lambda path: rewrite(path, lambda a: a[:18, :18]),
-                       "18x18 pixels, 24x24 needed"),
+                       "18x18 pixels, 24x24 needed, at most 2 more"),
     "labels": (
         f"{LABEL}/label.tif",
         lambda path: rewrite(path, lambda a: np.where(a == 3, 11, np.where(a == 4, 9, a))),
-        "labels 9, 11 are neither",
+        "labels 9, 11 are not 0..8, 255",
     ),
     "linear power": (
         f"{S1}/VV.tif",
         lambda path: rewrite(path, lambda a: 10 ** (a / 10)),
-        "linear power, dB needed",
-    ),
-    "NaN": (
-        f"{S1}/VV.tif",
-        lambda path: rewrite(path, lambda a: np.where(a < -25, np.nan, a)),
-        "NaN or infinite",
+        "linear power, dB is needed",
     ),
     "dtype": (f"{S2}/B2.tif", lambda path: rewrite(path, lambda a: a.astype(np.float32)),
-              "dtype float32, needs uint16"),
+              "dtype float32, but reflectance"),
     "stray truth": (
         f"{LABEL}/truth.tif",
         lambda path: shutil.copy(path.with_name("label.tif"), path),
-        "all must or none",
+        "or none",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_bad_location_is_set_aside(tree, tmp_path, name):
+def test_bad_location_is_skipped(tree, tmp_path, name):
     file, damage, reason = DAMAGE[name]
     damage(tree / file)
     builder = build(tree, tmp_path / "data", max_bad_locations=1)
@@ -340,11 +339,9 @@ def test_too_many_bad_locations_leave_nothing_but_the_report(tree, tmp_path, num
     for location_id in ("0000201", "0000202"):
         next((tree / "s2c" / location_id).rglob("B9.tif")).unlink()
     data_dir = tmp_path / "data"
-    with pytest.raises(
-        records.BuildError, match=r"bad locations: 2, .*=1 allowed.*B9.tif: missing"
-    ):
+    with pytest.raises(errors.BuildError, match=r"bad locations: 2, .*=1 allowed.*B9.tif: missing"):
         build(tree, data_dir, max_bad_locations=1, num_workers=num_workers)
-    assert [file.name for file in data_dir.rglob("*")] == ["ssl4eo_s12_nol.bad_locations.csv"]
+    assert sorted(file.name for file in data_dir.rglob("*")) == REPORTS
     assert [row[0] for row in reported(data_dir)] == ["0000201", "0000202"]
 
 
@@ -352,7 +349,7 @@ def test_no_good_location_is_an_error_however_many_are_allowed(tree, tmp_path):
     shutil.rmtree(tree / "s1" / "0000200")
     for file in tree.rglob("VV.tif"):
         file.unlink()
-    with pytest.raises(records.BuildError, match="none of the 3 locations"):
+    with pytest.raises(errors.BuildError, match="none of the 3 locations"):
         build(tree, tmp_path / "data", max_bad_locations=99)
     assert len(reported(tmp_path / "data")) == 3
 
@@ -367,7 +364,7 @@ def test_record_file_without_records_is_readable(tree, tmp_path, monkeypatch):
 
 def test_tile_that_does_not_fit_60_metres(tmp_path):
     tree = write_tree(tmp_path / "tree", (1,), tile=20)
-    with pytest.raises(records.BuildError, match="20 pixels a side.*multiple of 6"):
+    with pytest.raises(errors.BuildError, match="20 pixels a side.*multiple of 6"):
         build(tree, tmp_path / "data")
 
 
@@ -375,7 +372,7 @@ def test_tile_that_does_not_fit_60_metres(tmp_path):
     ("table", "message"),
     [
         ("", "begins with 'an empty file'"),
-        ("location,sub1\n1,x\n", "needs columns ids,sub1"),
+        ("location,sub1\n1,x\n", "the columns ids,sub1"),
         ("ids,sub1\n", "lists no locations"),
         ("ids,sub1\n200,a\n0000200,a\n", "lists location 0000200 twice"),
         ("ids,sub1\n200.0,a\n", "has the id '200.0'"),
@@ -383,7 +380,7 @@ def test_tile_that_does_not_fit_60_metres(tmp_path):
 )
 def test_wrong_table(tree, tmp_path, table, message):
     (tree / "dw_complete_ids.csv").write_text(table)
-    with pytest.raises(records.BuildError, match=message):
+    with pytest.raises(errors.BuildError, match=message):
         build(tree, tmp_path / "data")
 
 
@@ -407,7 +404,7 @@ def test_command(template, tmp_path):
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.startswith("3 locations written, 0 set aside, 10 records, ")
+    assert result.stdout.startswith("3 locations written, 0 skipped, 10 records, ")
     assert result.stdout.count("\n") == 1
     before = digests(tmp_path)
     # Another process, one worker: the same bits.
@@ -415,14 +412,14 @@ def test_command(template, tmp_path):
     assert digests(tmp_path / "here") == before
     again = run(*arguments)
     assert again.returncode == 0
-    assert "is there already, nothing was done: 10 records" in again.stdout
+    assert "exists, nothing was done: 10 records" in again.stdout
     other = run(*arguments, "--s2_offset=1000")
     assert other.returncode == 1
-    assert "was built with --s2_offset=0" in other.stderr
+    assert "was built with --s2_offset=auto" in other.stderr
     assert digests(tmp_path) == before
 
 
-def test_command_tells_errors_in_one_line(tree, tmp_path):
+def test_command_prints_errors_in_one_line(tree, tmp_path):
     next(tree.rglob("B9.tif")).unlink()
     result = run(f"--source_dir={tree}", f"--data_dir={tmp_path / 'data'}", "--num_workers=2")
     assert result.returncode == 1
@@ -460,11 +457,11 @@ def test_interrupted_command_leaves_no_unfinished_dataset(tree, tmp_path, number
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == returncode, errors
-    left = [file.name for file in data_dir.rglob("*")]
-    assert left == ["ssl4eo_s12_nol.bad_locations.csv"]
+    left = sorted(file.name for file in data_dir.rglob("*"))
+    assert left == REPORTS
 
 
-def test_real_places(shared, tmp_path):
+def test_real_locations(shared, tmp_path):
     tree = shared / "real" / "nol"
     builder = build(tree, tmp_path, num_workers=2)
     data = builder.as_data_source("train")
@@ -487,11 +484,21 @@ def test_real_location_without_labels(shared, tmp_path):
         (copy / folder).symlink_to(tree / folder)
     granules = sorted(file.name for file in (tree / "s2c" / "0000200").iterdir())
     for granule in granules:
-        label = np.zeros((264, 264), np.uint8)
-        write_band(copy / "dw_noisy_labels" / "0000200" / granule / "label.tif", label)
+        path = copy / "dw_noisy_labels" / "0000200" / granule / "label.tif"
+        path.parent.mkdir(parents=True)
+        with (
+            rasterio.open(tree / "s2c" / "0000200" / granule / "B2.tif") as band,
+            rasterio.open(path, "w", **(band.profile | {"dtype": "uint8"})) as file,
+        ):
+            file.write(np.zeros((1, 264, 264), np.uint8))
     (copy / "dw_complete_ids.csv").write_text(f"ids,sub1,sub2\n200,{','.join(granules)}\n")
     data = build(copy, tmp_path / "data").as_data_source("train")
     assert len(data) == 2
+    report = (tmp_path / "data" / "ssl4eo_s12_nol.report.md").read_text()
+    # VV and VH of both seasons; metadata.json is read.
+    assert "| grids shifted | 4 |" in report
+    assert report.count("pixels of 10 m") == 4
+    assert "not read" not in report
     for record in data:
         assert_scaled_files(record, copy)
         assert 0.0002 < record["transform"][2] - record["s1_transform"][2] < 0.0006

@@ -1,4 +1,4 @@
-"""Where a location lies and when it is seen: what sets its images apart from other places'."""
+"""Where a location lies and when it is imaged: coordinates, climate, spectra and dates."""
 
 import dataclasses
 import datetime
@@ -44,18 +44,18 @@ _SPECTRA = {
     "snow": (7300, 7200, 6900, 7000, 6950, 6800, 6600, 6400, 6200, 3300, 45, 1050, 950),
     "cloud": (4400, 4250, 4100, 4200, 4300, 4500, 4650, 4700, 4750, 2400, 160, 3500, 2700),
 }
-# The index of each cover in `Place.spectra`.
+# The index of each cover in `Geography.spectra`.
 COVER = {name: i for i, name in enumerate(_SPECTRA)}
 _SOILS = [COVER[name] for name in ("soil", "ripe crop", "sand", "rock", "shrubs", "dry grass")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A point on the Earth, and how its surfaces differ from those of other places."""
+class Geography:
+    """Coordinates of a location, and how its surfaces differ from those of other locations."""
 
     longitude: float
     latitude: float
-    spectra: np.ndarray  # [covers,13] float32, of this place's soils and plants
+    spectra: np.ndarray  # [covers,13] float32, of the soils and plants here
     parcels: np.ndarray  # [3,parcels] float32 uniform draws: kind, brightness, delay of sowing
     turbidity: float
     conifers: float  # share of the stands
@@ -68,20 +68,20 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Season:
-    """One time of the year at a place."""
+    """One time of the year at a location."""
 
     year: float  # time of the year as on the northern hemisphere, of period 1
     warmth: float  # -1 winter .. 1 summer, near 0 all year in the tropics
     snow: bool  # covers flat land too
 
 
-def draw_place(rng: np.random.Generator, land: Land) -> Place:
-    """Puts a land somewhere on the Earth."""
+def draw_geography(rng: np.random.Generator, land: Land) -> Geography:
+    """Draws coordinates and surface properties for a land."""
     west, east, south, north = _REGIONS[rng.integers(len(_REGIONS))]
     spectra = np.array(list(_SPECTRA.values()), np.float32)
     spectra *= rng.normal(1, 0.03, spectra.shape).astype(np.float32)
     spectra[_SOILS] *= np.float32(rng.uniform(0.88, 1.14))
-    return Place(
+    return Geography(
         longitude=rng.uniform(west, east),
         latitude=rng.uniform(south, north),
         spectra=spectra,
@@ -96,10 +96,10 @@ def draw_place(rng: np.random.Generator, land: Land) -> Place:
     )
 
 
-def draw_season(rng: np.random.Generator, place: Place, time: datetime.datetime) -> Season:
-    """What the time of the year does to a place; snow falls in some cold seasons only."""
-    year = time.timetuple().tm_yday / 366 + (0.5 if place.latitude < 0 else 0)
-    warmth = np.cos(2 * np.pi * (year - 0.55)) * min(abs(place.latitude) / 45, 1.2)
+def draw_season(rng: np.random.Generator, geography: Geography, time: datetime.datetime) -> Season:
+    """The season of a location at a date; snow falls in some cold seasons only."""
+    year = time.timetuple().tm_yday / 366 + (0.5 if geography.latitude < 0 else 0)
+    warmth = np.cos(2 * np.pi * (year - 0.55)) * min(abs(geography.latitude) / 45, 1.2)
     return Season(year, warmth, bool(warmth < -0.55 and rng.random() < 0.6))
 
 
