@@ -1,5 +1,6 @@
 """Builds data sets of ArrayRecord files from the GeoTIFFs of their publishers.
 
-May import `cromss_jax.sensors`; nothing imports it. Begin with `build`, then `builder`, then one of
-the data sets, `ssl4eo_s12_nol` or `downstream`.
+May import `cromss_jax.sensors`; nothing imports it. Imports go from `build` to `datasets`,
+`writing`, `reading`, `finding` and the other modules here. Begin with `build`, then
+`writing.builder`, then `datasets.ssl4eo_s12_nol`.
 """

@@ -16,8 +16,12 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
-from data_prep import cpus, downstream, errors, options, proj, records, sources, ssl4eo_s12_nol
-from data_prep.builder import LocationBuilder
+from data_prep import cpus, errors, options
+from data_prep.datasets import downstream, ssl4eo_s12_nol
+from data_prep.finding import sources
+from data_prep.reading import proj
+from data_prep.writing import records
+from data_prep.writing.builder import LocationBuilder
 
 BUILDERS = {
     builder_class.name: builder_class
@@ -190,7 +194,7 @@ def _beam_writer(beam_args: Sequence[str]) -> Callable[[records.Plan], Iterator]
             "such as -- --direct_num_workers=8"
         )
     try:
-        from data_prep import pipeline
+        from data_prep.writing import pipeline
     except ModuleNotFoundError as error:
         raise errors.BuildError(
             "--beam needs Apache Beam, which is not installed: pip install -e .[beam], in an "

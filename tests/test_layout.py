@@ -119,8 +119,22 @@ def test_nothing_imports_data_prep_and_it_knows_the_constants_only():
         assert inner(path, "cromss_jax") <= {"cromss_jax.sensors"}, path
 
 
-def test_builders_know_no_sample():
+# Rooms of data_prep, as those of cromss_jax, below the command `build`.
+PREPARATION = ("commands", "sample", "datasets", "writing", "reading", "finding", "ground")
+
+
+def preparation_room(module: str) -> str:
+    """The room of a module of data_prep, by full name."""
+    parts = module.split(".")[1:] or ["build"]
+    if (ROOT / "data_prep" / parts[0]).is_dir():
+        return parts[0]
+    return "commands" if parts[0] == "build" else "ground"
+
+
+def test_preparation_imports_downwards():
+    rank = PREPARATION.index
     for name, path in modules("data_prep").items():
-        if not name.startswith("data_prep.sample"):
-            samples = {n for n in inner(path, "data_prep") if n.startswith("data_prep.sample")}
-            assert not samples, f"{name} imports {samples}"
+        for other in inner(path, "data_prep"):
+            above, below = preparation_room(name), preparation_room(other)
+            assert rank(below) >= rank(above), f"{name} imports {other}"
+            assert (above, below) != ("commands", "sample"), f"{name} imports {other}"

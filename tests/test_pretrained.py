@@ -20,8 +20,8 @@ from cromss_jax.training import finetune, pretrain
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders, torch_keys
 from cromss_jax.weights.network import Network, Weights
-from data_prep import bands as raw_bands
-from data_prep import downstream
+from data_prep.datasets import downstream
+from data_prep.reading import bands as raw_bands
 from data_prep.sample import downstream as sample_downstream
 from tests import runs
 

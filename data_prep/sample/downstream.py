@@ -13,7 +13,9 @@ import numpy as np
 from affine import Affine
 
 from cromss_jax.sensors import S2_BANDS, S2_BANDS_BY_RESOLUTION
-from data_prep import geotiff, parallel, tile_layouts
+from data_prep import parallel
+from data_prep.datasets import tile_layouts
+from data_prep.reading import geotiff
 from data_prep.sample import world
 from data_prep.sample.output import new_directory
 

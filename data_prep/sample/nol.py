@@ -9,7 +9,8 @@ import numpy as np
 from affine import Affine
 
 from cromss_jax.sensors import S1_BANDS, S2_BANDS_BY_RESOLUTION
-from data_prep import geotiff, parallel
+from data_prep import parallel
+from data_prep.reading import geotiff
 from data_prep.sample import world
 from data_prep.sample.output import new_directory
 

@@ -13,8 +13,9 @@ import pytest
 import rasterio
 
 from cromss_jax import sensors
-from data_prep import errors, geotiff, offsets, pairing
+from data_prep import errors
 from data_prep.options import Options
+from data_prep.reading import geotiff, offsets, pairing
 from tests import runs
 from tests.data_prep import trees
 
@@ -477,7 +478,8 @@ def test_proj_database_of_another_version_changes_nothing(nol, templates, tmp_pa
 def test_proj_database_that_cannot_be_replaced_is_named(tmp_path):
     script = (
         "import rasterio\n"
-        "from data_prep import errors, proj\n"
+        "from data_prep import errors\n"
+        "from data_prep.reading import proj\n"
         "try:\n    proj.check()\nexcept errors.BuildError as error:\n    print(error)\n"
     )
     # rasterio is imported before data_prep, and has taken the wrong database.

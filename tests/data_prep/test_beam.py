@@ -10,9 +10,11 @@ import sys
 
 import pytest
 
-from data_prep import downstream, errors, records, ssl4eo_s12_nol
+from data_prep import errors
+from data_prep.datasets import downstream, ssl4eo_s12_nol
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
+from data_prep.writing import records
 from tests import runs
 
 BUILDERS = {"nol": ssl4eo_s12_nol.Ssl4eoS12Nol, "dfc2020": downstream.Dfc2020}
@@ -54,7 +56,7 @@ def build(name, tree, data_dir, beam_args=None, **options):
     """Builds a data set, in a pipeline if given options of one."""
     write = None
     if beam_args:
-        from data_prep import pipeline
+        from data_prep.writing import pipeline
 
         write = functools.partial(pipeline.write, options=pipeline.parse_options(beam_args))
     options = OPTIONS[name] | options
@@ -156,7 +158,7 @@ def test_failed_pipeline_gives_one_line(templates, tmp_path, monkeypatch):
 
 @needs_beam
 def test_pipeline_that_does_not_wait_is_an_error(templates, tmp_path, monkeypatch):
-    from data_prep import pipeline
+    from data_prep.writing import pipeline
 
     monkeypatch.setattr(pipeline, "_write_shard", lambda number, work_dir: None)
     with pytest.raises(errors.BuildError, match="without writing .*00000-of-00003"):

@@ -15,7 +15,9 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import downstream, errors, sources, tile_files, tile_layouts
+from data_prep import errors
+from data_prep.datasets import downstream, tile_files, tile_layouts
+from data_prep.finding import sources
 from data_prep.options import Options
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import world

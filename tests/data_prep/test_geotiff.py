@@ -5,7 +5,7 @@ import pytest
 import rasterio
 import rasterio.errors
 
-from data_prep import geotiff
+from data_prep.reading import geotiff
 
 PIXELS = np.random.default_rng(0).integers(500, 900, (48, 48)).astype(np.uint16)
 TRANSFORM = rasterio.Affine(10, 0, 5e5, 0, -10, 6e6)

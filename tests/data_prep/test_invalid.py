@@ -9,8 +9,9 @@ import rasterio.shutil
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import bands, errors, geotiff, nodata
+from data_prep import errors
 from data_prep.options import Options
+from data_prep.reading import bands, geotiff, nodata
 from tests.data_prep import trees
 
 NEUTRAL = 127

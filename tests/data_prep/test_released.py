@@ -10,7 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep import archives, errors, nol_table, sources
+from data_prep import errors
+from data_prep.datasets import nol_table
+from data_prep.finding import archives, sources
 from data_prep.options import Options
 from tests.data_prep import trees
 

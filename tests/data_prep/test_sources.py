@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep import archives, component_tree, sources
+from data_prep.finding import archives, component_tree, sources
 
 COMPONENTS = ("images", "labels", "table.csv")
 FILES = {

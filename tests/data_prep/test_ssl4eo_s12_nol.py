@@ -16,8 +16,11 @@ import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
-from data_prep import errors, records, sources, ssl4eo_s12_nol
+from data_prep import errors
+from data_prep.datasets import ssl4eo_s12_nol
+from data_prep.finding import sources
 from data_prep.options import Options
+from data_prep.writing import records
 
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}

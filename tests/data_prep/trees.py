@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import rasterio
 
-from data_prep import downstream, ssl4eo_s12_nol
+from data_prep.datasets import downstream, ssl4eo_s12_nol
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
 

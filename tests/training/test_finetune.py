@@ -19,7 +19,7 @@ from cromss_jax.training import finetune, finetune_step, run, scoring, sharding
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import torch_keys
 from cromss_jax.weights.network import WeightsError
-from data_prep import downstream
+from data_prep.datasets import downstream
 from data_prep.sample import downstream as sample_downstream
 from tests import runs
 

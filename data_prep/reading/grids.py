@@ -6,7 +6,8 @@ import rasterio.errors
 import rasterio.warp
 from affine import Affine
 
-from data_prep import errors, geotiff
+from data_prep import errors
+from data_prep.reading import geotiff
 from data_prep.report import Finding
 
 # In pixels of 10 m. Sentinel-1 and -2 of SSL4EO-S12 are up to 5 apart, which is known; bands of 60

@@ -14,20 +14,14 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from cromss_jax import sensors
-from data_prep import (
-    builder,
-    errors,
-    file_tree,
-    geotiff,
-    report,
-    sources,
-    tile_files,
-    tile_layouts,
-    tiles,
-)
-from data_prep.labels import LabelMap
+from data_prep import errors, report
+from data_prep.datasets import tile_files, tile_layouts, tiles
+from data_prep.finding import file_tree, sources
 from data_prep.options import DEFAULT, Options
+from data_prep.reading import geotiff
+from data_prep.reading.labels import LabelMap
 from data_prep.report import Finding
+from data_prep.writing import builder
 
 
 def find_files(

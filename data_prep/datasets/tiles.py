@@ -6,10 +6,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from data_prep import bands, errors, geotiff, grids, nodata, offsets, records, tile_files
-from data_prep.labels import LabelMap, read_labels
+from data_prep import errors
+from data_prep.datasets import tile_files
 from data_prep.options import Options
+from data_prep.reading import bands, geotiff, grids, nodata, offsets
+from data_prep.reading.labels import LabelMap, read_labels
 from data_prep.report import Finding
+from data_prep.writing import records
 
 
 def read_tile(

@@ -17,7 +17,8 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep import errors, parallel, sources
+from data_prep import errors, parallel
+from data_prep.finding import sources
 from data_prep.report import Finding
 
 # One record a group: random access. On real tiles zstd:-1 takes 0.64 of the raw size and reads as

@@ -18,10 +18,13 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from cromss_jax import sensors
-from data_prep import builder, component_tree, nol_locations, report, sources
-from data_prep.nol_table import TABLE, Location, read_table
+from data_prep import report
+from data_prep.datasets import nol_locations
+from data_prep.datasets.nol_table import TABLE, Location, read_table
+from data_prep.finding import component_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.report import Finding
+from data_prep.writing import builder
 
 # The names that each component has in the published archives.
 COMPONENTS = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from data_prep import archive_index, archive_indexing, archives
+from data_prep.finding import archive_index, archive_indexing, archives
 
 
 class SourceError(FileNotFoundError):

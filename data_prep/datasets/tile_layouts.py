@@ -9,7 +9,7 @@ import datetime
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from data_prep import archives
+from data_prep.finding import archives
 
 KINDS = ("s1", "s2", "labels")
 

@@ -5,8 +5,10 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 
-from data_prep import bands, component_tree, errors, geotiff, pairing
-from data_prep.nol_table import TABLE, Location
+from data_prep import errors
+from data_prep.datasets.nol_table import TABLE, Location
+from data_prep.finding import component_tree
+from data_prep.reading import bands, geotiff, pairing
 from data_prep.report import Finding
 
 # Files beside the bands that are part of the data set.

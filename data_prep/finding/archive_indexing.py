@@ -16,7 +16,7 @@ from typing import Protocol
 import tqdm
 from etils import epath
 
-from data_prep import archives
+from data_prep.finding import archives
 
 _SCHEMA = """
 CREATE TABLE archives(

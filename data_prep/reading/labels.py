@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cromss_jax import sensors
-from data_prep import errors, geotiff, nodata
+from data_prep import errors
+from data_prep.reading import geotiff, nodata
 from data_prep.report import Finding
 
 # Pixels by which a label map may be larger or smaller than the imagery, as some of NoL are.

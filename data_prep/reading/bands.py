@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from cromss_jax import sensors
-from data_prep import errors, geotiff
+from data_prep import errors
+from data_prep.finding.sources import UnreadableError
+from data_prep.reading import geotiff
 from data_prep.report import Finding
-from data_prep.sources import UnreadableError
 
 # The mean of a band over SSL4EO-S12, scaled to uint8. Invalid pixels get it: the network is then
 # shown an average pixel, and no edge to the darkest or brightest value. It is 127.5, which is

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from etils import epath
 
-from data_prep import archive_index, archive_indexing, archives, sources
+from data_prep.finding import archive_index, archive_indexing, archives, sources
 
 # How many folders there may be between the source directory and a component or an archive.
 SEARCH_DEPTH = 2

@@ -11,9 +11,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
-from data_prep import errors, records, report, sources
+from data_prep import errors, report
 from data_prep.errors import BadFileError
-from data_prep.records import Example, Location, Outcome, Plan, Reading, Shard
+from data_prep.finding import sources
+from data_prep.writing import records
+from data_prep.writing.records import Example, Location, Outcome, Plan, Reading, Shard
 
 
 def first_readable(

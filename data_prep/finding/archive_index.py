@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from data_prep import archive_indexing, archives
+from data_prep.finding import archive_indexing, archives
 
 
 class ArchiveIndex:

@@ -6,21 +6,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from data_prep import (
-    bands,
-    component_tree,
-    errors,
-    geotiff,
-    grids,
-    labels,
-    nodata,
-    offsets,
-    records,
-)
-from data_prep.nol_granules import Granule, acquisition_time, pair_granules, read_granule
-from data_prep.nol_table import Location
+from data_prep import errors
+from data_prep.datasets.nol_granules import Granule, acquisition_time, pair_granules, read_granule
+from data_prep.datasets.nol_table import Location
+from data_prep.finding import component_tree
 from data_prep.options import Options
+from data_prep.reading import bands, geotiff, grids, labels, nodata, offsets
 from data_prep.report import Finding
+from data_prep.writing import records
 
 
 @dataclasses.dataclass(frozen=True)

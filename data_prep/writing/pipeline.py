@@ -16,7 +16,8 @@ from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from etils import epath
 
-from data_prep import errors, records
+from data_prep import errors
+from data_prep.writing import records
 
 # A process writes one file at a time: its threads would share the position in an archive.
 _writing = threading.Lock()

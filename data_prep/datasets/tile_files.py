@@ -6,9 +6,9 @@ import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep import pairing
+from data_prep.datasets.tile_layouts import KINDS, Layout, TileFile
+from data_prep.reading import pairing
 from data_prep.report import Finding
-from data_prep.tile_layouts import KINDS, Layout, TileFile
 
 _GEOTIFF = re.compile(r".*\.tiff?", re.IGNORECASE)
 

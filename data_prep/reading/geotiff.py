@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 # Before rasterio: it chooses the database of coordinate reference systems.
-from data_prep import proj  # noqa: F401 # isort: skip
+from data_prep.reading import proj  # noqa: F401 # isort: skip
 
 import rasterio
 import rasterio.enums

@@ -5,7 +5,7 @@ import re
 
 from etils import epath
 
-from data_prep import archive_index, archive_indexing, archives, sources
+from data_prep.finding import archive_index, archive_indexing, archives, sources
 
 # Folders further down are not searched.
 MAX_DEPTH = 8
