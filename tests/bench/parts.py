@@ -56,7 +56,7 @@ PARTS = {
         True,
     ),
     "input": Part(
-        "reading against the published LMDB pipeline", "10 min", ("tests.bench.input",), True
+        "reading against the published LMDB pipeline", "3 min", ("tests.bench.input",), True
     ),
     "end_to_end": Part(
         "`main`: images per second, waiting, starting", "10 min", ("tests.bench.end_to_end",), True
