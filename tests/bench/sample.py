@@ -31,7 +31,7 @@ def main(_) -> None:
         lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["split"] == "validation"][-1]
     kept = {k: v for k, v in last.items() if "/iou/" in k or set(k.split("/")) & set(SCORES)}
-    print(json.dumps({k: v if v is None else round(v, 4) for k, v in kept.items()}))
+    print(json.dumps({k: v if v is None else round(v, 6) for k, v in kept.items()}))
 
 
 if __name__ == "__main__":
