@@ -18,7 +18,7 @@ TILES := data/sample_tiles
 TILE_DATASET := data/sample/dfc2020/.built
 FINETUNE := configs/finetune.py:task=dfc2020,input=s2,encoder=frozen,sample
 
-.PHONY: pretrain finetune test test-slow test-all lint wheel lock clean
+.PHONY: pretrain finetune test test-slow test-all bench lint wheel lock clean
 
 # Sample data, records, pretraining, report: minutes on two cores.
 pretrain: $(DATASET)
@@ -45,6 +45,10 @@ test-slow: .venv/.test
 	COMPILE_AS_USERS=1 $(PYTEST) -m "slow or numeric"
 
 test-all: test test-slow
+
+# Measures anew and rewrites the tables of tests/bench/README.md; ONLY=step,input measures some parts.
+bench: .venv/.test
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only=$(ONLY))
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .

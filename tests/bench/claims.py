@@ -1,9 +1,10 @@
 """The paper's claims in miniature: `python -m tests.bench.claims --workdir=DIR`.
 
 Pretrains ResNet-18 U-Nets on the sample world's noisy labels in each of the ways that the paper
-compares, and transfers their encoders to few clean tiles of other places of the same world. Recipes
-are those of `configs/*.py:sample`. Every run is a run of `cromss_jax.main`'s loops, in a folder of
-its own; the same command continues where it stopped. Hours on two cores: `--only` runs some.
+compares, and transfers their encoders to few clean tiles of other locations of the same world.
+Recipes are those of `configs/*.py:sample`. Every run is a run of `cromss_jax.main`'s loops, in a
+folder of its own; the same command continues where it stopped. Hours on two cores: `--setting` and
+`--only` run some.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import pathlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,10 +30,13 @@ from tests import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs go", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each kind, each pretrained and transferred")
-_LOCATIONS = flags.DEFINE_integer("locations", 64, "Places to pretrain on")
+_LOCATIONS = flags.DEFINE_integer("locations", 64, "Locations to pretrain on")
 _TILES = flags.DEFINE_integer("tiles", 96, "Clean tiles, half to train on")
 _TRAIN_TILES = flags.DEFINE_integer("train_tiles", 16, "Clean tiles in use, drawn by the seed")
 _ONLY = flags.DEFINE_list("only", None, "Names of the ways to run; all by default")
+_SETTING = flags.DEFINE_enum(
+    "setting", None, ["sample", "few", "memorised"], "Runs the ways of one setting"
+)
 
 TILE_SIZE, DOWNSTREAM_TILE_SIZE = 132, 96
 
@@ -41,12 +46,12 @@ class Way:
     """A way to pretrain.
 
     Attributes:
-      variant: of configs/pretrain.py; "" if encoders are drawn anew.
+      variant: of configs/pretrain.py; "" if encoders are randomly initialised.
       changes: fields beside it.
       modalities: whose encoders are transferred.
       encoders: how the downstream task treats them.
       decoders: what is trained on them. PSPNet reads the first half of an encoder, U-Net all of it.
-      against: the way that it is compared with, seed by seed.
+      against: the ways that it is compared with, seed by seed.
     """
 
     variant: str = "sample"
@@ -54,10 +59,10 @@ class Way:
     modalities: tuple[str, ...] = ("s1", "s2")
     encoders: tuple[str, ...] = ("frozen", "trained")
     decoders: tuple[str, ...] = ("pspnet",)
-    against: str = "random"
+    against: tuple[str, ...] = ("random",)
 
 
-# A network can learn the wrong labels by heart here: each of a few views comes 50 times. Epochs and
+# A network can memorise the wrong labels here: each of a few views comes 50 times. Epochs and
 # ramp are the paper's; the learning rate falls as far as in the sample's 14 epochs.
 OVERFITTING = {
     "data.dir": "few",
@@ -71,48 +76,71 @@ OVERFITTING = {
     "checkpoint_every_epochs": 100,
 }
 # Twice as long and never slower: by then it does.
-BY_HEART = {**OVERFITTING, "num_epochs": 400, "schedule.name": "constant"}
+MEMORISING = {**OVERFITTING, "num_epochs": 400, "schedule.name": "constant"}
 FEW_LOCATIONS, FEW_TILE_SIZE = 12, 66
 BOTH_DECODERS = ("pspnet", "unet")
 
 
-def few_places(variant: str, changes: dict, against: str, decoders=("pspnet",)) -> Way:
-    """A way on the few places, of which the frozen S2 encoder is transferred."""
+def few_locations(variant: str, changes: dict, *against: str, decoders=("pspnet",)) -> Way:
+    """A way on the few locations, of which the frozen S2 encoder is transferred."""
     return Way(variant, changes, ("s2",), ("frozen",), decoders, against)
 
 
 WAYS = {
     "random": Way(""),
-    "CromSS mid": Way(),
-    "noisy labels + consistency": Way("sample,selection=off"),
     "noisy labels": Way("sample,selection=off", {"loss.consistency": "none"}),
+    "noisy labels + consistency": Way("sample,selection=off"),
+    "CromSS mid": Way(against=("random", "noisy labels + consistency")),
     "CromSS late": Way("sample,fusion=late"),
-    "CromSS S2 alone": Way("sample,modality=s2", modalities=("s2",)),
     "CromSS S1 alone": Way("sample,modality=s1", modalities=("s1",)),
-    "clean labels": Way("sample,selection=off", {"data.dir": "clean"}),
-    "random by both decoders": few_places("", {}, "random", BOTH_DECODERS),
-    "no selection (few places)": few_places("sample,selection=off", OVERFITTING, "random"),
-    "CromSS mid (few places)": few_places("sample", OVERFITTING, "no selection (few places)"),
-    "no selection S2 alone (by heart)": few_places(
-        "sample,modality=s2,selection=off", BY_HEART, "random by both decoders", BOTH_DECODERS
+    "CromSS S2 alone": Way("sample,modality=s2", modalities=("s2",)),
+    "clean labels": Way(
+        "sample,selection=off", {"data.dir": "clean"}, against=("random", "noisy labels")
     ),
-    "CromSS S2 alone (by heart)": few_places(
-        "sample,modality=s2", BY_HEART, "no selection S2 alone (by heart)", BOTH_DECODERS
+    "random by both decoders": few_locations("", {}, "random", decoders=BOTH_DECODERS),
+    "no selection (few locations)": few_locations("sample,selection=off", OVERFITTING, "random"),
+    "CromSS mid (few locations)": few_locations(
+        "sample", OVERFITTING, "random", "no selection (few locations)"
+    ),
+    "no selection S2 alone (memorised)": few_locations(
+        "sample,modality=s2,selection=off",
+        MEMORISING,
+        "random by both decoders",
+        decoders=BOTH_DECODERS,
+    ),
+    "CromSS S2 alone (memorised)": few_locations(
+        "sample,modality=s2",
+        MEMORISING,
+        "no selection S2 alone (memorised)",
+        decoders=BOTH_DECODERS,
     ),
     # Half of the labels are more than the right ones that are easy to tell; a fifth are fewer.
-    "CromSS S2 alone keeping a fifth (by heart)": few_places(
+    "CromSS S2 alone keeping a fifth (memorised)": few_locations(
         "sample,modality=s2",
-        {**BY_HEART, "selection.final_keep_fraction": 0.2},
-        "no selection S2 alone (by heart)",
-        BOTH_DECODERS,
+        {**MEMORISING, "selection.final_keep_fraction": 0.2},
+        "no selection S2 alone (memorised)",
+        decoders=BOTH_DECODERS,
     ),
 }
+
+
+def ways_of(setting: str) -> list[str]:
+    """The ways of a setting, with what they are compared with."""
+    few = [name for name in WAYS if name.endswith("(few locations)")]
+    memorised = ["random by both decoders", *(n for n in WAYS if n.endswith("(memorised)"))]
+    if setting == "few":
+        return ["random", *few]
+    if setting == "memorised":
+        return memorised
+    return [name for name in WAYS if name not in few + memorised]
+
+
 # Beside where the data are, all that differs from the samples' recipes.
 LOGGING = {"log_every_steps": 7, "eval_every_epochs": 14, "checkpoint_every_epochs": 14}
 
 
 def make_data(folder: pathlib.Path) -> None:
-    """Noisy labels, the same places with clean ones, and clean tiles of other places."""
+    """Noisy labels, the same locations with clean ones, and clean tiles of other locations."""
     if (folder / "made").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -191,6 +219,14 @@ def wrong_share(way: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {modality: np.array(values) for modality, values in found.items()}
 
 
+def summary(values: Sequence[float]) -> dict[str, object]:
+    """Mean and standard deviation over the seeds, and the values."""
+    figures = {"mean": round(float(np.mean(values)), 2), "seeds": np.round(values, 2).tolist()}
+    if len(values) > 1:
+        figures["std"] = round(float(np.std(values, ddof=1)), 2)
+    return figures
+
+
 def main(_) -> None:
     """Runs what is missing, then prints the tables; the last line is JSON."""
     memory.keep_freed_memory()
@@ -199,7 +235,7 @@ def main(_) -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     make_data(folder / "data")
-    ways = _ONLY.value or list(WAYS)
+    ways = _ONLY.value or (ways_of(_SETTING.value) if _SETTING.value else list(WAYS))
     mious: dict[tuple[str, str, str, str], list[float]] = {}
     for way in ways:
         for seed in range(_SEEDS.value) if WAYS[way].variant else ():
@@ -209,7 +245,11 @@ def main(_) -> None:
             found = transfer(way, modality, encoder, decoder, folder)
             mious[way, modality, encoder, decoder] = found
             print(f"{way}, {modality}, {encoder}, {decoder}: {np.round(found, 1)}", flush=True)
-    figures = {"/".join(kind): np.round(found, 2).tolist() for kind, found in mious.items()}
+    figures = {
+        "miou": {"/".join(kind): summary(found) for kind, found in mious.items()},
+        "differences": {},
+        "wrong_labels_selected": {},
+    }
     for modality in ("s1", "s2"):
         cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
         for (way, input_, encoder, decoder), found in mious.items():
@@ -218,13 +258,12 @@ def main(_) -> None:
         if cells:
             print(report.transfer_table(cells))
     for (way, *kind), found in mious.items():
-        other = mious.get((WAYS[way].against, *kind))
-        if other and way != WAYS[way].against:
-            gain = np.subtract(found, other)
-            print(
-                f"{way}, {', '.join(kind)}, minus {WAYS[way].against}: {gain.mean():.1f} ± "
-                f"{gain.std(ddof=1):.1f} {np.round(gain, 1)}"
-            )
+        for against in WAYS[way].against:
+            other = mious.get((against, *kind))
+            if other and way != against:
+                name = "/".join([f"{way} minus {against}", *kind])
+                difference = figures["differences"][name] = summary(np.subtract(found, other))
+                print(f"{name}: {difference}")
     for way in ways:
         if not WAYS[way].variant:
             continue
@@ -234,7 +273,9 @@ def main(_) -> None:
                 f"{way}, {modality}, wrong labels among the selected, % by epoch: "
                 + " ".join(f"{x:.1f}" for x in mean)
             )
-            figures[f"{way}/{modality}/wrong_selected_last"] = round(float(mean[-1]), 2)
+            known = {"first": mean[0], "lowest": mean.min(), "last": mean[-1]}
+            known = {name: round(float(value), 2) for name, value in known.items()}
+            figures["wrong_labels_selected"][f"{way}/{modality}"] = known
     print(json.dumps(figures))
 
 

@@ -32,7 +32,11 @@ def main(_) -> None:
         figures = ", ".join(f"{name} {errors[name]:.1e}" for name in worst)
         print(f"{decoder} ResNet-{depth} {fusion} {bands:2} bands: {figures}", flush=True)
     failed = [n for n, tolerance in torch_parity.TOLERANCES.items() if worst[n] > tolerance]
-    print(json.dumps({**worst, "beyond_tolerance": failed}))
+    print(
+        json.dumps(
+            {"errors": worst, "tolerances": torch_parity.TOLERANCES, "beyond_tolerance": failed}
+        )
+    )
 
 
 if __name__ == "__main__":
