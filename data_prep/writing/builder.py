@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,11 +140,15 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         ]
         plan = Plan(shards, self._read, self._features, self.report.limit)
         lengths = {shard.path: 0 for shard in shards}
+        # A run that is continued compares them: the records must be those that it began with.
+        digests = {split: hashlib.sha256() for split in templates}
         with contextlib.closing(self._write(plan)) as written:
             for shard, location, outcome in written:
                 self._note(shard.split, location, outcome)
                 if not isinstance(outcome, BadFileError):
                     lengths[shard.path] += outcome.num_records
+                    digests[shard.split].update(outcome.digest)
+        self._metadata["records_digest"] = {s: digest.hexdigest() for s, digest in digests.items()}
         infos = []
         for split, template in templates.items():
             paths = [shard.path for shard in shards if shard.split == split]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import tempfile
@@ -59,10 +60,12 @@ class Written:
     Attributes:
       num_records: how many.
       findings: see `Reading`.
+      digest: SHA-256 of the records, as they are stored.
     """
 
     num_records: int
     findings: tuple[Finding, ...]
+    digest: bytes
 
 
 # The result of a location, or why it has none.
@@ -158,13 +161,16 @@ def write_shard(
             if isinstance(result, errors.BadFileError):
                 yield result
                 continue
+            digest = hashlib.sha256()
             for example in result.examples:
                 serialized = serializer.serialize_example(features.encode_example(example))
                 # TFDS gives the features in another order in each process.
                 message = tf_example_pb2.Example.FromString(serialized)
+                stored = message.SerializeToString(deterministic=True)
+                digest.update(stored)
                 with _write_errors():
-                    writer.write(message.SerializeToString(deterministic=True))
-            yield Written(len(result.examples), result.findings)
+                    writer.write(stored)
+            yield Written(len(result.examples), result.findings, digest.digest())
         with _write_errors():
             writer.close()
 

@@ -257,6 +257,24 @@ def test_archives_and_workers_change_no_bit(template, tmp_path):
     assert digests(tmp_path / "mixed") == expected
 
 
+def test_the_digest_in_the_metadata_is_that_of_the_records(template, tmp_path, monkeypatch):
+    def digest(source, name):
+        return build(source, tmp_path / name).info.metadata["records_digest"]["train"]
+
+    first = digest(template, "first")
+    changed = tmp_path / "changed"
+    shutil.copytree(template, changed)
+    label = next(changed.glob("dw_noisy_labels/*/*/label.tif"))
+    with rasterio.open(label, "r+") as file:
+        pixels = file.read(1)
+        pixels[0, 0] = (pixels[0, 0] + 1) % 9
+        file.write(pixels, 1)
+    assert digest(changed, "other") != first
+    # Whatever the number of files.
+    monkeypatch.setattr(records, "SHARD_BYTES", 1)
+    assert digest(template, "several") == first
+
+
 def test_several_record_files_keep_the_order(template, tmp_path, monkeypatch):
     build(template, tmp_path / "one")
     monkeypatch.setattr(records, "SHARD_BYTES", 1)
