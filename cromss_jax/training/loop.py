@@ -127,7 +127,7 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
     config, schedule = training.config, training.schedule
     _log_size(training)
     checkpoints = checkpoint.Checkpoints(
-        str(training.folder / "checkpoints"), config.checkpoints_to_keep
+        training.folder / "checkpoints", config.checkpoints_to_keep
     )
     # The context of `checkpoints` waits for what is being saved, whatever happens.
     with checkpoints:
