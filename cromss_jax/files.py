@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from etils import epath
 
-
 # What stands in local paths but would be read as something else, and what to do.
 _CONFUSED = (
     (r"\\", "is taken for / by TensorStore: rename the folder or file"),
