@@ -42,6 +42,13 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         path, colon, variants = argument.partition(":")
+        parts = argument.split(":")
+        for whole in (":".join(parts[:count]) for count in range(2, len(parts) + 1)):
+            if os.path.isfile(os.path.expanduser(whole)):
+                raise ValueError(
+                    f"{whole} holds a colon, which separates the file from its variants: rename "
+                    "the file or folder, or start from within the folder"
+                )
         found = find_config(path)
         if found != pathlib.Path(os.path.expanduser(path)):
             print(f"--config={path}: taken from the package, {found}", file=sys.stderr)

@@ -6,13 +6,13 @@ over the seeds.
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Iterable
 
 import numpy as np
 from absl import app
 
+from cromss_jax import files
 from cromss_jax.method import metrics
 from cromss_jax.results import report
 
@@ -25,11 +25,12 @@ def table(folders: Iterable[str]) -> str:
 
     Raises:
       ValueError: if a folder has no results, or if two runs belong to the same cell.
+      files.PathError: if the program cannot read from the storage of a folder.
     """
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     kinds: list[dict] = []
     for folder in folders:
-        path = pathlib.Path(folder) / "results.json"
+        path = files.absolute(folder) / "results.json"
         if not path.is_file():
             raise ValueError(f"{path} not found: pass the folders of finished finetuning runs")
         run = json.loads(path.read_text())

@@ -1,15 +1,38 @@
 """Writing files that are never partial, and reading logs whose last line may be incomplete."""
 
+import glob
 import json
 import os
 import re
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
+# What stands in local paths but would be read as something else, and what to do.
+_CONFUSED = (
+    (r"\\", "is taken for / by TensorStore: rename the folder or file"),
+    (r"gs:/", "is taken for a bucket by Orbax: write gs://BUCKET/PATH, or rename the folder"),
+    (r"^/(gs|s3|az|hf)(?=/|$)", "is taken for a bucket by epath: use a folder of another name"),
+    (r"[\ud800-\udfff]", "is no character in UTF-8: rename the folder or file"),
+)
+
 
 class PathError(OSError):
-    """A path in storage that the program does not support."""
+    """A path in storage that the program does not support, or with a character that it cannot."""
+
+
+class _Path(type(epath.Path("/"))):
+    """An epath whose `glob` takes the folder's own name literally, as pathlib's does.
+
+    epath's reads it as a part of the pattern, so that in `br[1]` nothing is ever found. Orbax
+    merges the files of a checkpoint by such a pattern: a checkpoint without them cannot be read.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        """Yields what matches in this folder."""
+        for found in epath.Path(glob.escape(os.fspath(self))).glob(pattern):
+            yield type(self)(found)
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -20,16 +43,28 @@ def in_bucket(path: epath.PathLike) -> bool:
 def absolute(path: epath.PathLike) -> epath.Path:
     """The absolute path with `~` expanded; epath's would put buckets below the current folder.
 
+    Every path that a user gives comes through here.
+
     Raises:
-      PathError: for an address of other storage than a gs:// bucket.
+      PathError: for an address of other storage than a gs:// bucket, and for a path that Orbax,
+        TensorStore or epath would take for another one.
     """
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path))
-    if scheme and not in_bucket(path):
+    text = os.fspath(path)
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
+    if scheme and not in_bucket(text):
         raise PathError(
             f"{path}: {scheme[0]} is not supported: use a local folder or gs://BUCKET/PATH"
         )
-    path = epath.Path(path)
-    return path if in_bucket(path) else path.expanduser().absolute()
+    if not in_bucket(text):
+        text = os.path.expanduser(text)
+        if text.startswith("~"):
+            user = text.partition("/")[0]
+            raise PathError(f"{path}: there is no user {user[1:]}; write ./{user} for a folder")
+        text = os.path.join(os.getcwd(), text)
+        for pattern, problem in _CONFUSED:
+            if found := re.search(pattern, text):
+                raise PathError(f"{path}: {found[0]} in a path {problem}")
+    return _Path(text)
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -1,7 +1,6 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
 import logging
-import os
 import sys
 
 import jax
@@ -19,6 +18,7 @@ from cromss_jax.training import (
     pretrain,
     run,
     scoring,
+    settings,
 )
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights.network import WeightsError
@@ -51,10 +51,8 @@ def main(arguments: list[str]) -> None:
     memory.keep_freed_memory()
     try:
         workdir = str(files.absolute(_WORKDIR.value))
-        if not jax.config.jax_compilation_cache_dir:  # a continued run needs not compile again
-            jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
-            # Dozens of small programs start a run, which by default would not be kept.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        settings.use_default_numbers()
+        settings.keep_compiled(workdir)
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )

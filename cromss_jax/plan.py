@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from cromss_jax import command_line, files
 from cromss_jax.costs import costs, table, traffic
 from cromss_jax.data import description, input_pipeline
-from cromss_jax.training import pretrain, pretrain_step, run
+from cromss_jax.training import pretrain, pretrain_step, run, settings
 from cromss_jax.training.state import TrainState
 
 _CONFIG = command_line.define_config()
@@ -295,6 +295,7 @@ def main(arguments: list[str]) -> None:
     """Prints the plan. Errors that the user can fix are printed as one sentence, exit code 1."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+    settings.use_default_numbers()
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is needed
     try:
         figures = make_plan(

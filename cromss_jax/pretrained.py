@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 from jax.typing import ArrayLike
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 from cromss_jax.networks import decoders
 from cromss_jax.networks.resnet import ResNetEncoder
 from cromss_jax.weights import files as weight_files
@@ -225,7 +224,11 @@ def load(
       ValueError: for `bands` that don't exist.
     """
     path = os.fspath(path)
-    if not epath.Path(path).exists():
+    try:
+        exists = files.absolute(path).exists()
+    except files.PathError as error:
+        raise WeightsError(str(error)) from error
+    if not exists:
         raise WeightsError(
             f"{path}: no such file or folder; give the folder of a run, of a checkpoint or of "
             f"converted weights, or a file ({', '.join(weight_files.SUFFIXES)})"

@@ -3,13 +3,17 @@
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Container
 
 import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import pretrain
 
@@ -29,6 +33,31 @@ def make_data(folder: pathlib.Path, dataset: str = "ssl4eo_s12_nol", **sample_fl
         command("data_prep.build", dataset=dataset, source_dir=source, data_dir=target),
     ):
         subprocess.run(line, check=True, cwd=ROOT, capture_output=True)
+    return str(target)
+
+
+def relabel(data_dir: str, target: pathlib.Path, chosen: Container[int] | None = None) -> str:
+    """Copies a data set, as a rebuild with other labels leaves it.
+
+    Args:
+      data_dir: where the data set is, of one version and one file.
+      target: the data folder to write.
+      chosen: indices of the records that get other labels; None for all.
+    """
+    shutil.copytree(data_dir, target)
+    (path,) = target.glob("*/*/*.array_record-*")
+    reader = array_record_module.ArrayRecordReader(str(path))
+    records, options = reader.read_all(), reader.writer_options_string()
+    writer = array_record_module.ArrayRecordWriter(str(path), options)
+    for index, record in enumerate(records):
+        example = tf_example_pb2.Example.FromString(record)
+        if chosen is None or index in chosen:
+            labels = example.features.feature["labels"].bytes_list.value
+            labels[0] = (
+                np.random.default_rng(index).integers(0, 9, len(labels[0]), np.uint8).tobytes()
+            )
+        writer.write(example.SerializeToString(deterministic=True))
+    writer.close()
     return str(target)
 
 

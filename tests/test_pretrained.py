@@ -10,6 +10,7 @@ import pytest
 import rasterio
 import safetensors.numpy
 from etils import epath
+from flax import nnx
 
 import cromss_jax
 from configs import finetune as finetune_config
@@ -83,9 +84,33 @@ def zeros(network: Network, card=None) -> Weights:
     return Weights(network, torch_keys.to_torch_state(state), card=card or {})
 
 
+def random_weights(network: Network) -> Weights:
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.uniform(0.5, 1, x.shape) if x.dtype.kind == "f" else x
+        for name, x in zeros(network).arrays.items()
+    }
+    return Weights(network, arrays)
+
+
 def saved(folder, weights: Weights) -> str:
     folders.write_folder(epath.Path(folder), weights)
     return str(folder)
+
+
+@pytest.mark.parametrize("decoder", ["unet", "pspnet"])
+def test_a_process_with_x64_gets_the_same_float32(decoder, tmp_path):
+    bands = {"s1": S1}
+    images = random_images(bands, 1, 20, 36)
+    with jax.enable_x64(True):  # first: descriptions of networks are cached
+        folder = saved(tmp_path / "weights", random_weights(Network("none", 10, bands, 5, decoder)))
+        model = cromss_jax.load(folder)
+        wide = model.predict({"s1": images["s1"].astype(np.float64)})["s1"]
+        assert jax.config.jax_enable_x64
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(nnx.state(model.network))}
+    assert dtypes <= {"float32", "int32", "uint32"}
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide, cromss_jax.load(folder).predict(images)["s1"])
 
 
 # The commands' own numbers.

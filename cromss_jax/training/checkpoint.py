@@ -23,18 +23,19 @@ class Checkpoints:
     checkpoints exist.
     """
 
-    def __init__(self, directory: str, keep: int):
+    def __init__(self, directory: epath.PathLike, keep: int):
         """Opens the folder and creates it if needed.
 
         Args:
-          directory: absolute path or gs:// address.
+          directory: the folder, local or a gs:// address.
           keep: number of newest checkpoints to keep.
 
         Raises:
           CheckpointError: if the newest folder named like a step holds no complete checkpoint.
             Older folders of this kind are checkpoints whose removal was interrupted.
         """
-        steps = [path for path in epath.Path(directory).glob("*") if path.name.isdigit()]
+        directory = files.absolute(directory)
+        steps = [path for path in directory.glob("*") if path.name.isdigit()]
         newest = max(steps, key=lambda path: int(path.name), default=None)
         # A bucket has no renaming, so there it is an interrupted write, which opening removes.
         bad = newest is not None and not (newest / "_CHECKPOINT_METADATA").exists()

@@ -127,7 +127,7 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
     config, schedule = training.config, training.schedule
     _log_size(training)
     checkpoints = checkpoint.Checkpoints(
-        str(training.folder / "checkpoints"), config.checkpoints_to_keep
+        training.folder / "checkpoints", config.checkpoints_to_keep
     )
     # The context of `checkpoints` waits for what is being saved, whatever happens.
     with checkpoints:
@@ -285,14 +285,32 @@ def _begin(
         state, host_state = checkpoints.restore(abstract)
     if compiling:
         train_steps[first] = compiling.result()
-    if host_state["data"] != training.identity:
+    _check_same_data(training, host_state["data"])
+    batches.set_state(host_state["iterator"])
+    _log.info("continuing from %s at step %d", training.folder / "checkpoints", done)
+    return state, done, train_steps
+
+
+def _check_same_data(training: Training, saved: Mapping) -> None:
+    """Raises run.ConfigError unless the data is that of the saved identity."""
+    if {**saved, "records": None} != {**training.identity, "records": None}:
         raise run.ConfigError(
             f"the run in {training.folder} used other data, or another number of devices with "
             "config.selection.scope per_device; use the same again, or another --workdir"
         )
-    batches.set_state(host_state["iterator"])
-    _log.info("continuing from %s at step %d", training.folder / "checkpoints", done)
-    return state, done, train_steps
+    same_records = training.dataset.has_records_of(saved.get("records"))
+    if same_records is None:
+        _log.warning(
+            "unverified data: the run in %s was saved by a version that kept no digest of the "
+            "records; tile size and seasons are the same",
+            training.folder,
+        )
+    elif not same_records:
+        data = training.config.data
+        raise run.ConfigError(
+            f"the records of {data.name} in {data.dir} are not those that the run in "
+            f"{training.folder} began with; restore these, or use another --workdir"
+        )
 
 
 def _batch_shapes(training: Training) -> dict[str, jax.ShapeDtypeStruct]:

@@ -138,7 +138,9 @@ def _split(
             fusion, depth, dict(num_channels), num_classes, jnp.float32, nnx.Rngs(0), decoder
         )
 
-    return nnx.split(nnx.eval_shape(make))
+    # Float32 also in a process that set jax_enable_x64, where the default is float64.
+    with jax.enable_x64(False):
+        return nnx.split(nnx.eval_shape(make))
 
 
 @dataclasses.dataclass(frozen=True)

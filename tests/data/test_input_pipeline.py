@@ -1,10 +1,14 @@
 """Which record comes when: every location once an epoch, the same for any number of processes."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
+from tests import runs
 
 COUNTS = np.array([4, 1, 3, 4, 2, 4, 4, 4, 1, 2])
 
@@ -110,6 +114,63 @@ def test_missing_data_says_what_and_how(tmp_path):
     parts = ("python -m data_prep.build", "python -m data_prep.sample")
     for part in (str(tmp_path / "ssl4eo_s12_nol"), *parts):
         assert part in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A data set of 40 records, of which 16 are sampled."""
+    folder = tmp_path_factory.mktemp("built")
+    return runs.make_data(folder, locations=20, seasons=2, tile_size=24, seed=0)
+
+
+def open_built(data_dir) -> input_pipeline.TileDataset:
+    return input_pipeline.open_dataset(str(data_dir), "ssl4eo_s12_nol")
+
+
+def test_a_copy_of_a_data_set_is_the_same_wherever_it_lies(data_dir, tmp_path):
+    original = open_built(data_dir)
+    assert original.identity["records"].keys() == {"sample"}
+    for name in ("br[1]", "a*?{b}#%41 ü\nc"):
+        copy = open_built(shutil.copytree(data_dir, tmp_path / name))
+        assert copy.identity == original.identity
+        assert copy.has_records_of(original.by_record.identity["records"])
+        np.testing.assert_array_equal(copy.source[39]["labels"], original.source[39]["labels"])
+
+
+# Of 40 records, the first and last are sampled, the second is not.
+@pytest.mark.parametrize("chosen", [None, (0,), (1,), (39,)])
+def test_records_with_other_labels_are_others(data_dir, tmp_path, chosen):
+    original = open_built(data_dir)
+    rebuilt = open_built(runs.relabel(data_dir, tmp_path / "data", chosen))
+    changed = [
+        index
+        for index, (a, b) in enumerate(zip(original.source, rebuilt.source, strict=True))
+        if (a["labels"] != b["labels"]).any()
+    ]
+    assert changed == list(range(40) if chosen is None else chosen)
+    assert rebuilt.has_records_of(original.identity["records"]) is False
+    same = {name: rebuilt.identity[name] for name in ("tile_size", "season_counts")}
+    assert original.identity == {**same, "records": original.identity["records"]}
+    assert open_built(runs.relabel(data_dir, tmp_path / "again", ())).identity == original.identity
+
+
+def test_a_digest_in_the_metadata_stands_for_the_records(data_dir, tmp_path):
+    original = open_built(data_dir)
+    (path,) = shutil.copytree(data_dir, tmp_path / "data").glob("*/*/metadata.json")
+
+    def with_digest(digest: str) -> input_pipeline.TileDataset:
+        content = {**json.loads(path.read_text()), "records_digest": {"train": digest}}
+        path.write_text(json.dumps(content))
+        return open_built(tmp_path / "data")
+
+    first = with_digest("a").identity["records"]
+    assert first == {"built": "a"}
+    assert with_digest("a").has_records_of(first) is True
+    assert with_digest("b").has_records_of(first) is False
+    # A run that began before the metadata had it, and one that ran on another build.
+    assert with_digest("b").has_records_of(original.identity["records"]) is True
+    assert original.has_records_of(first) is False
+    assert original.has_records_of(None) is None
 
 
 def test_a_batch_of_padding_alone_is_ignored(dataset):

@@ -3,6 +3,8 @@
 import gc
 import json
 import logging
+import os
+import shutil
 import signal
 import subprocess
 
@@ -38,14 +40,19 @@ def train_here(config, workdir):
     return pretrain.pretrain(config, str(workdir))
 
 
-def start(data_dir, workdir) -> subprocess.Popen:
+def start(data_dir, workdir, **environment: str) -> subprocess.Popen:
     """The command line, as a user gives it."""
     flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **SAVING}.items()}
     line = runs.command(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=workdir, **flags
     )
     return subprocess.Popen(
-        line, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line,
+        cwd=runs.ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -113,37 +120,40 @@ class Terminating(logging.Handler):
 
 @pytest.fixture
 def interrupted_run(data_dir, tmp_path, caplog):
-    """The folder of a run that got SIGTERM after its third step."""
+    """The folder of a run that got SIGTERM after its third step. Its name looks like a pattern."""
+    workdir = tmp_path / "br[1]" / "a*?{b}#%41 ü:c"
     handler = Terminating("step 3/7")
     logger = logging.getLogger("cromss_jax")
     caplog.set_level(logging.INFO, "cromss_jax")
     logger.addHandler(handler)
     try:
         with pytest.raises(Preempted, match="interrupted: saved step 3"):
-            train_here(tiny_config(data_dir), tmp_path)
+            train_here(tiny_config(data_dir), workdir)
     finally:
         logger.removeHandler(handler)
-    return tmp_path
+    return workdir
 
 
 def test_a_run_interrupted_and_then_killed_ends_bit_equal(finished, data_dir, interrupted_run):
-    tmp_path = interrupted_run
-    assert runs.saved_steps(tmp_path) == [3]
-    assert not (tmp_path / "results.md").exists()
+    workdir = interrupted_run
+    assert runs.saved_steps(workdir) == [3]
+    assert not (workdir / "results.md").exists()
 
-    process = start(data_dir, tmp_path)
+    process = start(data_dir, workdir)
     wait_for(process, "at step 3")
     wait_for(process, "step 4/7")  # its checkpoint is being written
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    assert not (tmp_path / "results.md").exists()
+    assert not (workdir / "results.md").exists()
 
-    finish(start(data_dir, tmp_path))
-    assert runs.final_digest(tmp_path) == runs.final_digest(finished)
+    # In an environment whose settings of JAX would change dtypes and random numbers.
+    output = finish(start(data_dir, workdir, JAX_ENABLE_X64="1", JAX_DEFAULT_PRNG_IMPL="rbg"))
+    assert "jax_enable_x64 is True in this environment; set to False" in output
+    assert runs.final_digest(workdir) == runs.final_digest(finished)
     # But for the means over the steps at which the first process was interrupted.
     untouched = [[line for line in runs.logged(path) if line["step"] > 4]
-                 for path in (tmp_path, finished)]  # fmt: skip
+                 for path in (workdir, finished)]  # fmt: skip
     assert untouched[0] == untouched[1]
 
 
@@ -204,6 +214,30 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
 def test_another_configuration_does_not_continue_a_run(finished, data_dir):
     with pytest.raises(run.ConfigError, match=r"changed selection.ramp_epochs from 2 to 3"):
         train_here(tiny_config(data_dir, **{"selection.ramp_epochs": 3}), finished)
+
+
+def test_rebuilt_data_does_not_continue_a_run(finished, data_dir, tmp_path):
+    rebuilt = runs.relabel(data_dir, tmp_path / "data")
+    sentence = f"records of ssl4eo_s12_nol in {rebuilt} are not those that the run in"
+    with pytest.raises(run.ConfigError, match=sentence):
+        train_here(tiny_config(rebuilt), finished)
+
+
+def test_a_run_saved_without_a_digest_of_the_records_continues_unverified(
+    finished, data_dir, tmp_path, caplog
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (path,) = (workdir / "checkpoints" / "7" / "host").glob("metadata")
+    content = json.loads(path.read_text())
+    del content["data"]["records"]
+    path.write_text(json.dumps(content))
+    train_here(tiny_config(data_dir), workdir)
+    assert f"unverified data: the run in {workdir}" in caplog.text
+    caplog.clear()
+    content["data"]["season_counts"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(run.ConfigError, match="used other data"):
+        train_here(tiny_config(data_dir), workdir)
 
 
 def test_a_stray_folder_is_named(finished, data_dir):
