@@ -68,6 +68,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     # also as saved by MoCo, DINO or DeCUR. "{seed}" in the path is replaced by each seed. Empty:
     # randomly initialised. With mode=evaluate, the weights to score.
     config.init_from = ""
+    # Names of the bands that config.init_from takes, in order, such as ("B2", "B3", "B4", "B8");
+    # needed for a PyTorch file that does not tell them. Empty: what the file tells.
+    config.init_from_bands = ()
     # Name of these weights in the tables; empty: config.init_from.
     config.weights_name = ""
     config.encoder = chosen.get("encoder", "frozen")
