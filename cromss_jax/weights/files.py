@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -223,7 +224,8 @@ def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.nd
 def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict]:
     torch = _torch(path)
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # for the authors of the file
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load without weights_only, which would run the file's code.
