@@ -42,6 +42,9 @@ _ENCODERS = {
 # whose teacher is the result.
 _COPIES = {"ema", "momentum", "averaged", "average", "avg", "swa", "target", "k", "key", "student"}
 
+# Where Lightning keeps the trained network if `state_dict` is its moving average (WeightAveraging).
+_TRAINED = "current_model_state."
+
 # Heads that classification and self-supervised methods put on a ResNet.
 _HEADS = {"fc", "head", "heads", "classifier", "linear", "last_linear", "mlp"}
 _HEADS |= {"projector", "projection_head", "predictor", "prediction_head", "prototypes"}
@@ -196,7 +199,7 @@ def find_network(
     for key, tensor in plain.items():
         if key.startswith(prefix) and not key.startswith(nested):
             own[key.removeprefix(prefix)] = tensor
-        elif not key.startswith(others):
+        elif not key.startswith(others) and np.ndim(tensor):  # single numbers are scores, counters
             outside.append(key)
     found, heads, rest = _published_keys(own, networks[prefix])
     notes = [
@@ -260,6 +263,7 @@ def _choose(prefixes: Sequence[str], take: str | None) -> str:
             )
     else:
         trained = [p for p in prefixes if not _COPIES.intersection(re.split(r"[._]", p))]
+        trained = [p for p in trained if p.startswith(_TRAINED)] or trained
         chosen = prefixes if len(prefixes) == 1 else trained
         if len(chosen) != 1:
             raise WeightsError(

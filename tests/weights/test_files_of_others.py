@@ -82,18 +82,17 @@ def lightning(state_dict):
 
 CRITERION = {"criterion.weight": torch.ones(9)}
 HYPER = "hyper_parameters.class_weights"
-BEST = "callbacks.ModelCheckpoint{'monitor': 'val_loss'}.best"
 AUXILIARY = {"classification_head.3.weight": torch.ones(9)}
 WRAPPED = {
     "torchgeo": (
         lambda w: lightning(tensors(w, "model.") | CRITERION),
         "state_dict.model.",
-        (f"{BEST}, {HYPER}, state_dict.criterion.weight",),
+        (f"{HYPER}, state_dict.criterion.weight",),
     ),
     "terratorch": (
         lambda w: lightning(tensors(w, "model.smp_model.") | CRITERION),
         "state_dict.model.smp_model.",
-        (f"{BEST}, {HYPER}, state_dict.criterion.weight",),
+        (f"{HYPER}, state_dict.criterion.weight",),
     ),
     "smp": (lambda w: tensors(w) | AUXILIARY, "", ("classification_head.3.weight",)),
     "PyTorch's tutorial": (
@@ -142,6 +141,12 @@ AVERAGED = {
     "model_ema": lambda w, o: {
         "model": tensors(w),
         "model_ema": tensors(o, "module.") | {"n_averaged": torch.tensor(7)},
+    },
+    # Lightning's WeightAveraging
+    "state_dict.model": lambda w, o: {
+        **lightning(tensors(o, "model.")),
+        "current_model_state": tensors(w, "model."),
+        "averaging_state": {"n_averaged": torch.tensor(7)},
     },
     # inside of a Lightning module
     "ema": lambda w, o: {"state_dict": tensors(w, "model.") | tensors(o, "ema.module.")},
