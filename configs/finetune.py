@@ -68,8 +68,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     # also as saved by MoCo, DINO or DeCUR. "{seed}" in the path is replaced by each seed. Empty:
     # randomly initialised. With mode=evaluate, the weights to score.
     config.init_from = ""
-    # Names of the bands that config.init_from takes, in order, such as ("B2", "B3", "B4", "B8");
-    # needed for a PyTorch file that does not tell them. Empty: what the file tells.
+    # Bands of the file in config.init_from, in the order of its channels, such as ("B2", "B3");
+    # needed if the file does not tell them. Empty: those that it tells.
     config.init_from_bands = ()
     # Name of these weights in the tables; empty: config.init_from.
     config.weights_name = ""

@@ -57,8 +57,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
     # Initial weights: a run's folder or a file of PyTorch weights. Empty: randomly initialised.
     config.init_from = ""
-    # Names of the bands that config.init_from takes, in order, such as ("B2", "B3", "B4", "B8");
-    # needed for a PyTorch file that does not tell them. Empty: what the file tells.
+    # Bands of the file in config.init_from, in the order of its channels, such as ("B2", "B3");
+    # needed if the file does not tell them. Empty: those that it tells.
     config.init_from_bands = ()
 
     config.data = ml_collections.ConfigDict()

@@ -80,8 +80,10 @@ def init_bands(config: ml_collections.ConfigDict) -> dict[str, tuple[str, ...]] 
             f"config.init_from_bands is {config.init_from_bands}, the bands of config.init_from, "
             "which is empty; set both or neither"
         )
+    # A flag without brackets, B2,B3,B4, comes as one text.
+    names = [name for text in config.init_from_bands for name in str(text).split(",")]
     try:
-        return name_bands(config.init_from_bands)
+        return name_bands(names)
     except WeightsError as error:
         raise ConfigError(f"config.init_from_bands: {error}") from error
 

@@ -134,6 +134,8 @@ def load(
         if full.is_dir():
             if bands:
                 raise WeightsError("a folder states its own bands: do not set bands for it")
+            if take:
+                raise WeightsError("a folder holds one network: remove --take")
             return folders.load_run(folders.find_checkpoint(full))
         tensors, card = read(full)
         known = card and check_bands(card.get("bands"))

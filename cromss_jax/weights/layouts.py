@@ -199,9 +199,10 @@ def find_network(
     for key, tensor in plain.items():
         if key.startswith(prefix) and not key.startswith(nested):
             own[key.removeprefix(prefix)] = tensor
-        elif not key.startswith(others) and np.ndim(tensor):  # single numbers are scores, counters
+        elif not key.startswith(others):
             outside.append(key)
     found, heads, rest = _published_keys(own, networks[prefix])
+    outside += [prefix + key for key in rest]
     notes = [
         f"skipped the network under `{other}`: `python -m cromss_jax.convert from_torch "
         f"--take={other.rstrip('.')}` uses it instead"
@@ -209,7 +210,8 @@ def find_network(
     ]
     for keys, why in (
         ([prefix + key for key in heads], "a classifier or projection, which is not used"),
-        ([*(prefix + key for key in rest), *outside], "not part of the network"),
+        # Single numbers are scores and counters.
+        ([key for key in outside if np.ndim(plain[key])], "not part of the network"),
     ):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
@@ -291,7 +293,8 @@ def _published_keys(
         renamed = {"": "encoder."}
     elif "backbone_1." in encoders:
         # S1's encoder is the one with two bands; the files have both orders.
-        s1, s2 = sorted(encoders, key=lambda place: _shape(tensors, f"{place}conv1.weight")[1])
+        shapes = {place: _shape(tensors, f"{place}conv1.weight") for place in sorted(encoders)}
+        s1, s2 = sorted(shapes, key=lambda place: shapes[place][1])
         renamed = {s1: "encoder1.", s2: "encoder."}
     else:
         models = {re.sub(r"encoder1?\.$", "", place) for place in encoders}
