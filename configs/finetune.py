@@ -68,6 +68,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     # also as saved by MoCo, DINO or DeCUR. "{seed}" in the path is replaced by each seed. Empty:
     # randomly initialised. With mode=evaluate, the weights to score.
     config.init_from = ""
+    # Bands of the file in config.init_from, in the order of its channels, such as ("B2", "B3");
+    # needed if the file does not tell them. Empty: those that it tells.
+    config.init_from_bands = ()
     # Name of these weights in the tables; empty: config.init_from.
     config.weights_name = ""
     config.encoder = chosen.get("encoder", "frozen")

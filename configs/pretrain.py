@@ -50,16 +50,16 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.mode = "pretrain"
     config.seed = 42
     config.num_epochs = 200
-    # For all devices together. The learning rate is not scaled with the batch size.
-    config.batch_size = 128
-    # 0: all devices of all processes.
-    config.num_devices = 0
+    config.batch_size = 128  # of all devices; the learning rate is not scaled with it
+    config.num_devices = 0  # 0: all devices of all processes
     # Less memory for more time: the batch in parts; activations computed again for the gradient.
     config.microbatches = 1
     config.rematerialise = False
 
     # Initial weights: a run's folder or a file of PyTorch weights. Empty: randomly initialised.
     config.init_from = ""
+    # Bands of that file in the order of its channels, such as ("B2", "B3"). Empty: those it tells.
+    config.init_from_bands = ()
 
     config.data = ml_collections.ConfigDict()
     config.data.dir = "data"

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from cromss_jax import files, sensors
 from cromss_jax.weights import cards, folders
 from cromss_jax.weights import files as weight_files
-from cromss_jax.weights.layouts import LAYOUTS, check_bands, to_layout
+from cromss_jax.weights.layouts import LAYOUTS, name_bands, to_layout
 from cromss_jax.weights.network import WeightsError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -50,12 +50,18 @@ _DTYPE = flags.DEFINE_enum(
 _BANDS = flags.DEFINE_list(
     "bands",
     None,
-    "from_torch: band names in order, needed if the number of bands does not determine them",
+    "from_torch: band names in order, needed if the file does not determine them",
+)
+_TAKE = flags.DEFINE_string(
+    "take",
+    None,
+    "from_torch: which network of a file to use if it holds several, such as state_dict_ema, "
+    "student or encoder_k; by default the one that was trained, not a moving average of it",
 )
 # By command: required flags and optional flags.
 _COMMANDS = {
     "to_torch": ((_CHECKPOINT, _OUTPUT, _LAYOUT), (_MODALITY, _DTYPE)),
-    "from_torch": ((_INPUT, _OUTPUT), (_BANDS,)),
+    "from_torch": ((_INPUT, _OUTPUT), (_BANDS, _TAKE)),
 }
 
 
@@ -93,14 +99,20 @@ def to_torch(
     return f"{path}: {network}, {len(arrays)} tensors, {dtype}, from {step}"
 
 
-def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> str:
+def from_torch(
+    path: str,
+    output: str,
+    bands: tuple[str, ...] | None = None,
+    take: str | None = None,
+) -> str:
     """Writes the weights of a PyTorch file as a checkpoint folder; returns a summary.
 
     Args:
       path: file of PyTorch weights in any layout.
       output: folder to write, which must not exist; `to_torch` and `config.init_from` accept it.
-      bands: names of the bands of a single modality in order, needed if their number does not
+      bands: names of the bands of a single modality in order, needed if the file does not
         determine them.
+      take: which network to use if the file holds several (`layouts.find_network`).
 
     Raises:
       WeightsError: if the file cannot be read or `output` exists; the message is for the user.
@@ -108,11 +120,7 @@ def from_torch(path: str, output: str, bands: tuple[str, ...] | None = None) -> 
     folder = files.absolute(output)
     if folder.exists():
         raise WeightsError(f"{output} already exists: choose another --output")
-    known = None
-    if bands:
-        modality = "s1" if set(bands) <= set(sensors.S1_BANDS) else "s2"
-        known = check_bands({modality: bands})
-    found = weight_files.load(path, known)
+    found = weight_files.load(path, name_bands(bands) if bands else None, take)
     if not found.card:
         found = dataclasses.replace(found, card={"source": path})
     folders.write_folder(folder, found)
@@ -142,9 +150,8 @@ def main(arguments: list[str]) -> None:
                 _CHECKPOINT.value, _OUTPUT.value, _LAYOUT.value, _MODALITY.value, _DTYPE.value
             )
         else:
-            summary = from_torch(
-                _INPUT.value, _OUTPUT.value, tuple(_BANDS.value) if _BANDS.value else None
-            )
+            bands = tuple(_BANDS.value) if _BANDS.value else None
+            summary = from_torch(_INPUT.value, _OUTPUT.value, bands, _TAKE.value)
         print(summary)
     except (WeightsError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -212,8 +212,8 @@ def load(
         converted weights; or a file that ends in `.safetensors`, `.pt`, `.pth`, `.ckpt` or `.tar`,
         of `cromss_jax.convert`, of the published code, or of another ResNet encoder. All but
         `.safetensors` need PyTorch.
-      bands: of a file whose bands neither its card nor their number tells: names in the order of
-        the channels, by modality or of the only one.
+      bands: of a file that does not tell its bands, such as one of 9 or 12 channels without a card:
+        names in the order of the channels, by modality or of the only one.
 
     Returns:
       The network, in float32, whatever it was trained in.

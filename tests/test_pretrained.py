@@ -183,7 +183,8 @@ def test_preprocess_gives_the_data_sets_bits(finetuning, finetuned):
 def test_preprocess_scales_s1_as_data_prep_in_its_own_dtype(pretrained, dtype):
     rng = np.random.default_rng(0)
     raw = rng.normal(-15, 8, (64, 48, 2)).astype(dtype)
-    expected = [raw_bands.scale_s1("", b, raw[..., i], (64, 48)) for i, b in enumerate(S1)]
+    valid = np.ones(raw.shape[:2], bool)
+    expected = [raw_bands.scale(band, raw[..., i], valid) for i, band in enumerate(S1)]
     found = pretrained.preprocess(raw, bands=S1)
     np.testing.assert_array_equal(np.rint(found * 255), np.stack(expected, -1))
 
@@ -194,8 +195,9 @@ def test_preprocess_scales_s2_as_data_prep_whatever_the_dtype(pretrained, dtype)
     borders = [raw_bands.sensors.values_of_uint8(np.arange(256), band) for band in S2]
     raw = np.stack([np.floor(b)[:, None] + [0, 1] for b in borders], -1).clip(0) + 1000
     raw[0, 0] = 0  # no data: below the offset
+    valid = np.ones(raw.shape[:2], bool)
     expected = [
-        raw_bands.scale_s2("", b, raw[..., i].astype(np.uint16), (256, 2), offset=1000)
+        raw_bands.scale_s2(b, raw[..., i].astype(np.int32), valid, offset=1000)
         for i, b in enumerate(S2)
     ]
     offset = 0 if dtype == np.uint16 else 1000  # without sign there is no subtracting

@@ -138,6 +138,7 @@ def _training(
         init=task.init,
         key=jax.random.key(seed),
         init_from=_init_path(config, seed),
+        init_bands=run.init_bands(config),
         init_parts=("encoder",),
         train_steps={1: frozen_step} | {first_trained: trained_step},
         identity={**tiles.identity, "num_tiles": num_tiles},

@@ -85,6 +85,7 @@ class Training:
       init: jitted, from a key to a randomly initialised state on all devices.
       key: for `init`.
       init_from: weights to start from: a run, a checkpoint or a file; "" for none.
+      init_bands: names of the bands of a file there by modality, if the configuration gives them.
       init_parts: the `PARTS` of the network that are taken from there.
       train_steps: jitted steps (state, batch) -> (state, metrics), by the first step that each
         takes: {1: step} unless a later one takes over.
@@ -104,6 +105,7 @@ class Training:
     init: Callable[[jax.Array], TrainState]
     key: jax.Array
     init_from: str
+    init_bands: Mapping[str, tuple[str, ...]] | None
     init_parts: Sequence[str]
     train_steps: Mapping[int, Callable]
     identity: Mapping
@@ -266,7 +268,14 @@ def _begin(
         if training.init_from:
             network = Network.of_config(training.config)
             replicated = sharding.replicated(training.mesh)
-            state = start_from(training.init_from, network, state, replicated, training.init_parts)
+            state = start_from(
+                training.init_from,
+                network,
+                state,
+                replicated,
+                training.init_parts,
+                training.init_bands,
+            )
         return state, 0, train_steps
     # A run that is complete takes no step.
     first = max(n for n in train_steps if n <= done + 1)

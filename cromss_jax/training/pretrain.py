@@ -45,6 +45,7 @@ _CHOICES = {
 def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
     """Raises run.ConfigError for what would fail late or silently do something else."""
     run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
+    run.init_bands(config)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
         raise run.ConfigError(
             f"config.network.fusion is {config.network.fusion!r} with the modalities "
@@ -138,6 +139,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
         init=init,
         key=jax.random.key(config.seed),
         init_from=config.init_from,
+        init_bands=run.init_bands(config),
         init_parts=PARTS,
         train_steps={1: jit_train_step(config, definition, len(locations), mesh)},
         identity={**dataset.identity, "scopes": count_scopes(config, mesh)},

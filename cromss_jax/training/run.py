@@ -16,13 +16,15 @@ from jax.experimental import multihost_utils
 from cromss_jax import files, package
 from cromss_jax.training import devices as accelerators
 from cromss_jax.training import sharding
+from cromss_jax.weights.layouts import name_bands
+from cromss_jax.weights.network import WeightsError
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
 _FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
-# Fields that configurations of earlier versions lack, with what those did.
-_ADDED_FIELDS = {"microbatches": 1, "rematerialise": False}
+# Fields that runs of earlier versions lack, with the values that they ran with.
+_ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -64,6 +66,27 @@ def check_fields(
             raise ConfigError(
                 f"config.{name} is {value!r}; choose from {', '.join(map(str, known))}"
             )
+
+
+def init_bands(config: ml_collections.ConfigDict) -> dict[str, tuple[str, ...]] | None:
+    """The bands of `config.init_from` by modality, None if the configuration names none.
+
+    Raises:
+      ConfigError: if they are no bands of one sensor, or if there is no `config.init_from`.
+    """
+    if not config.init_from_bands:
+        return None
+    if not config.init_from:
+        raise ConfigError(
+            f"config.init_from_bands is {config.init_from_bands}, the bands of config.init_from, "
+            "which is empty; set both or neither"
+        )
+    # A flag without brackets, B2,B3,B4, comes as one text.
+    names = [name for text in config.init_from_bands for name in str(text).split(",")]
+    try:
+        return name_bands(names)
+    except WeightsError as error:
+        raise ConfigError(f"config.init_from_bands: {error}") from error
 
 
 def check_sizes(crop_size: int, tile_size: int, stride: int) -> None:
@@ -160,8 +183,7 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     resolved = json.loads(config.to_json())
     # Before its first checkpoint a run has nothing that a change could spoil.
     if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
-        before, now = _ADDED_FIELDS | _flat(json.loads(path.read_text())), _flat(resolved)
-        now = _ADDED_FIELDS | now
+        before, now = _ADDED | _flat(json.loads(path.read_text())), _ADDED | _flat(resolved)
         changed = [
             f"{name} from {before.get(name)} to {now.get(name)}"
             for name in sorted(before.keys() | now.keys())

@@ -76,6 +76,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
       input_pipeline.DataError, run.ConfigError: with a sentence for the user.
     """
     run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
+    run.init_bands(config)
     if len(config.modalities) != 1:
         raise run.ConfigError(
             f"config.modalities is {config.modalities}; fine-tuning takes one, as in input=s2"
@@ -171,7 +172,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
             f"{task.folder} holds a training run, whose results these would replace; use another "
             "--workdir"
         )
-    source = weight_files.load(config.init_from)
+    source = weight_files.load(config.init_from, run.init_bands(config))
     for note in source.notes:
         _log.info("%s: %s", config.init_from, note)
     (modality,) = config.modalities

@@ -67,6 +67,7 @@ def start_from(
     state: TrainState,
     placement: jax.sharding.NamedSharding,
     parts: Sequence[str] = PARTS,
+    bands: Mapping[str, tuple[str, ...]] | None = None,
 ) -> TrainState:
     """Copies existing weights to the parts of a network that they fit, and logs which.
 
@@ -76,6 +77,7 @@ def start_from(
       state: the randomly initialised state.
       placement: sharding of the copied weights.
       parts: the `PARTS` that may be copied.
+      bands: names of a file's bands by modality, if they are known.
 
     Returns:
       The state with the copied weights.
@@ -85,7 +87,7 @@ def start_from(
     """
     groups = (state.params, state.batch_stats)
     initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
-    source = weight_files.load(path)
+    source = weight_files.load(path, bands)
     started, sentences = transfer(source, Weights(network, initial), parts)
     _log.info("starting from %s, a %s", path, source.network)
     for sentence in (*source.notes, *sentences):

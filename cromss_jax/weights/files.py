@@ -4,7 +4,6 @@ This is the only module that imports torch, and only for `.pt` and `.ckpt`. `.sa
 need it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -12,8 +11,10 @@ import json
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from etils import epath
 
 from cromss_jax import files
 from cromss_jax.weights import cards, folders
-from cromss_jax.weights.layouts import check_bands, from_layout
+from cromss_jax.weights.layouts import check_bands, find_network, from_layout
 from cromss_jax.weights.network import Weights, WeightsError
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
@@ -34,21 +35,96 @@ _READ_SUFFIXES = (*SUFFIXES, ".pth", ".tar")
 # The key of a file's card in safetensors' metadata and in Lightning's hyper_parameters.
 _CARD = "cromss_jax"
 
-# Keys of a network's tensors in checkpoints of Lightning and MoCo, of DINO, and of DeCUR.
-_STATE_DICTS = ("state_dict", "teacher", "model")
+# The dtypes of PyTorch's tensors that are read.
+_PLAIN = ("bool", "uint8", "int8", "int16", "int32", "int64")
+_PLAIN += ("float16", "bfloat16", "float32", "float64")
 
 # In older versions, reading with `weights_only` could still run code (CVE-2025-32434) or write out
 # of bounds in memory (CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
 
 
-def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weights:
+class _Ignored(list):
+    """Stands for an object beside the weights: takes whatever the file gives it, keeps nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __setstate__(self, _):
+        pass
+
+    __hash__ = object.__hash__  # it may be the key of a dict
+
+
+class _PlainDict:
+    """Stands for a dict with a type of its own, which may hold the weights."""
+
+    def __new__(cls, *_):
+        return {}
+
+
+# What is often saved beside weights: settings, scores, dates and paths. None of it is needed, so
+# torch's reader puts a stand-in wherever a file names it: the named code is neither imported nor
+# run.
+_BESIDE_WEIGHTS = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "object", "range", "slice",
+                 "str", "tuple"),
+    "collections": ("deque",),
+    "copyreg": ("_reconstructor",),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "numpy": ("dtype", "ndarray"),
+    # numpy 2 and 1
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.nodes": ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode"),
+    # Python up to 3.12 and from 3.14 on; and 3.13
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+    "torch.torch_version": ("TorchVersion",),
+    "typing": ("Any",),
+    "uuid": ("UUID",),
+}  # fmt: skip
+_DICTS = {
+    "collections": ("defaultdict",),
+    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
+    "lightning_fabric.utilities.data": ("AttributeDict",),
+    "lightning.fabric.utilities.data": ("AttributeDict",),
+}
+_STAND_INS = [
+    (stand_in, f"{module}.{name}")
+    for stand_in, known in ((_Ignored, _BESIDE_WEIGHTS), (_PlainDict, _DICTS))
+    for module, names in known.items()
+    for name in names
+]
+
+# How someone who trusts a file makes another that holds nothing but weights.
+_RESAVE = (
+    'if you trust where the file comes from, keep only its weights by `python -c "import torch; '
+    "torch.save(torch.load('{name}', weights_only=False)['state_dict'], 'weights.pt')\"` (for a "
+    "whole model, .state_dict() instead of ['state_dict']), which runs the code in the file"
+)
+
+
+def load(
+    path: str,
+    bands: Mapping[str, tuple[str, ...]] | None = None,
+    take: str | None = None,
+) -> Weights:
     """Loads weights from a folder or a file.
 
     Args:
       path: the folder of a run, of one of its checkpoints or of converted weights; or a file.
-      bands: for a file, names of the bands by modality; needed if neither the file's card nor the
-        number of bands determines them.
+      bands: for a file, names of the bands by modality; needed if neither the file's card, nor its
+        keys, nor the number of bands determines them.
+      take: for a file that holds several networks, which one to use (`layouts.find_network`).
 
     Raises:
       WeightsError: if there are no weights, or if they are damaged or of an unsupported network.
@@ -58,17 +134,21 @@ def load(path: str, bands: Mapping[str, tuple[str, ...]] | None = None) -> Weigh
         if full.is_dir():
             if bands:
                 raise WeightsError("a folder states its own bands: do not set bands for it")
+            if take:
+                raise WeightsError("a folder holds one network: remove --take")
             return folders.load_run(folders.find_checkpoint(full))
-        arrays, card = read(full)
+        tensors, card = read(full)
         known = card and check_bands(card.get("bands"))
-        if known and bands and known != dict(bands):
+        if known and bands and any(known.get(m) != names for m, names in bands.items()):
             raise WeightsError(
                 f"the file's card states the bands {known}, and the given bands are "
                 f"{dict(bands)}: do not set bands for this file"
             )
-        known = known or bands
-        found = from_layout(arrays, known or None)
-        return dataclasses.replace(found, card=card)
+        network, prefix, notes = find_network(tensors, take)
+        if prefix and not card:
+            notes = (f"took the tensors under `{prefix}`", *notes)
+        found = from_layout(_arrays(network), known or bands)
+        return dataclasses.replace(found, card=card, notes=(*notes, *found.notes))
     except (WeightsError, OSError) as error:
         sentence = str(error)
         raise WeightsError(sentence if path in sentence else f"{path}: {sentence}") from error
@@ -96,27 +176,27 @@ def _torch(path: epath.Path):
     return torch
 
 
-def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
+def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
     """Reads a file of weights.
 
     Args:
-      path: ends in `.safetensors`, `.pt`, `.ckpt`, `.pth` or `.tar`. From a Lightning file or
-        another method's checkpoint, only the network's tensors are read.
+      path: ends in `.safetensors`, `.pt`, `.ckpt`, `.pth` or `.tar`.
 
     Returns:
-      The arrays by the file's keys, float16 and bfloat16 converted to float32. And the card of this
-      project, from the file itself or from `FILE.json` next to it; an empty dict if there is none.
+      The tensors by the file's keys, those of nested dicts joined by dots: NumPy's of a
+      `.safetensors` file, else PyTorch's. And the card of this project, from the file itself or
+      from `FILE.json` next to it; an empty dict if there is none.
 
     Raises:
-      WeightsError: if the file does not exist, is damaged, or is a pickle that contains anything
-        other than tensors and plain values.
+      WeightsError: if the file does not exist, is damaged, or is a pickle that contains objects
+        other than tensors, plain values and what `_STAND_INS` lists.
     """
     _check_suffix(path, _READ_SUFFIXES)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
     content = path.read_bytes()
-    arrays, card = reader(path, content)
+    tensors, card = reader(path, content)
     card_path = path.with_name(f"{path.name}.json")
     if not card and card_path.is_file():
         try:
@@ -129,7 +209,7 @@ def read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict]:
         if isinstance(card, Mapping) and card.get("sha256") != hashlib.sha256(content).hexdigest():
             card = {}
     is_ours = isinstance(card, Mapping) and card.get("format") == cards.FORMAT
-    return arrays, dict(card) if is_ours else {}
+    return tensors, dict(card) if is_ours else {}
 
 
 def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
@@ -140,56 +220,77 @@ def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.nd
         card = json.loads(header.get("__metadata__", {}).get(_CARD, "{}"))
     except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return {key: _at_least_float32(array) for key, array in arrays.items()}, card
+    return arrays, card
 
 
-def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
+def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict]:
     torch = _torch(path)
     try:
-        # With weights_only, torch builds only tensors and plain values. Lightning also stores its
-        # hyper_parameters in an argparse.Namespace, which holds attributes and runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # for the authors of the file
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load without weights_only, which would run the file's code.
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = (
-            f"contains {asked[1]}, which is not weights; none of its code was run" if asked else ""
-        )
-        raise WeightsError(f"{path} {why or 'is damaged or not a PyTorch file'}") from error
+        if not asked and not zipfile.is_zipfile(io.BytesIO(content)):
+            raise WeightsError(f"{path} is damaged or not a PyTorch file") from error
+        found = asked[1] if asked else "something"
+        raise WeightsError(
+            f"{path} contains {found}, which is not weights; none of its code was run: "
+            + _RESAVE.format(name=path.name)
+        ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
             struct.error, zipfile.BadZipFile, OSError) as error:  # fmt: skip
+        if "TorchScript" in str(error):
+            raise WeightsError(
+                f"{path} is a TorchScript program, which is not weights; none of it was run: if "
+                "you trust where it comes from, keep its weights alone by `torch.save("
+                f"torch.jit.load('{path.name}').state_dict(), 'weights.pt')`"
+            ) from error
         raise WeightsError(f"{path} is damaged: {_first_line(error)}") from error
-    tensors, card = found, {}
-    if isinstance(found, Mapping):
-        name = next((n for n in _STATE_DICTS if isinstance(found.get(n), Mapping)), None)
-        tensors = found if name is None else found[name]
-        settings = found.get("hyper_parameters")
-        card = settings.get(_CARD, {}) if isinstance(settings, Mapping) else {}
-    if not isinstance(tensors, Mapping) or not tensors:
-        raise WeightsError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
-    plain = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-    plain |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-    other = [
-        key
-        for key, value in tensors.items()
-        if not isinstance(value, torch.Tensor)
-        or value.dtype not in plain
-        or value.layout != torch.strided
-        or value.is_meta
-    ]
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{path}: expected a dict of tensors, found {type(found).__name__}")
+    settings = found.get("hyper_parameters")
+    card = settings.get(_CARD, {}) if isinstance(settings, Mapping) else {}
+    return _flat(torch, found), card
+
+
+def _flat(torch, nested: Mapping) -> dict[str, Any]:
+    """The tensors of nested dicts, by their keys joined by dots.
+
+    Those in lists or under numbers are an optimizer's.
+    """
+    flat, seen, waiting = {}, set(), [("", nested)]
+    while waiting:
+        prefix, mapping = waiting.pop()
+        seen.add(id(mapping))  # a damaged file may hold a dict that contains itself
+        for key, value in mapping.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                flat[f"{prefix}{key}"] = value
+            elif isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen:
+                waiting.append((f"{prefix}{key}.", value))
+    return flat
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """NumPy arrays of NumPy's or PyTorch's tensors; floats shorter than float32 become that.
+
+    Raises:
+      WeightsError: if some are no plain arrays of numbers.
+    """
+    arrays, other = {}, []
+    for key, value in tensors.items():
+        if not isinstance(value, np.ndarray):
+            dtype = str(value.dtype).removeprefix("torch.")
+            is_plain = dtype in _PLAIN and str(value.layout) == "torch.strided"
+            if not is_plain or value.is_meta:
+                other.append(key)
+                continue
+            value = (value.float() if dtype == "bfloat16" else value).detach().numpy()
+        arrays[key] = _at_least_float32(value)
     if other:
-        raise WeightsError(
-            f"{path}: expected plain tensors, which these are not: "
-            + ", ".join(map(str, other[:5]))
-        )
-    arrays = {
-        str(key): _at_least_float32(
-            (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-        )
-        for key, value in tensors.items()
-    }
-    return arrays, card
+        raise WeightsError(f"expected plain tensors, which these are not: {', '.join(other[:5])}")
+    return arrays
 
 
 def _first_line(error: Exception) -> str:

@@ -145,7 +145,9 @@ def assert_scaled_files(record, tree):
 def test_records(template, tmp_path):
     builder = build(template, tmp_path)
     data = builder.as_data_source("train")
-    assert dict(builder.info.metadata) == {
+    metadata = dict(builder.info.metadata)
+    assert len(metadata.pop("records_digest")["train"]) == 64
+    assert metadata == {
         "tile_size": 24, "max_seasons": 4, "has_truth": False,
         "season_counts": {"train": [4, 4, 2]},
         "num_bad_locations": 0, "s2_offset": "auto", "max_invalid": 0.5, "max_days": 60,
