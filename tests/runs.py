@@ -64,8 +64,12 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 def final_digest(workdir: pathlib.Path) -> str:
     """SHA-256 of every array of the newest checkpoint, names and shapes included."""
     newest = workdir / "checkpoints" / str(max(saved_steps(workdir)))
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((newest / "state").absolute())
+    reader, folder = ocp.PyTreeCheckpointHandler(), (newest / "state").absolute()
+    # NumPy arrays, as the devices that saved it may not be here.
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).tree
+    )
+    tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     digest = hashlib.sha256(newest.name.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from tests import runs
+from tests.bench import processes
 
 ROOT = runs.ROOT
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -325,3 +327,104 @@ def test_each_seed_has_a_job_that_is_requeued_alone_and_a_last_one_scores_all(sl
     ((given, seen),) = starts(project, last)[:1]
     assert (given["config.seeds"], seen["SLURM_ARRAY_TASK_ID"]) == ("(3, 5)", None)
     command(slurm, "scancel", last)
+
+
+@pytest.mark.slow
+def test_the_time_limit_interrupts(slurm, project):
+    environment = {**slurm, "STATUS": "interrupted"}
+    arguments = (FINETUNE, "--gpus_per_node=1", "--time=2", "--grace_seconds=30")
+    job = submit(environment, project, *arguments, "--workdir=runs/a")
+    ended = wait_for_end(slurm, job, 180)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+
+
+def overrides(fields: dict[str, object]) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def one_device_each(environment: dict[str, str]) -> dict[str, str]:
+    """The same environment with one CPU device; the last of equal flags counts."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return {**environment, "XLA_FLAGS": flags}
+
+
+def run_alone(config: str, workdir: pathlib.Path, fields: dict[str, object]) -> None:
+    """One process, without SLURM."""
+    line = [*runs.command("cromss_jax.main", config=config, workdir=workdir), *overrides(fields)]
+    environment = one_device_each(dict(os.environ))
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_and_an_interruption_changes_no_bit(slurm, tmp_path):
+    fields = {
+        **runs.tiny_flags(runs.make_data(tmp_path, locations=18, seasons=2, tile_size=48)),
+        "num_devices": 0,
+        "num_epochs": 8,
+        "eval_every_epochs": 100,
+        "log_every_steps": 1,
+        "init_from": processes.make_start(tmp_path / "start"),
+        "optimizer.learning_rate": 1e-3,
+    }
+    config = "configs/pretrain.py:sample"
+    run_alone(config, tmp_path / "alone", fields)
+
+    def submit_run(name: str) -> tuple[str, pathlib.Path]:
+        log = tmp_path / f"{name}.log"
+        flags = (f"--config={config}", f"--workdir={tmp_path / name}", *overrides(fields))
+        resources = ("--nodes=2", "--gpus_per_node=0", "--time=60", "--", f"--output={log}")
+        return submit(one_device_each(slurm), ROOT, *flags, *resources), log
+
+    job, log = submit_run("whole")
+    ended = wait_for_end(slurm, job, 600)
+    assert (ended["JobState"], ended["NumNodes"], ended["Restarts"]) == ("COMPLETED", "2", "0")
+    assert "process 0 of 2, with 1 of 2 devices" in log.read_text()
+    losses = [
+        np.array(
+            [line["loss"] for line in runs.logged(tmp_path / name) if line["split"] == "train"]
+        )
+        for name in ("alone", "whole")
+    ]
+    assert losses[0].shape == (16,)
+    # The samples are the same, sums over them have another order: 2e-7 was the largest difference.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+    job, log = submit_run("interrupted")
+    until(lambda: log.exists() and "step 3/" in log.read_text(), 300)
+    command(slurm, "scancel", "--signal=USR1", job)
+    ended = wait_for_end(slurm, job, 600)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    said = log.read_text()
+    assert said.count("interrupted: saved step") == 2  # both processes
+    assert said.count("continuing from") == 1  # process 0
+    assert runs.final_digest(tmp_path / "interrupted") == runs.final_digest(tmp_path / "whole")
+    assert runs.logged(tmp_path / "interrupted") == runs.logged(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_seeds_in_jobs_of_their_own_give_the_table_of_one_run(slurm, tmp_path):
+    data = runs.make_data(tmp_path, "dfc2020", format="dfc2020", locations=16, tile_size=48)
+    fields = {
+        "network.depth": 10,
+        "data.dir": data,
+        "data.crop_size": 32,
+        "batch_size": 4,
+        "num_epochs": 2,
+        "checkpoint_every_epochs": 1,
+    }
+    config = "configs/finetune.py:task=dfc2020,input=s1,encoder=trained,sample"
+    run_alone(config, tmp_path / "alone", {**fields, "seeds": "(0, 1)"})
+    last = submit(
+        one_device_each(slurm),
+        ROOT,
+        *(f"--config={config}", f"--workdir={tmp_path / 'jobs'}", *overrides(fields)),
+        *("--seeds=0,1", "--gpus_per_node=0", "--time=60", "--", "--output=/dev/null"),
+    )
+    assert wait_for_end(slurm, last, 600)["JobState"] == "COMPLETED"
+    expected, found = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "jobs")
+    )
+    assert found == expected
+    assert found["seeds"] == [0, 1]
+    assert "| mean ± standard deviation |" in (tmp_path / "jobs/results.md").read_text()
