@@ -55,6 +55,27 @@ def tiny_config(data_dir: str, variant: str = "sample", **more) -> ml_collection
     return config
 
 
+def make_start(folder: pathlib.Path) -> pathlib.Path:
+    """Weights away from the kinks of ReLUs, as a folder to start from."""
+    code = """
+import sys
+import jax
+from etils import epath
+from cromss_jax.training import pretrain_step
+from cromss_jax.weights import folders, torch_keys
+from cromss_jax.weights.network import Network, Weights
+from tests import runs
+from tests.training.test_sharding import away_from_kinks
+config = runs.tiny_config("unused")
+state = away_from_kinks(jax.jit(lambda k: pretrain_step.init_state(config, k))(jax.random.key(0)))
+arrays = torch_keys.to_torch_state(state.params) | torch_keys.to_torch_state(state.batch_stats)
+found = Weights(Network.of_config(config), arrays)
+folders.write_folder(epath.Path(sys.argv[1]), found)
+"""
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the finished checkpoints."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.bench import processes
 
 ROOT = runs.ROOT
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -54,8 +53,8 @@ NodeName={nodes[0]} NodeHostname={nodes[0]} NodeAddr={nodes[0]} Port={ports[1]} 
 NodeName={nodes[1]} NodeHostname={nodes[1]} NodeAddr={nodes[1]} Port={ports[2]} CPUs=8 Gres=gpu:2
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# In place of main: notes how it was started. It waits for SIGUSR1 at its first start, exits as main
-# then does, and succeeds the next time; or it ends at once with STATUS.
+# In place of main: notes how it was started. At its first start it waits for a signal and exits
+# as main does, and the next time it succeeds; or it ends at once with STATUS.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 import absl.flags
@@ -64,7 +63,8 @@ names = ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "SLURM_NT
          "SLURM_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS")
 seen = {name: os.environ.get(name) for name in names}
 interrupted = []
-signal.signal(signal.SIGUSR1, lambda *_: interrupted.append(1))
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *_: interrupted.append(1))
 noted = pathlib.Path("starts." + os.environ["SLURM_JOB_ID"])
 with noted.open("a") as file:
     file.write(json.dumps([given, seen]) + "\\n")
@@ -103,12 +103,14 @@ def slurm(tmp_path_factory):
         daemons = [["slurmctld"], *(["slurmd", "-N", node] for node in NODES)]
         for daemon in daemons:
             subprocess.run(daemon, check=True, env=environment, capture_output=True)
-        until(lambda: command(environment, "sinfo", "-h", "-o%T %D") == "idle 2\n", 60)
+        until(
+            lambda: command(environment, "sinfo", "--noheader", "--format=%T %D") == "idle 2\n", 60
+        )
         yield environment
     finally:
-        if command(environment, "squeue", "-h"):
+        if command(environment, "squeue", "--noheader"):
             command(environment, "scancel", f"--user={user}")
-            until(lambda: not command(environment, "squeue", "-h"), 60)
+            until(lambda: not command(environment, "squeue", "--noheader"), 60)
         for daemon in ("slurmctld", *NODES):
             pid = folder / f"{daemon}.pid"
             if pid.exists():
@@ -306,6 +308,17 @@ def test_an_error_is_not_requeued(slurm, project):
     assert seen["SLURM_CPUS_PER_TASK"] == "2"  # of sbatch's own option, in the step too
 
 
+def test_a_cancelled_job_is_not_requeued(slurm, project):
+    """Although its process gets SIGTERM, saves and exits as after any interruption."""
+    environment = {**slurm, "STATUS": "interrupted"}
+    job = submit(environment, project, PRETRAIN, *FLAGS, "--workdir=runs/a")
+    until(lambda: len(starts(project, job)) == 2, 60)
+    command(slurm, "scancel", job)
+    until(lambda: not command(slurm, "squeue", "--noheader"), 60)
+    ended = show(slurm, job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
 def test_each_seed_has_a_job_that_is_requeued_alone_and_a_last_one_scores_all(slurm, project):
     environment = {**slurm, "STATUS": "interrupted"}
     arguments = (FINETUNE, "--gpus_per_node=1", "--time=10", "--seeds=3,5")
@@ -364,7 +377,7 @@ def test_two_nodes_train_as_one_process_and_an_interruption_changes_no_bit(slurm
         "num_epochs": 8,
         "eval_every_epochs": 100,
         "log_every_steps": 1,
-        "init_from": processes.make_start(tmp_path / "start"),
+        "init_from": runs.make_start(tmp_path / "start"),
         "optimizer.learning_rate": 1e-3,
     }
     config = "configs/pretrain.py:sample"
