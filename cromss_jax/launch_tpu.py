@@ -13,17 +13,15 @@ the image contains them. Hosts get the last commit, not the working tree.
 import os
 import re
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from cromss_jax import command_line, package
+from cromss_jax import command_line, launch, package
+from cromss_jax.launch import LaunchError
 
 _ROOT = package.ROOT
 _CONFIG = command_line.define_config()
@@ -115,10 +113,6 @@ _NO_CHECKOUT = (
 )
 
 
-class LaunchError(ValueError):
-    """The run cannot be submitted with these flags."""
-
-
 def _tool_names(tpu_type: str) -> tuple[str, str]:
     """The names of a slice in xpk and in gcloud: v5litepod-4x4 and v5litepod-16 for v5e:4x4."""
     generation, colon, topology = tpu_type.partition(":")
@@ -150,8 +144,8 @@ def _runtime_version(accelerator: str) -> str:
 
 def _main_command() -> str:
     """The command that every host runs: main, with the configuration's flags and gs:// paths."""
-    path, colon, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    file, variants = launch.config_file()
+    overrides = launch.config_overrides()
     if "data.dir" in overrides:
         raise LaunchError("--config.data.dir is set by --data_dir here: remove --config.data.dir")
     folders = {"workdir": _WORKDIR.value, "data_dir": _DATA_DIR.value}
@@ -163,25 +157,22 @@ def _main_command() -> str:
                 f"--{name}={folder} is not in a gs:// bucket, and the hosts of a slice cannot "
                 "read it: use gs://BUCKET/PATH (`gcloud storage cp -r` copies files there)"
             )
-    inside = os.path.relpath(command_line.find_config(path), _ROOT)
+    inside = os.path.relpath(file, _ROOT)
     if inside.startswith(".."):
         raise LaunchError(
-            f"--config={path} is outside of {_ROOT}, and hosts get only that folder: move the "
+            f"--config={file} is outside of {_ROOT}, and hosts get only that folder: move the "
             "file into configs of the git checkout that you launch from"
         )
     arguments = {
-        "config": inside + colon + variant,
+        "config": inside + variants,
         **{f"config.{name}": value for name, value in overrides.items()},
         "config.data.dir": _DATA_DIR.value,
         "workdir": _WORKDIR.value,
         "distributed": True,
-        # So that a run is restarted after SIGTERM.
-        "preemption_status": 128 + signal.SIGTERM,
+        "preemption_status": launch.INTERRUPTED_STATUS,
     }
     # exec, so that SIGTERM reaches Python, which then saves a checkpoint.
-    command = "exec python -m cromss_jax.main " + shlex.join(
-        f"--{name}={value}" for name, value in arguments.items()
-    )
+    command = f"exec python -m cromss_jax.main {launch.main_flags(arguments)}"
     if "\n" in command:
         raise LaunchError(
             "the value of a --config.x=y flag contains a line break, and xpk accepts only a single "
@@ -217,15 +208,6 @@ def _commit() -> str:
     return _git("rev-parse", "HEAD")
 
 
-def _given(**options) -> list[str]:
-    """Command-line options of a tool; options without a value are left out."""
-    return [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-
-
 def _startup_script(command: str, archive: str = "") -> str:
     """The script that a host runs at boot.
 
@@ -259,11 +241,7 @@ def submission(options: Sequence[str]) -> str:
     Raises:
       LaunchError: if the flags cannot work.
     """
-    if options and not options[0].startswith("-"):
-        raise LaunchError(
-            f"{options[0]} is not a flag: put options of xpk or gcloud after ` -- `, such as "
-            "-- --spot"
-        )
+    launch.check_further_options(options, "xpk or gcloud", "--spot")
     xpk_type, accelerator = _tool_names(_TPU_TYPE.value)
     command = _main_command()
     archiving = []
@@ -273,7 +251,7 @@ def submission(options: Sequence[str]) -> str:
         archive = ["git", "-C", str(_ROOT), "archive", "--format=tar.gz", commit]
         archiving.append(f"{shlex.join(archive)} > {_ARCHIVE}")
     lines = ["set -eu", f"# In a container of every host: {command}", *archiving]
-    common = _given(project=_PROJECT.value, zone=_ZONE.value)
+    common = launch.options(project=_PROJECT.value, zone=_ZONE.value)
     if _BACKEND.value == "xpk":
         if not _CLUSTER.value:
             raise LaunchError(
@@ -281,15 +259,17 @@ def submission(options: Sequence[str]) -> str:
                 "--backend=queued_resources without GKE"
             )
         submit = ["xpk", "workload", "create", f"--cluster={_CLUSTER.value}"]
-        submit += _given(workload=_NAME.value, tpu_type=xpk_type, num_slices=_NUM_SLICES.value)
+        submit += launch.options(
+            workload=_NAME.value, tpu_type=xpk_type, num_slices=_NUM_SLICES.value
+        )
         submit += common
-        submit += _given(
+        submit += launch.options(
             max_restarts=_MAX_RESTARTS.value,
             termination_grace_period_seconds=_GRACE_SECONDS.value,
             docker_image=_IMAGE.value,
         )
         if not _IMAGE.value:  # xpk builds an image with the contents of the folder
-            submit += _given(base_docker_image=_BASE_IMAGE, script_dir=".")
+            submit += launch.options(base_docker_image=_BASE_IMAGE, script_dir=".")
         submit.append(f"--command={command}")
     else:
         if _IMAGE.value:
@@ -301,10 +281,10 @@ def submission(options: Sequence[str]) -> str:
         lines.append(f"cat > startup.sh <<'END_OF_STARTUP'\n{script}END_OF_STARTUP")
         submit = ["gcloud", "compute", "tpus", "queued-resources", "create", _NAME.value]
         if _NUM_SLICES.value == 1:
-            submit += _given(node_id=_NAME.value)
+            submit += launch.options(node_id=_NAME.value)
         else:
-            submit += _given(node_count=_NUM_SLICES.value, node_prefix=_NAME.value)
-        submit += _given(
+            submit += launch.options(node_count=_NUM_SLICES.value, node_prefix=_NAME.value)
+        submit += launch.options(
             accelerator_type=accelerator, runtime_version=_runtime_version(accelerator)
         )
         submit += common
@@ -320,9 +300,7 @@ def main(arguments: list[str]) -> None:
         if _DRY_RUN.value:
             print(f"# In an empty folder:\n{script}", end="")
             return
-        tool, remedy = _TOOLS[_BACKEND.value]
-        if not shutil.which(tool):
-            raise LaunchError(f"{tool}, which submits the run, was not found: {remedy}")
+        launch.check_tool(*_TOOLS[_BACKEND.value])
     except LaunchError as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:

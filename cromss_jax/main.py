@@ -28,7 +28,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and
 _PREEMPTION_STATUS = flags.DEFINE_integer(
     "preemption_status",
     0,
-    "Exit status after SIGTERM; schedulers that start again what failed want another than 0",
+    "Exit status after a signal; schedulers that start again what failed want another than 0",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"

@@ -84,6 +84,27 @@ def tiny_config(data_dir: str, variant: str = "sample", **more) -> ml_collection
     return config
 
 
+def make_start(folder: pathlib.Path) -> pathlib.Path:
+    """Weights away from the kinks of ReLUs, as a folder to start from."""
+    code = """
+import sys
+import jax
+from etils import epath
+from cromss_jax.training import pretrain_step
+from cromss_jax.weights import folders, torch_keys
+from cromss_jax.weights.network import Network, Weights
+from tests import runs
+from tests.training.test_sharding import away_from_kinks
+config = runs.tiny_config("unused")
+state = away_from_kinks(jax.jit(lambda k: pretrain_step.init_state(config, k))(jax.random.key(0)))
+arrays = torch_keys.to_torch_state(state.params) | torch_keys.to_torch_state(state.batch_stats)
+found = Weights(Network.of_config(config), arrays)
+folders.write_folder(epath.Path(sys.argv[1]), found)
+"""
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the finished checkpoints."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
@@ -93,8 +114,12 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 def final_digest(workdir: pathlib.Path) -> str:
     """SHA-256 of every array of the newest checkpoint, names and shapes included."""
     newest = workdir / "checkpoints" / str(max(saved_steps(workdir)))
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((newest / "state").absolute())
+    reader, folder = ocp.PyTreeCheckpointHandler(), (newest / "state").absolute()
+    # NumPy arrays, as the devices that saved it may not be here.
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).tree
+    )
+    tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     digest = hashlib.sha256(newest.name.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

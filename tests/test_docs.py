@@ -43,12 +43,13 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 # Languages of blocks: what becomes of them. Drawings and trees are text.
 LANGUAGES = ("bash", "python", "dockerfile", "text")
 MARK = re.compile(r"<!-- (parsed only|not run): (\S.*) -->\n\Z")
-MODULES = tuple(f"cromss_jax.{name}" for name in ("main", "plan", "convert", "launch_tpu"))
+MODULES = ("main", "plan", "convert", "launch_slurm", "launch_tpu")
+MODULES = tuple(f"cromss_jax.{name}" for name in MODULES)
 MODULES += ("data_prep.build", "data_prep.sample")
 # What a command takes beside flags.
 POSITIONAL = {"cromss_jax.convert": r"(to|from)_torch", "cromss_jax.compare": r"\S+"}
-# Options of xpk and gcloud that the text names.
-FOREIGN_FLAGS = {"spot", "dry-run"}
+# Options of xpk, gcloud and sbatch that the text names.
+FOREIGN_FLAGS = {"spot", "dry-run", "gpu-bind", "gpus-per-task"}
 # No field of a configuration: a file's name, and any field.
 OTHER = ("config.json", "--config.x=y")
 # Imported once, by the server that parsing processes are forked from.

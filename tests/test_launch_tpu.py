@@ -65,7 +65,7 @@ print(json.dumps(done))
 def project(tmp_path_factory):
     """A commit of what the launcher reads, so that the state of this checkout doesn't matter."""
     folder = tmp_path_factory.mktemp("a project")
-    for name in ("__init__", "command_line", "launch_tpu", "package", "sensors"):
+    for name in ("__init__", "command_line", "launch", "launch_tpu", "package", "sensors"):
         (folder / "cromss_jax").mkdir(exist_ok=True)
         shutil.copy(ROOT / f"cromss_jax/{name}.py", folder / "cromss_jax")
     shutil.copytree(ROOT / "configs", folder / "configs")

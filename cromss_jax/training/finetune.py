@@ -24,7 +24,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     Raises:
       input_pipeline.DataError, run.ConfigError, checkpoint.CheckpointError, WeightsError,
         loop.NonFiniteLossError: each with a sentence for the user.
-      Preempted: after SIGTERM; the state is saved.
+      Preempted: after a signal; the state is saved.
     """
     task = scoring.prepare(config, workdir)
     config = task.config

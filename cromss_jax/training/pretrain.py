@@ -100,7 +100,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     Raises:
       input_pipeline.DataError, run.ConfigError, checkpoint.CheckpointError, WeightsError,
         loop.NonFiniteLossError: each with a sentence for the user.
-      Preempted: after SIGTERM; the state is saved.
+      Preempted: after a signal; the state is saved.
     """
     config = ml_collections.FrozenConfigDict(config)
     folder = files.absolute(workdir)

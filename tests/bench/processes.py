@@ -27,34 +27,13 @@ NUM_STEPS, STEPS_AN_EPOCH, BATCH_SIZE = 20, 2, 8
 _TIMEOUT = 3600  # seconds, for what should take minutes
 
 
-def make_start(folder: pathlib.Path) -> pathlib.Path:
-    """Weights away from the kinks of ReLUs, as a folder to start from."""
-    code = """
-import sys
-import jax
-from etils import epath
-from cromss_jax.training import pretrain_step
-from cromss_jax.weights import folders, torch_keys
-from cromss_jax.weights.network import Network, Weights
-from tests import runs
-from tests.training.test_sharding import away_from_kinks
-config = runs.tiny_config("unused")
-state = away_from_kinks(jax.jit(lambda k: pretrain_step.init_state(config, k))(jax.random.key(0)))
-arrays = torch_keys.to_torch_state(state.params) | torch_keys.to_torch_state(state.batch_stats)
-found = Weights(Network.of_config(config), arrays)
-folders.write_folder(epath.Path(sys.argv[1]), found)
-"""
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=runs.ROOT)
-    return folder
-
-
 class Runs:
     """Starts the command with so many processes and devices, and reads what it left."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.data_dir = runs.make_data(folder, locations=18, seasons=2, tile_size=48)
-        self.start = make_start(folder / "start")
+        self.start = runs.make_start(folder / "start")
 
     def launch(
         self, name: str, processes: int, devices: int, num_epochs: int
