@@ -58,7 +58,19 @@ def relabel(data_dir: str, target: pathlib.Path, chosen: Container[int] | None =
             )
         writer.write(example.SerializeToString(deterministic=True))
     writer.close()
+    if chosen is None or chosen:
+        change_digest(target, "of other records")
     return str(target)
+
+
+def change_digest(data_dir: pathlib.Path, digest: str | None) -> None:
+    """Replaces the digest of the records in a data set's metadata; None removes it."""
+    (path,) = data_dir.glob("*/*/metadata.json")
+    content = json.loads(path.read_text())
+    known = content.pop("records_digest", None)
+    if known and digest:
+        content["records_digest"] = dict.fromkeys(known, digest)
+    path.write_text(json.dumps(content))
 
 
 def tiny_flags(data_dir: str) -> dict[str, object]:

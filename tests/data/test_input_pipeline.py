@@ -1,6 +1,5 @@
 """Which record comes when: every location once an epoch, the same for any number of processes."""
 
-import json
 import shutil
 
 import numpy as np
@@ -117,10 +116,18 @@ def test_missing_data_says_what_and_how(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """A data set of 40 records, of which 16 are sampled."""
+def built(tmp_path_factory):
+    """A data set of 40 records."""
     folder = tmp_path_factory.mktemp("built")
     return runs.make_data(folder, locations=20, seasons=2, tile_size=24, seed=0)
+
+
+@pytest.fixture(scope="module")
+def data_dir(built, tmp_path_factory):
+    """The same without a digest, as earlier versions wrote it; 16 of its records are sampled."""
+    folder = shutil.copytree(built, tmp_path_factory.mktemp("earlier") / "data")
+    runs.change_digest(folder, None)
+    return str(folder)
 
 
 def open_built(data_dir) -> input_pipeline.TileDataset:
@@ -154,14 +161,14 @@ def test_records_with_other_labels_are_others(data_dir, tmp_path, chosen):
     assert open_built(runs.relabel(data_dir, tmp_path / "again", ())).identity == original.identity
 
 
-def test_a_digest_in_the_metadata_stands_for_the_records(data_dir, tmp_path):
+def test_a_digest_in_the_metadata_stands_for_the_records(data_dir, built, tmp_path):
     original = open_built(data_dir)
-    (path,) = shutil.copytree(data_dir, tmp_path / "data").glob("*/*/metadata.json")
+    folder = shutil.copytree(built, tmp_path / "data")
+    assert open_built(built).has_records_of(open_built(folder).identity["records"]) is True
 
     def with_digest(digest: str) -> input_pipeline.TileDataset:
-        content = {**json.loads(path.read_text()), "records_digest": {"train": digest}}
-        path.write_text(json.dumps(content))
-        return open_built(tmp_path / "data")
+        runs.change_digest(folder, digest)
+        return open_built(folder)
 
     first = with_digest("a").identity["records"]
     assert first == {"built": "a"}
