@@ -251,6 +251,7 @@ def test_without_slurm_it_says_so(project):
     )
 
 
+@pytest.mark.slow
 def test_options_go_to_sbatch(slurm, project):
     arguments = (PRETRAIN, *FLAGS, "--workdir=runs/a", "--", "--test-only")
     done = launch(project, *arguments, environment=slurm)
@@ -261,6 +262,7 @@ def test_options_go_to_sbatch(slurm, project):
     assert "Invalid feature specification" in refused.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_is_requeued_with_the_same_command(slurm, project):
     environment = {**slurm, "STATUS": "interrupted"}
     value = """it's "{seed}" $HOME"""
@@ -290,6 +292,7 @@ def test_an_interrupted_job_is_requeued_with_the_same_command(slurm, project):
         assert {seen["SLURM_RESTART_COUNT"] for _, seen in begun} == {restarts}
 
 
+@pytest.mark.slow
 def test_an_error_is_not_requeued(slurm, project):
     environment = {**slurm, "STATUS": "1"}
     arguments = (
@@ -308,6 +311,7 @@ def test_an_error_is_not_requeued(slurm, project):
     assert seen["SLURM_CPUS_PER_TASK"] == "2"  # of sbatch's own option, in the step too
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_not_requeued(slurm, project):
     """Although its process gets SIGTERM, saves and exits as after any interruption."""
     environment = {**slurm, "STATUS": "interrupted"}
@@ -319,6 +323,7 @@ def test_a_cancelled_job_is_not_requeued(slurm, project):
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
+@pytest.mark.slow
 def test_each_seed_has_a_job_that_is_requeued_alone_and_a_last_one_scores_all(slurm, project):
     environment = {**slurm, "STATUS": "interrupted"}
     arguments = (FINETUNE, "--gpus_per_node=1", "--time=10", "--seeds=3,5")

@@ -150,8 +150,8 @@ def test_loading_names_every_tensor_that_does_not_fit():
         # bands: tests.bench.parity.
         ("late", 18, {"s1": 2, "s2": 9}, "unet"),
         ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
-        ("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus"),
-        ("mid", 18, {"s1": 2, "s2": 13}, "fpn"),
+        pytest.param("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus", marks=pytest.mark.slow),
+        pytest.param("mid", 18, {"s1": 2, "s2": 13}, "fpn", marks=pytest.mark.slow),
     ],
 )
 def test_logits_statistics_and_gradients_are_smps(
@@ -165,7 +165,7 @@ def test_logits_statistics_and_gradients_are_smps(
 
 @pytest.mark.parametrize(
     ("depth", "modality", "num_channels", "decoder"),
-    [(34, "s1", 2, "unet"), (50, "s2", 13, "deeplabv3plus")],
+    [(34, "s1", 2, "unet"), (50, "s2", 13, "deeplabv3plus"), (18, "s2", 13, "fpn")],
 )
 def test_logits_of_a_single_modality_are_smps(
     parity, torch, depth, modality, num_channels, decoder

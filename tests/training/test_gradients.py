@@ -73,7 +73,7 @@ def assert_close(found, expected, rtol):
 @pytest.mark.parametrize("num_microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_microbatches):
     """BatchNorm sees in each what it sees in all: loss, thresholds and gradient are the same."""
-    config = runs.tiny_config("unused")
+    config = runs.tiny_config("unused", "sample,modality=s2")
     batch = make_batch(config, num_microbatches)
     loss, metrics, stats, grads = value_and_grad(config, batch, 1)
     found_loss, found_metrics, found_stats, found_grads = value_and_grad(
@@ -93,7 +93,7 @@ def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_mi
 
 
 def test_the_loss_is_that_of_all_logits_each_normalised_in_its_microbatch():
-    config = runs.tiny_config("unused")
+    config = runs.tiny_config("unused", "sample,modality=s2")
     batch = make_batch(config, 1)
     loss, metrics, _, _ = value_and_grad(config, batch, 2)
     definition, state = start(config)

@@ -62,8 +62,16 @@ def child(index: int, port: int) -> None:
                 break
 
 
-@pytest.mark.parametrize("told", [(1,), (0, 1)], ids=["one process", "both"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGUSR1, (1,)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((signal.SIGUSR1, (0, 1)), (signal.SIGTERM, (1,)), (signal.SIGTERM, (0, 1)))
+        ),
+    ],
+)
 def test_two_processes_leave_at_the_same_step(number, told):
     with socket.socket() as free:
         free.bind(("localhost", 0))
