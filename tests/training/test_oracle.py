@@ -163,9 +163,10 @@ def test_ten_adam_steps_are_pytorchs(config, train_step):
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3)
     # Rounding flips the activations that lie at a ReLU's kink, and Adam divides by what is left
     # of a small gradient: PyTorch itself ends as far away if its weights are rounded once more.
-    # Larger steps amplify it: at a rate of 0.001 losses differ by 0.0018, PyTorch's from its own
-    # by 0.0016.
-    assert ours < 1.5 * max(theirs)
+    # Three such runs ended 0.046 to 0.092 away, ours 0.086: they differ by a factor of 2, and with
+    # the processor. Larger steps amplify it: at a rate of 0.001 losses differ by 0.0018,
+    # PyTorch's from its own by 0.0016.
+    assert ours < 3 * max(theirs)
 
 
 def test_ten_adam_steps_are_pytorchs_to_rounding_away_from_kinks(config, train_step):
