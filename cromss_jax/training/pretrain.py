@@ -66,7 +66,7 @@ def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
 
 
 def count_scopes(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts, each with class thresholds of its own, the batch is cut."""
+    """Number of parts of the batch that have class thresholds of their own."""
     return 1 if config.selection.scope == "global" else mesh.size
 
 
@@ -76,10 +76,10 @@ def jit_train_step(
     num_locations: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable:
-    """`step.make_train_step` as the mesh runs it: jitted, cut over its devices, state donated.
+    """`pretrain_step.make_train_step`, jitted for a mesh: batch sharded, state donated.
 
-    On TPUs a U-Net, of whose plain networks `definition` is, trains packed (`models.make_network`);
-    elsewhere that costs more than it saves.
+    On TPUs a U-Net trains packed (see `fusion.make_network`), although `definition` is that of the
+    plain networks. Elsewhere packing costs more than it saves.
     """
     cell = 1
     if mesh.devices.flat[0].platform == "tpu" and config.network.decoder == "unet":

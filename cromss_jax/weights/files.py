@@ -247,7 +247,7 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
                 "you trust where it comes from, keep its weights alone by `torch.save("
                 f"torch.jit.load('{path.name}').state_dict(), 'weights.pt')`"
             ) from error
-        raise WeightsError(f"{path} is damaged: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged: {folders.first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(found).__name__}")
     settings = found.get("hyper_parameters")
@@ -291,10 +291,6 @@ def _arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if other:
         raise WeightsError(f"expected plain tensors, which these are not: {', '.join(other[:5])}")
     return arrays
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _at_least_float32(array: np.ndarray) -> np.ndarray:

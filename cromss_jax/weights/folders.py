@@ -21,6 +21,11 @@ from cromss_jax.weights.network import Network, Weights, WeightsError
 _NETWORK = "network.json"
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of an error, in a line: its first, or the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def find_checkpoint(path: str) -> epath.Path:
     """The checkpoint folder for a path: the path itself, or a run's newest checkpoint.
 
@@ -68,9 +73,7 @@ def load_run(step: epath.Path) -> Weights:
     try:
         tree = read_arrays(step, ("params", "batch_stats"))
     except (ValueError, KeyError, OSError) as error:
-        raise WeightsError(
-            f"{step} is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        raise WeightsError(f"{step} is damaged: {first_line(error)}") from error
     arrays = {}
     for part in tree.values():
         arrays |= torch_keys.from_tree(part)
