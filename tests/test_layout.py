@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
 # the Python API.
 ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
-GROUND = {"sensors", "files", "package"}
+GROUND = {"sensors", "files", "package", "platforms"}
 BESIDE = "costs"
 
 

@@ -133,11 +133,15 @@ class Geometry:
         They are in the order of `packing.order`; with `cell` = 1 this is the natural order.
         """
         steps = packing.order(size, cell)[None]
+        return (
+            _positions(steps, size, self.top[:, None], self.flip_rows[:, None]),
+            _positions(steps, size, self.left[:, None], self.flip_columns[:, None]),
+        )
 
-        def positions(offset: jax.Array, flip: jax.Array) -> jax.Array:
-            return offset[:, None] + jnp.where(flip[:, None], size - 1 - steps, steps)
 
-        return positions(self.top, self.flip_rows), positions(self.left, self.flip_columns)
+def _positions(steps: jax.Array, size: int, offset: jax.Array, flip: jax.Array) -> jax.Array:
+    """Rows (or columns) of the tile for those of a crop of `size` pixels at `offset`."""
+    return offset + jnp.where(flip, size - 1 - steps, steps)
 
 
 def random_geometry(
@@ -291,6 +295,56 @@ def rotate_some(images: Maps, labels: Maps, angle: jax.Array, cell: int) -> tupl
     return jax.lax.fori_loop(0, jnp.count_nonzero(angle), one, (images, labels))
 
 
+def gather_crop(
+    images: Maps, labels: Maps, geometry: Geometry, size: int
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Crops, flips and rotates by gathering single pixels.
+
+    On a GPU this moves each pixel from memory once. Values are those of cropping by matrices and
+    `rotate_some`, up to float32 rounding.
+
+    Args:
+      images: by name, [B, T, T, K], whole tiles; interpolated bilinearly.
+      labels: by name, [B, T, T, 1]; the nearest pixel is taken.
+      geometry: crops, flips and rotations of the batch's samples.
+      size: H = W, pixels.
+
+    Returns:
+      Images [B, H, H, K] and labels [B, H, H, 1] of the dtypes of the input.
+    """
+
+    def one(maps: tuple[Maps, Maps], geometry: Geometry) -> tuple[Maps, Maps]:
+        def pixels(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+            rows = _positions(rows, size, geometry.top, geometry.flip_rows)
+            columns = _positions(columns, size, geometry.left, geometry.flip_columns)
+            return x.at[rows, columns].get(mode="promise_in_bounds")
+
+        images, labels = maps
+        if geometry.angle is None:
+            rows, columns = jnp.arange(size)[:, None], jnp.arange(size)[None]
+            return jax.tree.map(lambda x: pixels(x, rows, columns), maps)
+        source = _source_coordinates(geometry.angle, size)
+        first = [jnp.floor(x).astype(jnp.int32) for x in source]
+        next_ = [jnp.minimum(x + 1, size - 1) for x in first]
+        shares = [x - jnp.floor(x) for x in source]
+
+        def interpolated(x: jax.Array) -> jax.Array:
+            total = 0.0
+            for row, row_share in ((first[0], 1 - shares[0]), (next_[0], shares[0])):
+                for column, column_share in ((first[1], 1 - shares[1]), (next_[1], shares[1])):
+                    share = (row_share * column_share)[..., None]
+                    total += share * pixels(x, row, column).astype(jnp.float32)
+            return total.astype(x.dtype)
+
+        nearest = [jnp.floor(x + 0.5).astype(jnp.int32) for x in source]
+        return (
+            {name: interpolated(x) for name, x in images.items()},
+            {name: pixels(x, *nearest) for name, x in labels.items()},
+        )
+
+    return jax.vmap(one)((images, labels), geometry)
+
+
 def drawn_labels(records: Records) -> jax.Array:
     """The labels of each record's season, [B, T, T] int32."""
     season = records["season"].reshape(-1, 1, 1, 1)
@@ -309,6 +363,7 @@ def examples(
     num_classes: int,
     prior_kind: str | None,
     cell: int = 1,
+    gathers: bool = False,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, jax.Array]:
     """Makes a batch of examples, the input of a training or validation step.
@@ -325,6 +380,7 @@ def examples(
       cell: side of the cells of packed images, pixels; H must be divisible by it. If it is larger
         than 1, images are packed (`packing.pack`) and all other maps are in the order of
         `packing.planes`.
+      gathers: whether pixels are cropped, flipped and rotated by `gather_crop`; `cell` is then 1.
       dtype: dtype of images and prior; the networks' dtype.
 
     Returns:
@@ -333,7 +389,7 @@ def examples(
       are [B, H / cell, W / cell, cell^2 K]; the other maps then have the dimensions
       cell^2 x (H W / cell^2) instead of H x W.
     """
-    crop = geometry.crop(crop_size, cell)
+    crop = None if gathers else geometry.crop(crop_size, cell)
     drawn = drawn_labels(records)
     images = {m: stack_bands(records, m, s2_bands, crop, dtype) for m in modalities}
     if prior_kind is not None:
@@ -345,7 +401,9 @@ def examples(
     if "truth" in records:
         labels["truth"] = records["truth"]
     labels = {name: upsample(x[..., None], 1, crop, dtype) for name, x in labels.items()}
-    if geometry.angle is not None:
+    if gathers:
+        images, labels = gather_crop(images, labels, geometry, crop_size)
+    elif geometry.angle is not None:
         images, labels = rotate_some(images, labels, geometry.angle, cell)
 
     maps = {name: x[..., 0].astype(jnp.uint8) for name, x in labels.items()}

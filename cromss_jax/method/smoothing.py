@@ -3,9 +3,13 @@
 Dimensions: B batch, S seasons, T tile size, H height and W width of the crop, C classes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cromss_jax import platforms
 
 SIGMA = 3.0  # pixels
 RADIUS = 12  # truncated at 4 sigma
@@ -46,10 +50,29 @@ def along_axis(matrix: jax.Array, maps: jax.Array, axis: int) -> jax.Array:
       [B, H, W, C] float32, of size N along `axis`.
     """
     batch = "b" if matrix.ndim == 3 else ""
-    equation = {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
-    # float32 products: a TPU would round to bfloat16, and the prior would not sum to one.
-    maps = maps.astype(jnp.float32)
-    return jnp.einsum(batch + equation, matrix, maps, precision="highest")
+    equation = batch + {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
+
+    def in_float32(matrix: jax.Array, maps: jax.Array) -> jax.Array:
+        # A TPU would round to bfloat16, and the prior would not sum to one.
+        return jnp.einsum(equation, matrix, maps.astype(jnp.float32), precision="highest")
+
+    if maps.dtype != jnp.bfloat16:
+        return in_float32(matrix, maps)
+    by_parts = functools.partial(_by_parts, equation)
+    return platforms.choose(matrix, maps, gpu=by_parts, default=in_float32)
+
+
+def _by_parts(equation: str, matrix: jax.Array, maps: jax.Array) -> jax.Array:
+    """A product with bfloat16 maps as exact as in float32, on the matrix units of a GPU.
+
+    Three bfloat16 numbers of 8 bits hold the 24 bits of a float32.
+    """
+    total, rest = 0, matrix
+    for _ in range(3):
+        part = rest.astype(jnp.bfloat16)
+        total += jnp.einsum(equation, part, maps, preferred_element_type=jnp.float32)
+        rest = rest - part.astype(jnp.float32)
+    return total
 
 
 def _filtered(maps: jax.Array, crop: Crop) -> jax.Array:

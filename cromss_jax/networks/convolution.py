@@ -13,10 +13,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from cromss_jax import platforms
 from cromss_jax.networks import packing
 
 # With fewer channels, copying the patches costs more time than the matrix product saves.
 _MIN_CHANNELS = 32
+
+# A GPU's matrix units take multiples of so many channels.
+_GPU_CHANNELS = 8
 
 # With fewer pixels per sample, `_outer_products` is slower by sample than in a single product.
 _MIN_PIXELS = 1024
@@ -58,6 +62,22 @@ def _outer_products(x: jax.Array, y: jax.Array) -> jax.Array:
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     if kernel.shape[0] == 1 and stride == 1:
         return x @ kernel[0, 0]
+    plain = functools.partial(_lax_convolve, stride=stride, dilation=dilation)
+    if not any(channels % _GPU_CHANNELS for channels in kernel.shape[2:]):
+        return plain(x, kernel)
+
+    def padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """With channels of zeros up to the number that a GPU's matrix units need."""
+        num_channels = kernel.shape[3]
+        more = [-channels % _GPU_CHANNELS for channels in kernel.shape[2:]]
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, more[0])])
+        kernel = jnp.pad(kernel, [(0, 0)] * 2 + [(0, count) for count in more])
+        return plain(x, kernel)[..., :num_channels]
+
+    return platforms.choose(x, kernel, gpu=padded, default=plain)
+
+
+def _lax_convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     padding = kernel.shape[0] // 2 * dilation
     return jax.lax.conv_general_dilated(
         x,
@@ -134,7 +154,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
     if stride > 1 or not (is_narrowing or is_tiny):
         return by_convolution(x, kernel)
     by_products = functools.partial(_convolve_by_products, dilation=dilation)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_products, default=by_convolution)
+    return platforms.choose(x, kernel, cpu=by_products, default=by_convolution)
 
 
 def _forward(x, kernel, stride, dilation):
@@ -149,9 +169,7 @@ def _backward(stride, dilation, residuals, output_grad):
     if output_grad.shape[-1] < _MIN_CHANNELS:
         return by_convolutions(*residuals, output_grad)
     by_products = functools.partial(_gradients_by_products, stride=stride, dilation=dilation)
-    return jax.lax.platform_dependent(
-        *residuals, output_grad, cpu=by_products, default=by_convolutions
-    )
+    return platforms.choose(*residuals, output_grad, cpu=by_products, default=by_convolutions)
 
 
 convolve.defvjp(_forward, _backward)
@@ -246,7 +264,7 @@ def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [B, 2 H, 2 W, out_channels] of x's dtype.
     """
-    return jax.lax.platform_dependent(
+    return platforms.choose(
         x, kernel, cpu=_upsampled_by_products, default=_upsampled_by_convolution
     )
 
@@ -260,7 +278,7 @@ def _upsampled_backward(residuals, output_grad):
         _, pull = jax.vjp(_upsampled_by_convolution, x, kernel)
         return pull(output_grad)
 
-    return jax.lax.platform_dependent(
+    return platforms.choose(
         *residuals, output_grad, cpu=_upsampled_gradients, default=by_convolutions
     )
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cromss_jax import platforms
 from cromss_jax.networks import packing
 from cromss_jax.networks.convolution import convolve
 
@@ -268,7 +269,7 @@ def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
     kernel = conv.weight[0, 0]
     pixels = x.reshape(-1, x.shape[-1])
     mean = _at_least_float32(pixels).mean(0)
-    squares = jnp.einsum("nc,nd->cd", pixels, pixels, preferred_element_type=mean.dtype)
+    squares = platforms.choose(pixels, gpu=_squares_for_gpu, default=_squares)
     covariance = squares / len(pixels) - jnp.outer(mean, mean)
 
     # The matrices are small, so float32 products are affordable on TPUs too.
@@ -283,6 +284,33 @@ def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
     return (y + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
+def _squares(pixels: jax.Array) -> jax.Array:
+    """Sum over pixels of the products of all pairs of channels, [N, C] to [C, C] float32."""
+    wide = jnp.promote_types(pixels.dtype, jnp.float32)
+    return jnp.einsum("nc,nd->cd", pixels, pixels, preferred_element_type=wide)
+
+
+@jax.custom_vjp
+def _squares_for_gpu(pixels: jax.Array) -> jax.Array:
+    """`_squares` with a gradient in the dtype of the pixels.
+
+    A GPU would compute the gradient as a product in float32, at a fraction of the speed, and write
+    it in float32.
+    """
+    return _squares(pixels)
+
+
+def _squares_for_gpu_forward(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _squares(pixels), pixels
+
+
+def _squares_for_gpu_backward(pixels: jax.Array, output_grad: jax.Array) -> tuple[jax.Array]:
+    return (pixels @ (output_grad + output_grad.T).astype(pixels.dtype),)
+
+
+_squares_for_gpu.defvjp(_squares_for_gpu_forward, _squares_for_gpu_backward)
+
+
 def materialised(x: jax.Array) -> jax.Array:
     """Returns x; on CPUs, x and its gradient are written to memory before they are used.
 
@@ -291,7 +319,7 @@ def materialised(x: jax.Array) -> jax.Array:
     it. The barrier has an effect only with the options of `sharding.compiler_options`. Other
     backends do not need it.
     """
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return platforms.choose(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, *, whole_channels: bool) -> jax.Array:

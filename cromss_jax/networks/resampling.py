@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cromss_jax import platforms
 from cromss_jax.networks import packing
 
 
@@ -31,7 +32,7 @@ def max_pool(x: jax.Array, channels: int) -> jax.Array:
     if cell == 2:
         # Along the rows of cells, then along their columns.
         return _max_of_pairs(_max_of_pairs(x, 1), 2)
-    return jax.lax.platform_dependent(x, cpu=_max_by_axes, default=_max_of_windows)
+    return platforms.choose(x, cpu=_max_by_axes, gpu=_max_by_axes, default=_max_of_windows)
 
 
 def _max_of_windows(x: jax.Array) -> jax.Array:
@@ -46,7 +47,11 @@ def _max_of_windows(x: jax.Array) -> jax.Array:
 
 
 def _max_by_axes(x: jax.Array) -> jax.Array:
-    """The same as `_max_of_windows`; its gradient is five times as fast in XLA's CPU backend."""
+    """The same as `_max_of_windows`, with a faster gradient on CPUs (five times) and GPUs.
+
+    On GPUs the gradient of `_max_of_windows` is a scatter by atomic additions, whose order and thus
+    rounding differs from run to run.
+    """
     # Along rows first, so that of tied pixels the one in the first row is chosen.
     return _max_along(_max_along(x, 2), 1)
 

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cromss_jax import files
+from cromss_jax import files, platforms
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
@@ -37,10 +37,11 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     run.check_same_everywhere(data=str(dataset.identity))
     num_tiles = _num_tiles(config, len(dataset.source))
+    forms = platforms.forms_for(task.mesh, can_pack=False)
     frozen_step, trained_step = (
         sharding.jit_step(
             finetune_step.make_train_step(
-                config, task.definition, num_tiles, train_encoder, task.mesh
+                config, task.definition, num_tiles, train_encoder, task.mesh, forms
             ),
             task.mesh,
             donate_state=True,

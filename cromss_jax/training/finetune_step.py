@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from flax import nnx
 
-from cromss_jax import sensors
+from cromss_jax import platforms, sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import losses, metrics, schedules
 from cromss_jax.networks import decoders, fusion
@@ -95,6 +95,7 @@ def make_train_step(
     num_tiles: int,
     train_encoder: bool,
     mesh: jax.sharding.Mesh | None = None,
+    forms: platforms.Forms = platforms.CPU,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step.
 
@@ -104,6 +105,7 @@ def make_train_step(
       num_tiles: number of training records, which is the number of samples in an epoch.
       train_encoder: if false, the encoder's parameters and BatchNorm statistics do not change.
       mesh: devices over which the batch is sharded.
+      forms: forms of the step; the network is never packed.
 
     Returns:
       A function (state, records) -> (state, metrics), to be jitted with its state donated.
@@ -117,7 +119,7 @@ def make_train_step(
         geometry = preprocess.random_geometry(
             geometry_key, config.batch_size, margin, **config.augmentation
         )
-        batch = pretrain_step.make_examples(config, records, geometry, None, mesh=mesh)
+        batch = pretrain_step.make_examples(config, records, geometry, None, mesh, forms)
         return update(state, batch, dropout_key)
 
     return train_step

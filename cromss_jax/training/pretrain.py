@@ -7,7 +7,7 @@ import jax
 import ml_collections
 from flax import nnx
 
-from cromss_jax import files, sensors
+from cromss_jax import files, platforms, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
@@ -81,12 +81,12 @@ def jit_train_step(
     On TPUs a U-Net trains packed (see `fusion.make_network`), although `definition` is that of the
     plain networks. Elsewhere packing costs more than it saves.
     """
-    cell = 1
-    if mesh.devices.flat[0].platform == "tpu" and config.network.decoder == "unet":
-        definition, cell = pretrain_step.network_definition(config, packed=True), fusion.PACKED_CELL
+    forms = platforms.forms_for(mesh, can_pack=config.network.decoder == "unet")
+    if forms.packs:
+        definition = pretrain_step.network_definition(config, packed=True)
     scopes = count_scopes(config, mesh)
     train_step = pretrain_step.make_train_step(
-        config, definition, num_locations, scopes, mesh, cell
+        config, definition, num_locations, scopes, mesh, forms
     )
     return sharding.jit_step(train_step, mesh, donate_state=True)
 

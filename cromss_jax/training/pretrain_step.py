@@ -14,7 +14,7 @@ import ml_collections
 import optax
 from flax import nnx
 
-from cromss_jax import sensors
+from cromss_jax import platforms, sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import losses, metrics, schedules
 from cromss_jax.networks import fusion
@@ -86,7 +86,7 @@ def make_train_step(
     num_locations: int,
     num_scopes: int = 1,
     mesh: jax.sharding.Mesh | None = None,
-    cell: int = 1,
+    forms: platforms.Forms = platforms.CPU,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step, which is the same for all epochs.
 
@@ -96,17 +96,18 @@ def make_train_step(
       num_locations: number of training locations, which is the number of samples in an epoch.
       num_scopes: as for `objective.training_loss`; 1 is the global batch.
       mesh: devices over which the batch is sharded.
-      cell: `fusion.PACKED_CELL` if the networks are packed.
+      forms: forms of the step; `definition` is that of packed networks if they ask for it.
 
     Returns:
       A function (state, records) -> (state, metrics), to be jitted with its state donated.
       `records` is a batch of records as in `preprocess`, of `config.batch_size` samples.
     """
-    update = make_update(config, definition, num_locations, num_scopes)
+    update = make_update(config, definition, num_locations, num_scopes, forms)
 
     def train_step(state: TrainState, records: Maps) -> tuple[TrainState, Metrics]:
         geometry = draw_geometry(config, state, records["labels"].shape[-1])
-        batch = make_examples(config, records, geometry, objective.prior_kind(config), cell, mesh)
+        kind = objective.prior_kind(config)
+        batch = make_examples(config, records, geometry, kind, mesh, forms)
         return update(state, batch)
 
     return train_step
@@ -117,6 +118,7 @@ def make_update(
     definition: nnx.GraphDef,
     num_locations: int,
     num_scopes: int = 1,
+    forms: platforms.Forms = platforms.CPU,
 ) -> Callable[[TrainState, Maps], tuple[TrainState, Metrics]]:
     """Builds the training step without preprocessing; for the arguments see `make_train_step`.
 
@@ -150,12 +152,15 @@ def make_update(
         )
         before = (state.params, state.opt_state)
         with jax.named_scope("optimizer"):
-            (params, opt_state), grads = optimizers.join((before, grads))
+            params, opt_state = before
+            if forms.joins_vectors:
+                (params, opt_state), grads = optimizers.join((before, grads))
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             norm = optax.tree.norm(grads)
         bad_step = first_bad_step(state, loss, norm, params)
-        params, opt_state = optimizers.split((params, opt_state), like=before)
+        if forms.joins_vectors:
+            params, opt_state = optimizers.split((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,
@@ -175,8 +180,8 @@ def make_examples(
     records: Maps,
     geometry: preprocess.Geometry,
     kind: str | None,
-    cell: int = 1,
     mesh: jax.sharding.Mesh | None = None,
+    forms: platforms.Forms = platforms.CPU,
 ) -> dict[str, jax.Array]:
     """`preprocess.examples` with the settings of the configuration.
 
@@ -185,9 +190,9 @@ def make_examples(
       records: records of B samples.
       geometry: crops, flips and rotations of these samples.
       kind: kind of the prior; None for no prior.
-      cell: as for `preprocess.examples`.
       mesh: devices over which the samples are sharded; each device then makes its own examples.
         Without it, a sharded batch is gathered for the rotation.
+      forms: forms of the step; packed networks need packed images.
     """
     make = functools.partial(
         preprocess.examples,
@@ -196,7 +201,8 @@ def make_examples(
         crop_size=config.data.crop_size,
         num_classes=NUM_CLASSES,
         prior_kind=kind,
-        cell=cell,
+        cell=fusion.PACKED_CELL if forms.packs else 1,
+        gathers=forms.gathers,
         dtype=jnp.dtype(config.network.dtype),
     )
     if mesh is not None:

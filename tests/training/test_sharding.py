@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cromss_jax.networks import fusion
+from cromss_jax import platforms
 from cromss_jax.training import pretrain_step, sharding
 from cromss_jax.training.state import TrainState
 from cromss_jax.weights import torch_keys
@@ -77,8 +77,8 @@ def compile_step(config, num_devices: int):
 
 def jit_step(config, mesh, *, packed):
     definition = pretrain_step.network_definition(config, packed=packed)
-    cell = fusion.PACKED_CELL if packed else 1
-    train_step = pretrain_step.make_train_step(config, definition, 64, mesh=mesh, cell=cell)
+    forms = platforms.Forms(packs=packed)
+    train_step = pretrain_step.make_train_step(config, definition, 64, mesh=mesh, forms=forms)
     return sharding.jit_step(train_step, mesh)
 
 

@@ -1,0 +1,65 @@
+"""Which form of an operation runs on which kind of device.
+
+All forms of an operation give the same numbers up to rounding; tests compare them.
+
+| operation | CPU | GPU | TPU |
+|---|---|---|---|
+| convolution of many channels, its gradients | matrix products | convolution | convolution |
+| convolution of 13, 2 or 9 channels | as it is | padded to 16, 8, 16 | packed |
+| 3x3 maximum | by axes | by axes | by cells |
+| covariance's gradient in bfloat16 | float32 | bfloat16 | float32 |
+| filters along an axis in bfloat16 | float32 | three bfloat16 parts | float32 |
+| crop, flips, rotation | matrices, blocks | gather | matrices, blocks |
+| U-Net | plain | plain | packed |
+| optimizer | vectors joined | array by array | vectors joined |
+
+Layers choose when they are compiled, by `choose`. A step chooses when it is built, by `Forms`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def choose(
+    *operands: Any,
+    default: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    gpu: Callable[..., Any] | None = None,
+    tpu: Callable[..., Any] | None = None,
+) -> Any:
+    """Calls the function for the platform that the program is compiled for, else `default`."""
+    # JAX names a GPU by its maker.
+    functions = {"cpu": cpu, "cuda": gpu, "rocm": gpu, "tpu": tpu}
+    chosen = {name: function for name, function in functions.items() if function}
+    return jax.lax.platform_dependent(*operands, default=default, **chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """The forms of a training step.
+
+    Attributes:
+      packs: whether a U-Net computes on packed images (`networks.packing`).
+      gathers: whether samples are cropped, flipped and rotated by gathering single pixels.
+      joins_vectors: whether the optimizer works on all vectors joined into one.
+    """
+
+    packs: bool = False
+    gathers: bool = False
+    joins_vectors: bool = True
+
+
+CPU, GPU = Forms(), Forms(gathers=True, joins_vectors=False)
+
+
+def forms_for(mesh: jax.sharding.Mesh, *, can_pack: bool) -> Forms:
+    """The forms of a training step on the devices of a mesh.
+
+    Args:
+      mesh: the devices, all of one kind.
+      can_pack: whether the step's networks can compute on packed images.
+    """
+    return {"cpu": CPU, "gpu": GPU, "tpu": Forms(packs=can_pack)}[mesh.devices.flat[0].platform]

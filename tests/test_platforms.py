@@ -1,0 +1,143 @@
+"""The forms that run on GPUs give the numbers of those that run on CPUs; both run here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cromss_jax import platforms, sensors
+from cromss_jax.data import preprocess
+from cromss_jax.method import smoothing
+from cromss_jax.networks import convolution, layers
+from cromss_jax.training import pretrain_step
+from tests import runs
+from tests.data.test_preprocess import SIZE, B, T, make_records
+from tests.training.test_sharding import away_from_kinks
+
+pytestmark = pytest.mark.numeric
+
+
+def choose_gpu(*operands, default, gpu=None, **_):
+    return (gpu or default)(*operands)
+
+
+def test_choose_takes_the_function_of_the_platform():
+    found = jax.jit(lambda x: platforms.choose(x, cpu=jnp.sin, gpu=jnp.cos, default=jnp.tan))(1.0)
+    assert found == jnp.sin(1.0)
+    found = jax.jit(lambda x: platforms.choose(x, gpu=jnp.cos, default=jnp.tan))(1.0)
+    assert found == jnp.tan(1.0)
+
+
+def test_gpus_use_their_functions():
+    traced = jax.jit(lambda x: platforms.choose(x, gpu=jnp.cos, default=jnp.tan)).trace(1.0)
+    for platform, operation in (("cuda", "cosine"), ("rocm", "cosine"), ("tpu", "tan")):
+        assert operation in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rotation_probability", [0.0, 0.7])
+def test_gathered_examples_are_those_of_matrices(rotation_probability, dtype):
+    geometry = preprocess.random_geometry(
+        jax.random.key(3),
+        B,
+        T - SIZE,
+        flip_probability=0.7,
+        rotation_probability=rotation_probability,
+        max_angle=90,
+    )
+    make = functools.partial(
+        preprocess.examples,
+        {k: jnp.asarray(v) for k, v in make_records().items()},
+        geometry,
+        modalities=sensors.MODALITIES,
+        s2_bands=sensors.S2_BANDS,
+        crop_size=SIZE,
+        num_classes=9,
+        prior_kind="ts",
+        dtype=dtype,
+    )
+    expected, found = make(), make(gathers=True)
+    assert expected.keys() == found.keys()
+    for name in ("labels", "truth"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    for name in ("s1", "s2", "prior"):
+        assert found[name].dtype == dtype
+        # In float32 coordinates differ by 4e-6 pixels, if at all; in bfloat16 a value near the
+        # middle of two numbers of 8 bits is rounded the other way, once or, of the prior, twice.
+        atol, rtol = (1e-5, 0) if dtype == jnp.float32 else (0, 2.02 * 2**-8)
+        values, wanted = (x[name].astype(jnp.float32) for x in (found, expected))
+        difference = np.abs(values - wanted)
+        beyond = difference > atol + rtol * np.abs(wanted)
+        # An upsampled grey level near a half is rounded the other way.
+        assert beyond.mean() < (1e-3 if name == "s2" else 1e-9)
+        assert difference.max(initial=0, where=beyond) < 1.01 / 255
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_filter_by_bfloat16_parts_is_as_exact_as_float32(axis):
+    counts = np.random.default_rng(0).integers(0, 5, (2, 40, 40, 3))
+    matrix = smoothing.gaussian_matrix(40)
+    equation = {1: "ni,biwc->bnwc", 2: "ni,bhic->bhnc"}[axis]
+    found = smoothing._by_parts(equation, jnp.asarray(matrix), jnp.asarray(counts, jnp.bfloat16))
+    exact = np.einsum(equation, matrix.astype(np.float64), counts)
+    # Sums of 40 positive numbers in float32.
+    np.testing.assert_allclose(found, exact, rtol=40 * 2**-24)
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(13, 64), (2, 64), (16, 9), (13, 9)])
+def test_padded_channels_change_no_number(monkeypatch, in_channels, out_channels):
+    rng = np.random.default_rng(0)
+    shapes = (2, 8, 8, in_channels), (3, 3, in_channels, out_channels), (2, 8, 8, out_channels)
+    # Integers, whose products' sums are exact in any order.
+    x, kernel, slope = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
+
+    def results():
+        out, pull = jax.vjp(lambda x, k: convolution._convolve(x, k, 1, 1), x, kernel)
+        return out, *pull(slope)
+
+    expected = results()
+    monkeypatch.setattr(platforms, "choose", choose_gpu)
+    text = str(jax.make_jaxpr(lambda x, k: convolution._convolve(x, k, 1, 1))(x, kernel))
+    assert f"f32[2,8,8,{-(-out_channels // 8) * 8}]" in text
+    jax.tree.map(np.testing.assert_array_equal, results(), expected)
+
+
+def test_gradient_of_the_squares_is_in_bfloat16_and_right():
+    rng = np.random.default_rng(0)
+    pixels = jnp.asarray(rng.normal(size=(50, 8)), jnp.bfloat16)
+    slope = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+    squares, pull = jax.vjp(layers._squares_for_gpu, pixels)
+    expected, pull_expected = jax.vjp(layers._squares, pixels)
+    np.testing.assert_array_equal(squares, expected)
+    (found,), (exact,) = pull(slope), pull_expected(slope)
+    assert found.dtype == jnp.bfloat16
+    # The slope and the result are rounded to 8 bits: 2^-9 of the largest of 8 summands each.
+    bound = 2**-9 * (8 * float(jnp.abs(pixels).max() * 2 * jnp.abs(slope).max()) + 20)
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), exact.astype(jnp.float32), atol=bound, rtol=0
+    )
+
+
+def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
+    """Losses, thresholds, gradients of one step in float32, from the same records."""
+    config = runs.tiny_config("unused", **{"batch_size": B, "data.crop_size": SIZE})
+    records = {k: jnp.asarray(v) for k, v in make_records().items()}
+
+    def step(forms):
+        definition = pretrain_step.network_definition(config)
+        train_step = pretrain_step.make_train_step(config, definition, 64, forms=forms)
+        state = away_from_kinks(jax.jit(init)(jax.random.key(0)))
+        return jax.jit(train_step)(state, records)
+
+    def init(key):
+        return pretrain_step.init_state(config, key)
+
+    _, expected = step(platforms.CPU)
+    monkeypatch.setattr(platforms, "choose", choose_gpu)
+    _, found = step(platforms.GPU)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        # Images differ by up to 1e-5, and sums run in another order.
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
