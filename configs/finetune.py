@@ -63,6 +63,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.batch_size = 32
     # 0: all devices of all processes.
     config.num_devices = 0
+    config.deterministic = False  # on GPUs: the same bits in every run, at some cost
 
     # Initial weights of the encoder: a run's folder, a released checkpoint, or a PyTorch ResNet,
     # also as saved by MoCo, DINO or DeCUR. "{seed}" in the path is replaced by each seed. Empty:

@@ -55,9 +55,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     # Less memory for more time: the batch in parts; activations computed again for the gradient.
     config.microbatches = 1
     config.rematerialise = False
+    config.deterministic = False  # on GPUs: the same bits in every run, at some cost
 
-    # Initial weights: a run's folder or a file of PyTorch weights. Empty: randomly initialised.
-    config.init_from = ""
+    config.init_from = ""  # initial weights: a run's folder or a file of PyTorch weights
     # Bands of that file in the order of its channels, such as ("B2", "B3"). Empty: those it tells.
     config.init_from_bands = ()
 

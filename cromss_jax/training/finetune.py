@@ -44,6 +44,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
                 config, task.definition, num_tiles, train_encoder, task.mesh, forms
             ),
             task.mesh,
+            deterministic=config.deterministic,
             donate_state=True,
         )
         for train_encoder in (False, True)

@@ -88,7 +88,9 @@ def jit_train_step(
     train_step = pretrain_step.make_train_step(
         config, definition, num_locations, scopes, mesh, forms
     )
-    return sharding.jit_step(train_step, mesh, donate_state=True)
+    return sharding.jit_step(
+        train_step, mesh, deterministic=config.deterministic, donate_state=True
+    )
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:

@@ -157,8 +157,8 @@ def make_update(
                 (params, opt_state), grads = optimizers.join((before, grads))
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-            norm = optax.tree.norm(grads)
-        bad_step = first_bad_step(state, loss, norm, params)
+            norm = optax.tree.norm(optimizers.join(grads))
+            bad_step = first_bad_step(state, loss, norm, optimizers.join(params))
         if forms.joins_vectors:
             params, opt_state = optimizers.split((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}

@@ -98,7 +98,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
         in_shardings=(replicated, replicated, cut),
         out_shardings=(replicated, cut),
         donate_argnums=(1,),
-        compiler_options=sharding.compiler_options(mesh),
+        compiler_options=sharding.compiler_options(mesh, deterministic=config.deterministic),
     )
     return Task(config, folder, test, mesh, definition, init, eval_step)
 

@@ -39,25 +39,37 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.sort(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """XLA's compiler options for a step, by name."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return {}
-    # By default, this pass removes the barriers of `layers.materialised` too early.
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+def compiler_options(mesh: Mesh, *, deterministic: bool) -> dict[str, str | bool]:
+    """XLA's compiler options for a step, by name.
+
+    Args:
+      mesh: the devices.
+      deterministic: whether a GPU may only run operations that give the same bits every time. CPUs
+        and TPUs always do.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu":
+        # By default, this pass removes the barriers of `layers.materialised` too early.
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    if platform == "gpu" and deterministic:
+        return {"xla_gpu_exclude_nondeterministic_ops": True}
+    return {}
 
 
-def jit_step(function: Callable, mesh: Mesh, *, donate_state: bool = False) -> Callable:
+def jit_step(
+    function: Callable, mesh: Mesh, *, deterministic: bool = False, donate_state: bool = False
+) -> Callable:
     """Jits a function of (state, records).
 
     The state and the result are replicated; the records are sharded along the first dimension.
+    `deterministic` is as for `compiler_options`.
     """
     return jax.jit(
         function,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate_state else (),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, deterministic=deterministic),
     )
 
 

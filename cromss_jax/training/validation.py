@@ -1,6 +1,7 @@
 """Validation of pretraining: scores on the held-back locations, pictures, the table of results."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable
 
@@ -132,9 +133,12 @@ class Validator:
         # One season of each location, another one of the next.
         seasons = np.arange(len(held_back)) % dataset.season_counts[held_back]
         self._shown = np.resize(dataset.starts[held_back] + seasons, config.batch_size)
-        self._eval_step = sharding.jit_step(pretrain_step.make_eval_step(config, definition), mesh)
-        self._picture_step = sharding.jit_step(
-            pretrain_step.make_picture_step(config, definition, num_locations), mesh
+        jit_step = functools.partial(
+            sharding.jit_step, mesh=mesh, deterministic=config.deterministic
+        )
+        self._eval_step = jit_step(pretrain_step.make_eval_step(config, definition))
+        self._picture_step = jit_step(
+            pretrain_step.make_picture_step(config, definition, num_locations)
         )
         plateau = pretrain_step.make_plateau(config)
 
