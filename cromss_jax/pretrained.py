@@ -67,9 +67,20 @@ class Pretrained:
     def preprocess(self, image: ArrayLike, bands: Sequence[str]) -> np.ndarray:
         """Scales raw values to what the network takes.
 
-        Each band goes to whole grey levels from 0 to 255, then to float32 in [0, 1], to the last
-        digit as in the data sets that the commands use. Runs on the host; use it outside of
-        `jax.jit`.
+        Each band goes to whole grey levels from 0 to 255 (`grey_levels`, which says what `image`
+        and `bands` must be), then to float32 in [0, 1], to the last digit as in the data sets that
+        the commands use. Runs on the host; use it outside of `jax.jit`.
+
+        Returns:
+          [..., H, W, K] float32, the network's bands in its order.
+
+        Raises:
+          ValueError: as `grey_levels`.
+        """
+        return _grey_levels()[self.grey_levels(image, bands)]
+
+    def grey_levels(self, image: ArrayLike, bands: Sequence[str]) -> np.ndarray:
+        """Scales raw values to the grey levels that data sets hold.
 
         Args:
           image: [..., H, W, k] raw values of one sensor, all bands on the same 10 m grid.
@@ -79,7 +90,7 @@ class Pretrained:
           bands: the name of each of the k channels. More than the network takes are left out.
 
         Returns:
-          [..., H, W, K] float32, the network's bands in its order.
+          [..., H, W, K] uint8, the network's bands in its order.
 
         Raises:
           ValueError: for names that are unknown or repeated, bands that are missing, another number
@@ -104,7 +115,7 @@ class Pretrained:
         if modality == "s2" and _is_float(values.dtype):
             _check_unit_s2(raw)
         scaled = [_scaled(pixels, band, self._limits[band]) for band, pixels in raw.items()]
-        return _grey_levels()[np.stack(scaled, axis=-1)]
+        return np.stack(scaled, axis=-1)
 
     def features(self, images: Mapping[str, jax.Array | np.ndarray]) -> dict[str, list[jax.Array]]:
         """The feature pyramid of each modality's encoder. Compiled; can be part of a `jax.jit`.

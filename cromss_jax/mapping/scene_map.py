@@ -1,0 +1,160 @@
+"""Maps a whole scene: threads read windows, devices predict them, rows are written when whole.
+
+Memory does not grow with the number of rows of the scene: some batches of windows and one strip of
+windows are held (`blending.Strips`).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import tqdm
+
+from cromss_jax.mapping import blending
+from cromss_jax.mapping.windows import Windows
+from cromss_jax.mapping.work import Work
+
+_log = logging.getLogger(__name__)
+# How many batches may wait on the device.
+_WAITING = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A window of a scene, by modality.
+
+    Attributes:
+      grey: uint8 [h, w, K], the network's bands in its order, scaled.
+      valid: bool [h, w].
+    """
+
+    grey: Mapping[str, np.ndarray]
+    valid: Mapping[str, np.ndarray]
+
+    @property
+    def is_void(self) -> bool:
+        """Whether there is no valid pixel."""
+        return not any(mask.any() for mask in self.valid.values())
+
+
+class Scene(Protocol):
+    """What is mapped; `read` is called by several threads at once."""
+
+    height: int
+    width: int
+    modalities: tuple[str, ...]
+
+    def read(self, row: int, column: int, height: int, width: int) -> Pixels:
+        """The pixels of a window."""
+
+
+Forward = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def map_scene(
+    scene: Scene,
+    windows: Windows,
+    forward: Forward,
+    work: Work,
+    *,
+    num_classes: int,
+    batch_size: int,
+    num_threads: int,
+) -> None:
+    """Maps what is missing of a scene.
+
+    A batch holds windows that follow each other, counted from the first of the scene, whether or
+    not the command was interrupted: so the numbers are the same.
+
+    Args:
+      scene: to read from.
+      windows: of the scene.
+      forward: see `forward.make_forward`; called with `batch_size` windows.
+      work: where finished rows go.
+      num_classes: C.
+      batch_size: windows in a batch.
+      num_threads: that read.
+    """
+    rows = windows.rows
+    if work.rows_done == len(rows.starts):
+        return
+    per_row = len(windows.columns.starts)
+    # The first row of windows that reaches into the rows of pixels that are missing.
+    start = rows.starts[work.rows_done]
+    first_row = next(i for i, s in enumerate(rows.starts) if s + rows.size > start)
+    if work.rows_done:
+        _log.info("going on after %d of %d rows of windows", work.rows_done, len(rows.starts))
+    strips = blending.Strips(windows, scene.modalities, num_classes)
+    first = first_row * per_row
+    progress = tqdm.tqdm(total=len(windows), initial=first, unit=" windows", mininterval=1)
+    with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        batches = _batches(scene, windows, pool, first // batch_size, batch_size, num_threads)
+        for index, pixels, probs in _predicted(batches, forward, batch_size):
+            if index < first:
+                continue
+            strips.add(index, pixels.valid, probs)
+            progress.update()
+            row, column = divmod(index, per_row)
+            if column + 1 == per_row:
+                finished = strips.finish(row)
+                if row >= work.rows_done:
+                    work.write(row + 1, rows.starts[row], blending.layers(*finished))
+
+
+def _batches(
+    scene: Scene,
+    windows: Windows,
+    pool: concurrent.futures.Executor,
+    first_batch: int,
+    batch_size: int,
+    num_threads: int,
+) -> Iterator[list[tuple[int, Pixels]]]:
+    """Reads windows ahead and yields them in batches, with their indices."""
+
+    def read(index: int) -> tuple[int, Pixels]:
+        return index, scene.read(*windows.place(index), *windows.shape)
+
+    indices = iter(range(first_batch * batch_size, len(windows)))
+    ahead = collections.deque(
+        pool.submit(read, i) for i in itertools.islice(indices, batch_size + 2 * num_threads)
+    )
+    try:
+        while ahead:
+            batch = []
+            while ahead and len(batch) < batch_size:
+                batch.append(ahead.popleft().result())
+                ahead.extend(pool.submit(read, i) for i in itertools.islice(indices, 1))
+            yield batch
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+def _predicted(
+    batches: Iterator[list[tuple[int, Pixels]]], forward: Forward, batch_size: int
+) -> Iterator[tuple[int, Pixels, dict[str, np.ndarray]]]:
+    """Yields windows with their probabilities, while the device works on the next batches."""
+    waiting: collections.deque = collections.deque()
+    for batch in itertools.chain(batches, [None] * _WAITING):
+        if batch is not None:
+            is_void = all(pixels.is_void for _, pixels in batch)
+            waiting.append((batch, {} if is_void else forward(_stack(batch, batch_size))))
+        if batch is None or len(waiting) > _WAITING:
+            if not waiting:
+                return
+            done, probs = waiting.popleft()
+            probs = {m: np.asarray(x) for m, x in probs.items()}
+            for i, (index, pixels) in enumerate(done):
+                yield index, pixels, {m: x[i] for m, x in probs.items()}
+
+
+def _stack(batch: list[tuple[int, Pixels]], batch_size: int) -> dict[str, np.ndarray]:
+    """The grey levels of a batch [B, h, w, K]; a short one is filled up with its last window."""
+    images = [pixels.grey for _, pixels in batch]
+    images += images[-1:] * (batch_size - len(images))
+    return {m: np.stack([image[m] for image in images]) for m in images[0]}

@@ -1,0 +1,111 @@
+"""The unfinished map of a scene, kept in a folder from which an interrupted command goes on."""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cromss_jax import files
+
+
+class WorkError(ValueError):
+    """A folder of an unfinished map that cannot be used. The message is for the user."""
+
+
+class Work:
+    """Layers of a map on disk, uint8, band by band, filled from north to south.
+
+    Attributes:
+      folder: where they are.
+      rows_done: how many rows of windows are in them for good.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        identity: Mapping[str, Any],
+        shape: tuple[int, int],
+        num_bands: Mapping[str, int],
+    ):
+        """Begins a map, or goes on with one.
+
+        Args:
+          folder: new, or that of an interrupted command.
+          identity: what decides the map, as JSON. Another map is not gone on with.
+          shape: height and width of the scene.
+          num_bands: number of bands by name of the layer.
+
+        Raises:
+          WorkError: if the folder is of another map, or another process writes it.
+        """
+        self.folder = folder
+        self._shape = shape
+        self._num_bands = dict(num_bands)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WorkError(
+                f"another process writes to {folder}: wait for it, or choose another --output"
+            ) from error
+        described = folder / "map.json"
+        wanted = json.loads(json.dumps(identity))
+        if described.exists():
+            found = json.loads(described.read_text())
+            differ = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+            if differ:
+                raise WorkError(
+                    f"{folder} holds the unfinished map of a command with another "
+                    f"{', '.join(sorted(differ))}: give the same command, delete the folder, or "
+                    "choose another --output"
+                )
+        for name, count in num_bands.items():
+            # Opened without truncating: rows that are done stay.
+            with open(self.path(name), "ab") as file:
+                file.truncate(count * shape[0] * shape[1])
+        if not described.exists():
+            files.write_whole(described, json.dumps(wanted).encode())
+        progress = folder / "progress"
+        self.rows_done = int(progress.read_text()) if progress.exists() else 0
+
+    def path(self, layer: str) -> pathlib.Path:
+        """The file of a layer."""
+        return self.folder / f"{layer}.raw"
+
+    def write(self, rows_done: int, start: int, layers: Mapping[str, np.ndarray]) -> None:
+        """Writes rows of pixels, and only then says that they are done.
+
+        Args:
+          rows_done: how many rows of windows are done with these.
+          start: the first row of pixels.
+          layers: uint8 [bands, rows, width] by name; of more than were asked for, those are left
+            out.
+        """
+        height, width = self._shape
+        for name, count in self._num_bands.items():
+            with open(self.path(name), "r+b") as file:
+                for band in range(count):
+                    file.seek((band * height + start) * width)
+                    file.write(np.ascontiguousarray(layers[name][band]).data)
+                file.flush()
+                os.fsync(file.fileno())
+        files.write_whole(self.folder / "progress", str(rows_done).encode())
+        self.rows_done = rows_done
+
+    def read(self, layer: str, start: int, stop: int) -> np.ndarray:
+        """Rows of the first band of a layer, uint8 [stop - start, width]."""
+        _, width = self._shape
+        count = (stop - start) * width
+        found = np.fromfile(self.path(layer), np.uint8, count, offset=start * width)
+        return found.reshape(stop - start, width)
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.folder)
+        self._lock.close()
