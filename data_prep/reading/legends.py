@@ -122,7 +122,7 @@ def _legend(entries: Iterable[tuple[int, str, str, str | None]]) -> Legend:
             ignored.append(entry[0])
         else:
             groups.setdefault(str(entry[0]) if entry[3] is None else entry[3], []).append(entry)
-    has_classes = any(entry[3] is not None for entry in entries)
+    has_classes = any(entry[3] for entry in entries)
     names = [group[0][1] for group in groups.values()]
     if has_classes and all(re.fullmatch(r"-?\d+", key) for key in groups):
         groups = {label: groups[label] for label in sorted(groups, key=int)}
