@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-# The label of pixels without a class.
-IGNORE_LABEL = 255
+from cromss_jax.sensors import IGNORE_LABEL
+
 MIN_CLASSES, MAX_CLASSES = 2, 250
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
@@ -152,7 +152,7 @@ class Legend:
             known[i] |= value in label_of or value in skipped
         return labels[inverse].reshape(values.shape), present[~known]
 
-    def ranges(self) -> str:
+    def values_text(self) -> str:
         """The values that have a class or are ignored, as text: 0..8, 255."""
         known = {value for group in self.values for value in group}
         values = sorted(known | {*(self.ignored or ()), IGNORE_LABEL})
@@ -166,6 +166,10 @@ class Legend:
     def colours_rgb(self) -> np.ndarray:
         """The colours, uint8 [C,3]."""
         return np.array([list(bytes.fromhex(colour[1:])) for colour in self.colours], np.uint8)
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Name and colour of each class, for configurations; `from_dict` reads them."""
+        return tuple(zip(self.names, self.colours, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The legend as JSON, for the metadata of a data set or the recipe of weights."""

@@ -84,6 +84,22 @@ DFC2020 = Legend.of(
     ignored=None,
 )
 
+# The same classes from MODIS land cover (IGBP, 1 to 17), by way of DFC2020's simplified IGBP. Its
+# savannas (8, 9) and snow (15) have no class.
+DFC2020_OF_IGBP = DFC2020.with_values(
+    {
+        17: 0,
+        **dict.fromkeys((1, 2, 3, 4, 5), 1),
+        10: 2,
+        11: 3,
+        **dict.fromkeys((12, 14), 4),
+        **dict.fromkeys((6, 7), 5),
+        13: 6,
+        16: 7,
+    },
+    ignored=None,
+)
+
 # SSL4EO-S12@OSM. Each class has the colour of the most similar CORINE class. 0 is unmarked.
 OSM = Legend.of(
     {

@@ -66,8 +66,8 @@ def split(
     """Which tiles are held back.
 
     Blocks are drawn that together hold no more than the wanted share of the tiles, but at least one
-    is. The tiles with their centre in such a block are held back. The others are trained on, if they
-    are further than `gap` from all of them and do not touch them.
+    is. The tiles with their centre in such a block are held back. The others are trained on, if
+    they are further than `gap` from all of them and do not touch them.
 
     Args:
       tiles: their bounds.

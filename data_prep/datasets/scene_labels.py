@@ -6,7 +6,6 @@ import numpy as np
 from rasterio.enums import Resampling
 
 from cromss_jax.legend import IGNORE_LABEL, Legend
-from data_prep import errors
 from data_prep.reading import labels, rasters, warping
 from data_prep.reading.rasters import Layer
 from data_prep.reading.warping import Grid
@@ -37,16 +36,8 @@ def read(layers: Sequence[Layer], grid: Grid, legend: Legend) -> tuple[np.ndarra
             continue
         image = rasters.read([layer], window)
         values, valid = image.pixels[0], image.valid[0]
-        if np.issubdtype(values.dtype, np.floating):
-            labels.check_whole(layer.path, values[valid])
-            values = np.where(valid, values, 0)
-        classes, unknown = legend.classes_of(np.where(valid, values.astype(np.int64), IGNORE_LABEL))
-        if unknown.size:
-            raise errors.BadFileError(
-                layer.path,
-                f"labels {labels.values_text(unknown)} are not in the legend, which knows "
-                f"{legend.ranges()}: name the legend of this map with --legend",
-            )
+        classes = np.full(valid.shape, IGNORE_LABEL, np.uint8)
+        classes[valid] = labels.classes(layer.path, values[valid], legend)
         # In one pass, as most of the time goes into coordinates.
         pair = np.stack([classes, np.where(valid, 0, IGNORE_LABEL).astype(np.uint8)])
         place = image.crs, image.transform, grid

@@ -9,17 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from cromss_jax.legend import IGNORE_LABEL
 from data_prep import errors
 from data_prep.datasets import scene_images
 from data_prep.datasets.scene_images import Units
 from data_prep.datasets.scene_table import Acquisition, Group
 from data_prep.options import Options
-from data_prep.reading import bands, grids, offsets, pairing, rasters, registration, warping
+from data_prep.reading import (
+    bands,
+    grids,
+    labels,
+    offsets,
+    pairing,
+    rasters,
+    registration,
+    warping,
+)
 from data_prep.reading.warping import Grid
 from data_prep.report import Finding
 
 # Tiles of each acquisition, spread over it.
 NUM_TILES = 16
+# Pixels of a tile along a side for a first survey.
+_SAMPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +139,7 @@ def _scan_s2(
                 raise errors.BadFileError(
                     layer.path,
                     f"{layer.name} is 0 in all tiles sampled: the band was never filled; leave it "
-                    "out with --bands, or replace it",
+                    "out with --s2_bands, or replace it",
                 )
             evidence[layer.name] = pixels, valid
     _check_order(path, evidence)
@@ -274,3 +286,28 @@ def _shift(
     if shift.distance > 2:
         found = (Finding("S1 shifted", path, text),)
     return {"shift S1 to S2": text}, found
+
+
+def survey(tile: Grid, acquisition: Acquisition, options: Options) -> float:
+    """Roughly the share of a tile's pixels that will be valid and labelled.
+
+    Few pixels are read, of the coarsest band and the labels, so that tiles without content are not
+    counted where tiles are split. Which tiles are written is decided on all of their pixels.
+    """
+    groups = acquisition.s2 or acquisition.s1
+    group = groups[-1][-1:]
+    window = warping.source_window(group[0], tile)
+    if window is None:
+        return 0.0
+    image = rasters.read(group, window, (_SAMPLE, _SAMPLE))
+    valid = image.valid & (image.pixels != 0)
+    labelled = np.zeros((_SAMPLE, _SAMPLE), bool)
+    for layer in acquisition.labels:
+        window = warping.source_window(layer, tile)
+        if window is not None:
+            found = rasters.read([layer], window, (_SAMPLE, _SAMPLE))
+            values = found.pixels[0][found.valid[0]]
+            classes = np.full(labelled.shape, IGNORE_LABEL, np.uint8)
+            classes[found.valid[0]] = labels.classes(layer.path, values, options.legend)
+            labelled |= classes != IGNORE_LABEL
+    return min(float(valid.mean()), float(labelled.mean()))

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cromss_jax import sensors
 from data_prep import errors
+from data_prep.options import Options
 from data_prep.reading import rasters, safe
 from data_prep.reading.rasters import Layer
 
@@ -196,26 +197,27 @@ def _check(path: pathlib.Path, rows: Sequence[Row]) -> None:
                 )
 
 
-def acquisition(row: Row, s2_bands: Sequence[str]) -> Acquisition:
+def acquisition(row: Row, options: Options) -> Acquisition:
     """Opens the files of a row, and finds out which bands they hold.
 
     Args:
       row: of the table.
-      s2_bands: the bands that are wanted; none for all that are there.
+      options: its modalities and bands; without `s2_bands`, all bands that are there.
 
     Raises:
       errors.BadFileError: if a file cannot be used, or a band is missing.
     """
+    files = {m: row.files[m] if m in options.modalities else () for m in sensors.MODALITIES}
     s1_date = None
-    if row.files["s1"]:
-        match = re.search(r"(?<!\d)20\d{6}(T\d{6})?(?!\d)", row.files["s1"][0].name)
+    if files["s1"]:
+        match = re.search(r"(?<!\d)20\d{6}(T\d{6})?(?!\d)", files["s1"][0].name)
         s1_date = datetime.datetime.fromisoformat(match[0]) if match else None
-    level, texts = _level(row.files["s2"])
+    level, texts = _level(files["s2"])
     return Acquisition(
         scene=row.scene,
         date=row.date,
-        s2=_bands(row.files["s2"], sensors.S2_BANDS, s2_bands),
-        s1=_bands(row.files["s1"], sensors.S1_BANDS, sensors.S1_BANDS),
+        s2=_bands(files["s2"], sensors.S2_BANDS, options.s2_bands),
+        s1=_bands(files["s1"], sensors.S1_BANDS, sensors.S1_BANDS),
         labels=_maps(row.files["labels"]),
         truth=_maps(row.files["truth"]),
         mask=_maps(row.files["mask"]),
@@ -281,7 +283,7 @@ def _bands(
         raise errors.BadFileError(
             str(files[0]),
             f"no file holds {', '.join(missing) or 'a band'}, found {', '.join(found) or 'none'}: "
-            "name the files of all bands, or choose others with --bands",
+            "name the files of all bands, or choose others with --s2_bands",
         )
     groups: dict[tuple, list[Layer]] = {}
     for name in names:
@@ -302,8 +304,8 @@ def _named(layers: list[Layer], known: Sequence[str], wanted: Sequence[str]) -> 
         raise errors.BadFileError(
             layers[0].path,
             f"has {len(layers)} {'band' if len(layers) == 1 else 'bands'} without names: describe "
-            f"them in the file ({needed}), name the file after its band, or, for several, give "
-            "--bands in their order",
+            f"them in the file ({needed}), name the file after its band, or, for several in "
+            "the usual order, give --s2_bands",
         )
     return [
         dataclasses.replace(layer, name=name)

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from cromss_jax.legend import IGNORE_LABEL, Legend
-from data_prep.datasets import scene_images, scene_labels
+from cromss_jax.legend import IGNORE_LABEL
+from data_prep import errors
+from data_prep.datasets import scene_images, scene_labels, scene_scan
 from data_prep.datasets.scene_scan import Scan
 from data_prep.options import Options
 from data_prep.reading import bands, nodata
@@ -49,11 +50,24 @@ class _Season:
     truth: np.ndarray | None
 
 
+def has_content(tile: SceneTile, min_labelled: float, options: Options) -> bool:
+    """Whether a tile probably has pixels enough on one of its dates; see `scene_scan.survey`.
+
+    Where this cannot be found out, `read_tile` says why.
+    """
+    # Half of what is needed, as a sample may show less than there is.
+    needed = min(min_labelled, 1 - options.max_invalid) / 2
+    try:
+        shares = [scene_scan.survey(tile.grid, s.acquisition, options) for s in tile.seasons]
+    except errors.BadFileError:
+        return True
+    return max(shares) > needed
+
+
 def read_tile(
     tile: SceneTile,
     *,
     band_list: Sequence[sensors.Band],
-    legend: Legend,
     max_seasons: int,
     min_labelled: float,
     options: Options,
@@ -63,7 +77,6 @@ def read_tile(
     Args:
       tile: the tile.
       band_list: of the records, with their scaling.
-      legend: of the label maps.
       max_seasons: S, the number of seasons to which `labels` are padded.
       min_labelled: smallest share of the pixels that must have a label.
       options: see `Options`.
@@ -80,7 +93,7 @@ def read_tile(
     kept: list[_Season] = []
     findings: tuple[Finding, ...] = ()
     for scan in tile.seasons:
-        season, found = _read_season(tile, scan, band_list, legend, min_labelled, options)
+        season, found = _read_season(tile, scan, band_list, min_labelled, options)
         findings += found
         if season is not None:
             kept.append(season)
@@ -103,7 +116,6 @@ def _read_season(
     tile: SceneTile,
     scan: Scan,
     band_list: Sequence[sensors.Band],
-    legend: Legend,
     min_labelled: float,
     options: Options,
 ) -> tuple[_Season | None, tuple[Finding, ...]]:
@@ -128,7 +140,7 @@ def _read_season(
             detail = f"{share:.1%} of the pixels are invalid"
             return None, (Finding("season skipped", name, detail, share),)
         example[array] = _scaled(image, array, band_list, scan.units.s2_offset)
-    labels, uncovered = scene_labels.read(acquisition.labels, tile.grid, legend)
+    labels, uncovered = scene_labels.read(acquisition.labels, tile.grid, options.legend)
     if uncovered:
         found += (Finding("labels invalid", name, f"{uncovered:.1%} of the pixels", uncovered),)
     unclassed = float((labels == IGNORE_LABEL).mean()) - uncovered
@@ -146,7 +158,7 @@ def _read_season(
         return None, (Finding("season unlabelled", name, detail, 1 - labelled),)
     truth = None
     if acquisition.truth:
-        truth, _ = scene_labels.read(acquisition.truth, tile.grid, legend)
+        truth, _ = scene_labels.read(acquisition.truth, tile.grid, options.legend)
     example |= {
         "location_id": tile.location_id,
         "crs": tile.grid.crs,

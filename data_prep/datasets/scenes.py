@@ -17,7 +17,6 @@ import rasterio
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
-from cromss_jax.legend import Legend
 from data_prep import errors, parallel, report
 from data_prep.datasets import blocks, scene_scan, scene_table, scene_tiles
 from data_prep.datasets.scene_table import Acquisition
@@ -43,7 +42,7 @@ class Cutting:
       resolution: metres of a pixel, with the grid "s2".
       min_labelled: smallest share of the pixels of a tile that must have a label.
       test_fraction: share of the tiles that is held back, by blocks, as the split test.
-      block_size: side of a block in metres; 0 for 8 tiles.
+      block_size: side of a block in metres; 0 for 2 to 8 tiles, by the number of tiles.
       block_gap: metres that tiles of the two splits are apart at least; those that touch always
         count as too close.
       seed: of the draw of blocks.
@@ -70,8 +69,6 @@ class Scenes(builder.LocationBuilder):
         *,
         table: str | os.PathLike,
         data_dir: str | os.PathLike,
-        legend: Legend,
-        bands: Sequence[str] = (),
         cutting: Cutting = Cutting(),
         num_workers: int = 1,
         max_bad_locations: int = 0,
@@ -82,32 +79,43 @@ class Scenes(builder.LocationBuilder):
         Args:
           table: see `scene_table`.
           data_dir: the folder of TFDS data sets.
-          legend: of the label maps.
-          bands: the Sentinel-2 bands that are wanted, in the order of files without names; none for
-            all that the first acquisition has.
           cutting: see `Cutting`.
           num_workers: processes that read.
           max_bad_locations: number of acquisitions and of tiles that may be skipped.
-          options: see `Options`.
+          options: see `Options`. It has a legend. Of Sentinel-2, all bands of the first acquisition
+            are read where it names none; the level counts where the files do not say theirs.
 
         Raises:
           errors.BuildError: if the table is wrong, or too many acquisitions or tiles are skipped.
         """
         data_dir = sources.absolute(data_dir)
         findings = report.Report(data_dir, self.name, max_bad_locations)
-        acquisitions = _acquisitions(scene_table.read(table), bands, findings)
-        names = acquisitions[0].s2_bands
-        level = next((a.s2_level for a in acquisitions if a.s2_level), "")
-        band_list = sensors.preset_bands(
-            modalities=[m for m in sensors.MODALITIES if getattr(acquisitions[0], m)],
-            s2_bands=names,
-            s2_level=level or ("L1C" if "B10" in names else "L2A"),
+        acquisitions = _acquisitions(scene_table.read(table), options, findings)
+        levels = [a.s2_level for a in acquisitions if a.s2_level]
+        options = dataclasses.replace(
+            options,
+            modalities=tuple(m for m in sensors.MODALITIES if getattr(acquisitions[0], m)),
+            s2_level=(levels or [options.s2_level])[0],
+            s2_bands=acquisitions[0].s2_bands,
         )
+        band_list = options.described_bands(is_native=False)
         scenes = _scenes(acquisitions)
         grids = {name: _grid(dates[0], cutting) for name, dates in scenes.items()}
         windows = {name: list(_windows(grid, cutting)) for name, grid in grids.items()}
         scans = _scan(scenes, grids, windows, cutting, options, num_workers, findings)
-        splits = _split(_tiles(scans, grids, windows, cutting), cutting, findings)
+        tiles = _tiles(scans, grids, windows, cutting)
+        probable = functools.partial(
+            scene_tiles.has_content, min_labelled=cutting.min_labelled, options=options
+        )
+        kept = list(parallel.map_in_order(probable, tiles, num_workers))
+        findings.add_table(
+            "Tiles",
+            [
+                {"tiles": "laid out", "number": len(tiles)},
+                {"tiles": "empty, left out", "number": kept.count(False)},
+            ],
+        )
+        splits = _split(list(itertools.compress(tiles, kept)), cutting, findings)
         max_seasons = max(len(dates) for dates in scans.values())
         has_truth = bool(acquisitions[0].truth)
         side = cutting.tile_size
@@ -117,7 +125,6 @@ class Scenes(builder.LocationBuilder):
             read=functools.partial(
                 scene_tiles.read_tile,
                 band_list=band_list,
-                legend=legend,
                 max_seasons=max_seasons,
                 min_labelled=cutting.min_labelled,
                 options=options,
@@ -129,8 +136,9 @@ class Scenes(builder.LocationBuilder):
                 "has_truth": has_truth,
                 **options.metadata(),
                 **dataclasses.asdict(cutting),
-                "legend": legend.to_dict(),
+                "legend": options.legend.to_dict(),
                 "bands": [list(band.to_row()) for band in band_list],
+                "origin": f"{self.name} in {table}",
                 "blocks": {split: [] for split in splits},
             },
             location_bytes=max_seasons * side**2 * (len(band_list) + max_seasons + has_truth),
@@ -145,22 +153,17 @@ class Scenes(builder.LocationBuilder):
 
 
 def _acquisitions(
-    rows: Sequence[scene_table.Row], bands: Sequence[str], findings: report.Report
+    rows: Sequence[scene_table.Row], options: Options, findings: report.Report
 ) -> list[Acquisition]:
     """The rows of the table whose files can be opened.
 
     Raises:
       errors.BuildError: if too many cannot, or they have different bands.
     """
-    unknown = [name for name in bands if name not in sensors.S2_BANDS]
-    if unknown:
-        raise errors.BuildError(
-            f"--bands names {unknown[0]!r}: Sentinel-2 has {', '.join(sensors.S2_BANDS)}"
-        )
     found: list[Acquisition] = []
     for row in rows:
         try:
-            found.append(scene_table.acquisition(row, bands))
+            found.append(scene_table.acquisition(row, options))
         except errors.BadFileError as bad:
             findings.skip(f"{row.scene} {row.date:%Y-%m-%d}", bad)
     if not found:
@@ -170,7 +173,7 @@ def _acquisitions(
         if other.s2_bands != found[0].s2_bands:
             raise errors.BuildError(
                 f"{other.name} has the bands {', '.join(other.s2_bands)}, {found[0].name} has "
-                f"{', '.join(found[0].s2_bands)}: choose those that all have with --bands"
+                f"{', '.join(found[0].s2_bands)}: choose those that all have with --s2_bands"
             )
         if other.s2_level and found[0].s2_level and other.s2_level != found[0].s2_level:
             raise errors.BuildError(
@@ -320,36 +323,41 @@ def _tiles(
     grids: dict[str, Grid],
     windows: dict[str, list[tuple[int, int]]],
     cutting: Cutting,
-) -> list[tuple[scene_tiles.SceneTile, blocks.Bounds]]:
-    """All tiles, with their bounds in degrees; the number of their block is not known yet."""
+) -> list[scene_tiles.SceneTile]:
+    """All tiles; the number of their block is not known yet."""
     side = cutting.tile_size
-    found = []
-    for name, dates in scans.items():
-        for row, column in windows[name]:
-            grid = grids[name].window(row, column, side, side)
-            bounds = warping.bounds_in(name, grid.bounds, grid.crs, _WGS84)
-            tile = scene_tiles.SceneTile(f"{name}_{row}_{column}", grid, dates, -1)
-            found.append((tile, bounds))
-    return found
+    return [
+        scene_tiles.SceneTile(
+            f"{name}_{row}_{column}", grids[name].window(row, column, side, side), dates, -1
+        )
+        for name, dates in scans.items()
+        for row, column in windows[name]
+    ]
 
 
 def _split(
-    tiles: Sequence[tuple[scene_tiles.SceneTile, blocks.Bounds]],
-    cutting: Cutting,
-    findings: report.Report,
+    tiles: Sequence[scene_tiles.SceneTile], cutting: Cutting, findings: report.Report
 ) -> dict[str, list[scene_tiles.SceneTile]]:
     """The tiles of each split.
 
     Raises:
-      errors.BuildError: if blocks are too large for the area.
+      errors.BuildError: if there are none, or blocks are too large for the area.
     """
-    bounds = [b for _, b in tiles]
-    size = cutting.block_size or 8 * blocks.side_of(bounds)
+    if not tiles:
+        findings.write_summary()
+        raise errors.BuildError(
+            "no tile has valid imagery and labels in one place: do the label maps cover the "
+            "scenes, and is --legend theirs?"
+        )
+    bounds = [warping.bounds_in(t.location_id, t.grid.bounds, t.grid.crs, _WGS84) for t in tiles]
+    # About 20 blocks or more, so that a tenth of the tiles can be held back.
+    num_sides = min(max(math.sqrt(len(tiles) / 20), 2), 8)
+    size = cutting.block_size or num_sides * blocks.side_of(bounds)
     centres = [blocks.block_of_centre(b, size) for b in bounds]
     numbers = {block: i for i, block in enumerate(sorted(set(centres)))}
     numbered = [
         dataclasses.replace(tile, block=numbers[centre])
-        for (tile, _), centre in zip(tiles, centres, strict=True)
+        for tile, centre in zip(tiles, centres, strict=True)
     ]
     if not cutting.test_fraction:
         return {"train": numbered}
@@ -360,20 +368,15 @@ def _split(
         kinds = blocks.split(bounds, cutting.test_fraction, size, cutting.block_gap, cutting.seed)
     except ValueError as error:
         raise errors.BuildError(f"{error} of {size / 1000:.1f} km: {advice}") from error
-    counts = {kind: int((kinds == kind).sum()) for kind in (0, 1, -1)}
-    if not counts[0] or not counts[1]:
-        raise errors.BuildError(
-            f"of {len(tiles)} tiles {counts[0]} would be trained on and {counts[1]} held back, "
-            f"{counts[-1]} are too close to these: {advice}"
-        )
-    findings.add_table(
-        "Splits",
-        [
-            {"split": name, "tiles laid out": counts[kind]}
-            for name, kind in (("train", 0), ("test", 1), ("left out, too close to test", -1))
-        ],
-    )
-    return {
+    splits = {
         name: [numbered[i] for i in np.flatnonzero(kinds == kind).tolist()]
-        for name, kind in (("train", 0), ("test", 1))
+        for name, kind in (("train", 0), ("test", 1), ("left out, too close to test", -1))
     }
+    rows = [{"split": name, "tiles": len(found)} for name, found in splits.items()]
+    findings.add_table("Splits", rows)
+    if not splits["train"]:
+        raise errors.BuildError(
+            f"no tile would be trained on, as all {len(tiles)} are held back or close to those "
+            f"that are: {advice}"
+        )
+    return {name: splits[name] for name in ("train", "test")}

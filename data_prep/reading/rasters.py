@@ -142,12 +142,18 @@ def _name_in(file_name: str) -> str:
     return ""
 
 
-def read(group: Sequence[Layer], window: rasterio.windows.Window) -> geotiff.Image:
+def read(
+    group: Sequence[Layer],
+    window: rasterio.windows.Window,
+    size: tuple[int, int] | None = None,
+) -> geotiff.Image:
     """The pixels of layers that share their grid.
 
     Args:
       group: of one grid, from one file or several.
       window: inside of the grid.
+      size: height and width of a sample of the pixels, from overviews where there are any; None
+        for all.
 
     Returns:
       Pixels (K, h, w) with the valid ones as the files mark them; see `geotiff.Image`. Rows and
@@ -159,23 +165,28 @@ def read(group: Sequence[Layer], window: rasterio.windows.Window) -> geotiff.Ima
     by_path: dict[str, list[int]] = {}
     for i, layer in enumerate(group):
         by_path.setdefault(layer.path, []).append(i)
-    shape = (len(group), int(window.height), int(window.width))
+    shape = (len(group), *(size or (int(window.height), int(window.width))))
     pixels = np.empty(shape, np.result_type(*(layer.dtype for layer in group)))
     valid = np.ones(shape, bool)
     for path, places in by_path.items():
         indexes = [group[i].index for i in places]
         try:
             file = _open(path)
-            pixels[places] = file.read(indexes, window=window)
+            pixels[places] = file.read(indexes, window=window, out_shape=(len(indexes), *shape[1:]))
             if any(
                 file.mask_flag_enums[i - 1] != [rasterio.enums.MaskFlags.all_valid] for i in indexes
             ):
-                valid[places] = file.read_masks(indexes, window=window) > 0
+                valid[places] = (
+                    file.read_masks(indexes, window=window, out_shape=(len(indexes), *shape[1:]))
+                    > 0
+                )
         except rasterio.errors.RasterioError as error:
             raise errors.BadFileError(path, f"cannot be read: {error}") from error
     if np.issubdtype(pixels.dtype, np.floating):
         valid &= np.isfinite(pixels)
     transform = rasterio.windows.transform(window, Affine(*group[0].transform))
+    if size is not None:
+        transform *= Affine.scale(window.width / size[1], window.height / size[0])
     return geotiff.Image(
         pixels,
         valid,
