@@ -243,6 +243,7 @@ def make_plan(
     config = ml_collections.FrozenConfigDict(config)
     described = description.describe(config, **overrides)
     pretrain.check_config(config, described.tile_size)
+    config = run.describe_data(config, described)
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     chip = costs.CHIPS.get(topology.partition(":")[0])
     train_locations = description.num_train_locations(config, described)

@@ -2,6 +2,7 @@
 
 python -m data_prep.build --dataset=ssl4eo_s12_nol --source_dir=DIR --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR
+python -m data_prep.build --dataset=scenes --table=scenes.csv --legend=worldcover --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --beam -- BEAM OPTIONS
 """
 
@@ -11,15 +12,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
+from cromss_jax import presets, sensors
+from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
-from data_prep.datasets import downstream, ssl4eo_s12_nol
+from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol
 from data_prep.finding import sources
-from data_prep.reading import proj
+from data_prep.reading import legends, proj
 from data_prep.writing import records
 from data_prep.writing.builder import LocationBuilder
 
@@ -30,6 +34,7 @@ BUILDERS = {
         downstream.Ssl4eoS12Dw,
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
+        scenes.Scenes,
     )
 }
 
@@ -40,9 +45,57 @@ _SOURCE_DIR = flags.DEFINE_string(
     "source_dir",
     None,
     "Folder with the source tree, extracted or as .zip, .tar or .tar.gz archives in any "
-    "mixture, or the path of one such archive. Nothing is unpacked.",
-    required=True,
+    "mixture, or the path of one such archive. Nothing is unpacked. Not for scenes.",
 )
+_TABLE = flags.DEFINE_string(
+    "table",
+    None,
+    "scenes only: a CSV file with the columns scene,date,s2,s1,labels[,truth][,mask], one row an "
+    "acquisition; files are paths or patterns, relative to the table.",
+)
+_TILE_SIZE = flags.DEFINE_integer(
+    "tile_size", scenes.Cutting.tile_size, "scenes only: pixels along a side.", lower_bound=32
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 0, "scenes only: pixels from a tile to the next; 0 for the tile size.", lower_bound=0
+)
+_GRID = flags.DEFINE_enum(
+    "grid",
+    scenes.Cutting.grid,
+    ["s2", "labels"],
+    "scenes only: tiles have the grid of Sentinel-2 at --resolution, or that of the label map.",
+)
+_RESOLUTION = flags.DEFINE_float(
+    "resolution", scenes.Cutting.resolution, "scenes only: metres of a pixel.", lower_bound=0.1
+)
+_MIN_LABELLED = flags.DEFINE_float(
+    "min_labelled",
+    scenes.Cutting.min_labelled,
+    "scenes only: seasons of tiles with a smaller share of labelled pixels are skipped.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_TEST_FRACTION = flags.DEFINE_float(
+    "test_fraction",
+    scenes.Cutting.test_fraction,
+    "scenes only: share of the tiles that is held back, by blocks, as the split test.",
+    lower_bound=0,
+    upper_bound=0.9,
+)
+_BLOCK_SIZE = flags.DEFINE_float(
+    "block_size",
+    scenes.Cutting.block_size,
+    "scenes only: side of a block in metres; 0 for 2 to 8 tiles, by their number.",
+    0,
+)
+_BLOCK_GAP = flags.DEFINE_float(
+    "block_gap",
+    scenes.Cutting.block_gap,
+    "scenes only: metres that tiles of the two splits are apart at least; those that touch always "
+    "count as too close.",
+    0,
+)
+_SPLIT_SEED = flags.DEFINE_integer("split_seed", 0, "scenes only: of the draw of blocks.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "The folder that data sets are written to.", required=True
 )
@@ -82,6 +135,31 @@ _TEST_CITIES = flags.DEFINE_list(
     [],
     "Cities of the public bundle of DFC2020 that are the test split, separated by commas.",
 )
+_LEGEND = flags.DEFINE_string(
+    "legend",
+    None,
+    "The classes of the label maps, and which of their values become them: "
+    f"{', '.join(presets.LEGENDS)}; or a file: .csv (value,name,colour[,class]), a QGIS style "
+    "(.qml), or a raster with a colour table and category names. By default the data set's own.",
+)
+_LABELS = flags.DEFINE_enum(
+    "labels",
+    options.DEFAULT.labels,
+    ["dfc", "lc"],
+    "Labels of dfc2020: dfc, those of the contest; lc, MODIS land cover, with dfc as truth.",
+)
+_MODALITIES = flags.DEFINE_list(
+    "modalities", list(options.DEFAULT.modalities), "Imagery to read: s1, s2 or both."
+)
+_S2_LEVEL = flags.DEFINE_enum(
+    "s2_level",
+    options.DEFAULT.s2_level,
+    list(sensors.S2_STATISTICS),
+    "Processing level of the Sentinel-2 imagery, which decides its scaling. L2A has no B10.",
+)
+_S2_BANDS = flags.DEFINE_list(
+    "s2_bands", [], "Sentinel-2 bands to read, such as B2,B3,B4,B8; by default all of the level."
+)
 _PATCH_SIZE = flags.DEFINE_integer(
     "patch_size",
     0,
@@ -97,6 +175,12 @@ _BEAM = flags.DEFINE_boolean(
 )
 
 
+_SCENES_FLAGS = (
+    "table", "tile_size", "stride", "grid", "resolution", "min_labelled",
+    "test_fraction", "block_size", "block_gap", "split_seed",
+)  # fmt: skip
+
+
 def _options() -> options.Options:
     """The options that all data sets share, by the flags.
 
@@ -108,7 +192,25 @@ def _options() -> options.Options:
         raise errors.BuildError(
             f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
         )
+    modalities, s2_bands = set(_MODALITIES.value), set(_S2_BANDS.value)
+    known = list(sensors.S2_STATISTICS[_S2_LEVEL.value])
+    for name, given, choice in (
+        ("modalities", modalities, sensors.MODALITIES),
+        ("s2_bands", s2_bands, known),
+    ):
+        if not given <= set(choice):
+            raise errors.BuildError(
+                f"--{name} names {', '.join(sorted(given - set(choice)))}: choose from "
+                f"{', '.join(choice)}" + (f" of {_S2_LEVEL.value}" if choice is known else "")
+            )
+    if not modalities:
+        raise errors.BuildError("--modalities is empty: choose s1, s2 or both")
     return options.Options(
+        modalities=tuple(m for m in sensors.MODALITIES if m in modalities),
+        s2_level=_S2_LEVEL.value,
+        s2_bands=tuple(band for band in known if band in s2_bands),
+        legend=_LEGEND.value and legends.read_legend(_LEGEND.value),
+        labels=_LABELS.value,
         s2_offset=None if offset is None else int(offset),
         max_invalid=_MAX_INVALID.value,
         max_days=_MAX_DAYS.value,
@@ -125,17 +227,23 @@ def build(beam_args: Sequence[str] = ()) -> str:
             f"--patch_size={_PATCH_SIZE.value} is for downstream data sets, not for "
             f"{builder_class.name}: leave it out, training takes random crops"
         )
+    if _LABELS.value != "dfc" and builder_class is not downstream.Dfc2020:
+        raise errors.BuildError(
+            f"--labels={_LABELS.value} is for --dataset=dfc2020, not for {builder_class.name}: "
+            "leave it out"
+        )
     build_options = _options()
     special = {"patch_size": _PATCH_SIZE.value} if is_tiles else {}
+    source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = sources.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        return _existing(final_dir, build_options.metadata() | special)
+        return _existing(final_dir, build_options, special)
     start = time.monotonic()
     builder = builder_class(
-        source_dir=_SOURCE_DIR.value,
         data_dir=data_dir,
+        **source,
         num_workers=_NUM_WORKERS.value,
         max_bad_locations=_MAX_BAD_LOCATIONS.value,
         options=build_options,
@@ -145,19 +253,81 @@ def build(beam_args: Sequence[str] = ()) -> str:
     return f"{_summary(builder, final_dir, is_tiles)}, {time.monotonic() - start:.0f} s."
 
 
-def _existing(final_dir: epath.Path, wanted: Mapping[str, object]) -> str:
+def _tree_source() -> dict[str, Any]:
+    """The builder's arguments on a tree of files.
+
+    Raises:
+      errors.BuildError: if flags are missing, or are for scenes.
+    """
+    given = [name for name in _SCENES_FLAGS if flags.FLAGS[name].present]
+    if given:
+        raise errors.BuildError(
+            f"--{given[0]} is for --dataset=scenes, not for {_DATASET.value}: leave it out"
+        )
+    if _SOURCE_DIR.value is None:
+        raise errors.BuildError(f"--dataset={_DATASET.value} needs --source_dir, its tree of files")
+    return {"source_dir": _SOURCE_DIR.value}
+
+
+def _scenes_source() -> dict[str, Any]:
+    """The builder's arguments on scenes.
+
+    Raises:
+      errors.BuildError: if flags are missing, or are for trees.
+    """
+    if _TABLE.value is None or _LEGEND.value is None or _SOURCE_DIR.value is not None:
+        raise errors.BuildError(
+            "--dataset=scenes needs --table, a CSV file with a row for each acquisition, and "
+            "--legend, what the values of the label maps mean; --source_dir is for other data sets"
+        )
+    if _STRIDE.value > _TILE_SIZE.value:
+        raise errors.BuildError(
+            f"--stride={_STRIDE.value} would leave gaps between tiles of --tile_size="
+            f"{_TILE_SIZE.value}: choose no more than the tile size"
+        )
+    cutting = scenes.Cutting(
+        tile_size=_TILE_SIZE.value,
+        stride=_STRIDE.value or _TILE_SIZE.value,
+        grid=_GRID.value,
+        resolution=_RESOLUTION.value,
+        min_labelled=_MIN_LABELLED.value,
+        test_fraction=_TEST_FRACTION.value,
+        block_size=_BLOCK_SIZE.value,
+        block_gap=_BLOCK_GAP.value,
+        seed=_SPLIT_SEED.value,
+    )
+    return {
+        "table": _TABLE.value,
+        "cutting": cutting,
+    }
+
+
+def _existing(
+    final_dir: epath.Path, build_options: options.Options, special: Mapping[str, object]
+) -> str:
     """A sentence on a data set that exists already.
 
     Raises:
       errors.BuildError: if it was built with other options.
     """
     info = tfds.builder_from_directory(final_dir).info
+    wanted = build_options.metadata() | special
+    labels = info.metadata.get("labels", options.DEFAULT.labels)
+    if labels != build_options.labels:
+        raise errors.BuildError(
+            f"{final_dir} was built with --labels={labels}: delete it, or choose another --data_dir"
+        )
+    if build_options.legend and build_options.legend != Legend.from_dict(info.metadata["legend"]):
+        raise errors.BuildError(
+            f"{final_dir} was built with another legend than --legend={_LEGEND.value}: delete it, "
+            "or choose another --data_dir"
+        )
     for name, value in wanted.items():
         # Data sets of earlier versions do not say all options.
         found = info.metadata.get(name, value)
         if found != value and (flags.FLAGS[name].present or name == "patch_size"):
             raise errors.BuildError(
-                f"{final_dir} was built with --{name}={found}: delete it, or choose another "
+                f"{final_dir} was built with --{name}={_text(found)}: delete it, or choose another "
                 "--data_dir"
             )
     return (
@@ -165,6 +335,11 @@ def _existing(final_dir: epath.Path, wanted: Mapping[str, object]) -> str:
         f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
         "build it again."
     )
+
+
+def _text(value: object) -> str:
+    """The value of a flag."""
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _summary(builder: LocationBuilder, final_dir: epath.Path, is_tiles: bool) -> str:

@@ -3,15 +3,19 @@
 import ast
 import functools
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Rooms of cromss_jax: each imports only what stands further down. `costs` stands beside them, for
 # the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
 # the Python API.
-ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
-GROUND = {"sensors", "files", "package", "platforms"}
+ROOMS = ("commands", "mapping", "training", "weights", "results", "data", "networks", "method", "ground")
+GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
 BESIDE = "costs"
+# Commands that read scenes as the data sets of scenes do, and with what.
+READERS_OF_SCENES = ("cromss_jax.predict", "cromss_jax.audit")
+READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
 
 
 @functools.cache
@@ -99,7 +103,7 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    for name in ("data.input_pipeline", "sensors", "files", "package"):
+    for name in ("data.input_pipeline", "sensors", "legend", "presets", "files", "package"):
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
         assert not foreign, f"{name} imports {foreign}"
@@ -112,11 +116,15 @@ def test_torch_and_tensorflow_stay_outside():
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
-def test_nothing_imports_data_prep_and_it_knows_the_constants_only():
-    for path in [*modules("cromss_jax").values(), *modules("configs").values()]:
-        assert not inner(path, "data_prep"), path
+def test_only_maps_are_made_with_the_readers_of_data_prep_and_it_knows_the_constants_only():
+    for name, path in [*modules("cromss_jax").items(), *modules("configs").items()]:
+        used = inner(path, "data_prep")
+        if name in READERS_OF_SCENES:
+            used = {module for module in used if not READING.match(module)}
+        assert not used, path
     for path in modules("data_prep").values():
-        assert inner(path, "cromss_jax") <= {"cromss_jax.sensors"}, path
+        constants = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets")}
+        assert inner(path, "cromss_jax") <= constants, path
 
 
 # Rooms of data_prep, as those of cromss_jax, below the command `build`.

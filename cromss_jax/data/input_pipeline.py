@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cromss_jax import files, sensors
+from cromss_jax import files, presets, sensors
+from cromss_jax.legend import Legend, LegendError
 
 # The features of a record that the device needs (see preprocess.py), by modality. A data set has S2
 # either as one array at 10 m or as one array per native resolution.
@@ -45,7 +46,8 @@ class TileDataset:
       tile_size: T, pixels at 10 m.
       season_counts: [locations] int, number of seasons of each location.
       has_truth: whether records hold the true classes in addition to the noisy labels.
-      legend: the classes in label order, each with its colour.
+      legend: the classes.
+      bands: of the imagery, with their scaling, in the order of the records' arrays.
     """
 
     source: Sequence[dict]
@@ -53,7 +55,8 @@ class TileDataset:
     tile_size: int
     season_counts: np.ndarray
     has_truth: bool
-    legend: sensors.Legend
+    legend: Legend
+    bands: tuple[sensors.Band, ...]
 
     @property
     def num_locations(self) -> int:
@@ -171,6 +174,43 @@ class _Records(Sequence):
         return record
 
 
+def legend_of(metadata: Mapping) -> Legend:
+    """The legend in the metadata of a data set; Dynamic World's where there is none.
+
+    Raises:
+      DataError: if it is damaged.
+    """
+    saved = metadata.get("legend")
+    try:
+        return presets.DYNAMIC_WORLD if saved is None else Legend.from_dict(saved)
+    except LegendError as error:
+        raise DataError(f"the legend in metadata.json is damaged: {error}") from error
+
+
+def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, ...]:
+    """The bands in the metadata of a data set; SSL4EO-S12's of L1C where there are none.
+
+    Args:
+      metadata: of the data set.
+      features: names of a record's features.
+
+    Raises:
+      DataError: if they are damaged.
+    """
+    saved = metadata.get("bands")
+    if saved is None:
+        modalities = [m for m, names in IMAGE_FEATURES.items() if {*names} & {*features}]
+        return sensors.preset_bands(modalities, is_native="s2" not in features)
+    try:
+        bands = sensors.bands_of_rows(saved)
+        known = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
+        if not all(b.name in known[b.modality] and b.array in features for b in bands):
+            raise ValueError(f"{[(b.array, b.name) for b in bands]} are not in the records")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"the bands in metadata.json are damaged: {error}") from error
+    return bands
+
+
 def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
     """Opens a split of the newest version of a data set written by `data_prep.build`.
 
@@ -211,7 +251,8 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
         tile_size=int(metadata["tile_size"]),
         season_counts=np.asarray(metadata["season_counts"][split]),
         has_truth=bool(metadata["has_truth"]),
-        legend=dict(metadata["legend"]),
+        legend=legend_of(metadata),
+        bands=bands_of(metadata, tuple(builder.info.features)),
     )
 
 

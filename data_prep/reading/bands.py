@@ -12,7 +12,7 @@ files that are not uint8, these are invalid, too:
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -186,26 +186,41 @@ def s2_values(path: str, image: geotiff.Image) -> Values:
     return Values(pixels.astype(np.int32), valid, zero, findings)
 
 
-def scale(name: str, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def scale(
+    name: str,
+    values: np.ndarray,
+    valid: np.ndarray,
+    statistics: Mapping[str, tuple[float, float]] = sensors.BAND_STATISTICS,
+) -> np.ndarray:
     """Scales one band to uint8; invalid pixels become `NEUTRAL`.
 
     Args:
       name: a name of `sensors.S1_BANDS` or `sensors.S2_BANDS`.
       values: (H, W), of `Values.pixels`.
       valid: (H, W) bool.
+      statistics: mean and standard deviation by band.
 
     Returns:
       (H, W) uint8.
     """
-    scaled = values if values.dtype == np.uint8 else sensors.scale_to_uint8(values, name)
+    if values.dtype == np.uint8:
+        scaled = values
+    else:
+        scaled = sensors.scale_to_uint8(values, name, statistics)
     return scaled if valid.all() else np.where(valid, scaled, np.uint8(NEUTRAL))
 
 
-def scale_s2(name: str, values: np.ndarray, valid: np.ndarray, offset: int) -> np.ndarray:
+def scale_s2(
+    name: str,
+    values: np.ndarray,
+    valid: np.ndarray,
+    offset: int,
+    statistics: Mapping[str, tuple[float, float]] = sensors.BAND_STATISTICS,
+) -> np.ndarray:
     """Subtracts the offset from values that are not scaled (floor 0), and scales; see `scale`."""
     if values.dtype != np.uint8 and offset:
         values = np.maximum(values - offset, 0)
-    return scale(name, values, valid)
+    return scale(name, values, valid, statistics)
 
 
 def pick_bands(
@@ -218,7 +233,7 @@ def pick_bands(
     Raises:
       errors.BadFileError: if their number is wrong, and descriptions do not tell which are needed.
     """
-    found = [_plain(description) for description in image.descriptions]
+    found = [band_name(description) for description in image.descriptions]
     if set(names) <= set(found):
         indexes = [found.index(name) for name in names]
         if indexes == list(range(len(found))):
@@ -229,12 +244,16 @@ def pick_bands(
         return image, ()
     reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
     if len(image.pixels) == 12 and len(names) == 13:
-        reason += ": B10 is missing, as in L2A products, whose values differ; L1C is needed"
+        reason += (
+            ": B10 is missing, as in L2A products, whose values differ; of L2A, give --s2_level=L2A"
+        )
+    elif len(image.pixels) < len(names) and "B2" in names:
+        reason += ": name those that it has by --s2_bands"
     raise errors.BadFileError(path, reason)
 
 
-def _plain(description: str) -> str:
-    """The name of a band in its description: B02 is B2, Sigma0_VV_db is VV."""
+def band_name(description: str) -> str:
+    """The name of a band in its description: B02 is B2, Sigma0_VV_db is VV; empty if none."""
     match = re.search(r"(?<![A-Z0-9])(VV|VH|B)(?:0?([1-9]\d?A?))?(?![A-Z0-9])", description.upper())
     if match is None:
         return ""

@@ -1,0 +1,200 @@
+"""Reads the imagery of a window of a scene's grid.
+
+Units and invalid pixels are decided on the pixels of the files, as for all data sets (`bands`);
+after that they are brought onto the grid.
+
+Kernels: bands of the grid's own pixels are copied. Sentinel-2 is interpolated cubically (a = -0.5),
+as training does where a data set has bands at native size; where pixels become larger, the kernel
+is widened and thereby averages. Sentinel-1 is interpolated bilinearly and in linear power: power is
+what a coarser radar would have measured, while decibels would weaken bright scatterers, and weights
+that are nowhere negative make no negative power around them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from rasterio.enums import Resampling
+
+from data_prep import errors
+from data_prep.datasets.scene_table import Acquisition, Group
+from data_prep.reading import bands, geotiff, rasters, warping
+from data_prep.reading.warping import Grid
+
+DECIBELS, CENTIBELS, POWER = "dB", "dB * 100", "linear power"
+SCALED, REFLECTANCE = "reflectance * 10000", "reflectance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What the pixels of an acquisition mean.
+
+    Attributes:
+      s1: `DECIBELS`, `CENTIBELS` or `POWER`.
+      s2: `SCALED` or `REFLECTANCE`.
+      s2_offset: subtracted from Sentinel-2 (reflectance * 10000).
+    """
+
+    s1: str = DECIBELS
+    s2: str = SCALED
+    s2_offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """Bands on a grid.
+
+    Attributes:
+      names: [K].
+      pixels: (K, H, W) float, dB or reflectance * 10000; 0 where invalid.
+      valid: (K, H, W) bool.
+    """
+
+    names: tuple[str, ...]
+    pixels: np.ndarray
+    valid: np.ndarray
+
+    def in_order(self, names: Sequence[str]) -> "Bands":
+        """The given bands, in this order."""
+        places = [self.names.index(name) for name in names]
+        return Bands(tuple(names), self.pixels[places], self.valid[places])
+
+
+def native_s2(group: Group, image: geotiff.Image, unit: str) -> bands.Values:
+    """Sentinel-2 values of a file's pixels, reflectance * 10000 with its offset.
+
+    Raises:
+      errors.BadFileError: for a dtype that has no such values.
+    """
+    path = group[0].path
+    if np.issubdtype(image.pixels.dtype, np.floating):
+        factor = 10000 if unit == REFLECTANCE else 1
+        # Sen2Cor makes slightly negative reflectance over water.
+        valid = image.valid & (image.pixels * factor > -2000)
+        zero = image.pixels == 0
+        pixels = np.rint(np.maximum(np.where(valid, image.pixels, 0), 0) * factor)
+        values = bands.Values(pixels, valid, zero, ())
+    elif image.pixels.dtype == np.uint8:
+        raise errors.BadFileError(path, "dtype uint8, but raw values are needed")
+    else:
+        values = bands.s2_values(path, image)
+    # 0 in all bands is nodata, in one band also a dark pixel.
+    nodata = values.zero.all(axis=0) & (len(group) > 1)
+    return dataclasses.replace(values, valid=values.valid & ~nodata)
+
+
+def native_s1(group: Group, image: geotiff.Image, unit: str) -> bands.Values:
+    """Sentinel-1 values of a file's pixels, in dB.
+
+    Raises:
+      errors.BadFileError: for uint8.
+    """
+    if image.pixels.dtype == np.uint8:
+        raise errors.BadFileError(group[0].path, "dtype uint8, but raw values are needed")
+    zero = image.pixels == 0
+    pixels = raw_s1(image)
+    valid = image.valid & ~zero
+    if unit == POWER:
+        # The removal of thermal noise leaves power below 0.
+        valid &= pixels > 0
+        pixels = 10 * np.log10(np.where(valid, pixels, 1))
+    elif unit == CENTIBELS:
+        pixels = pixels / 100
+    valid &= pixels > bands.MIN_DECIBELS
+    return bands.Values(np.where(valid, pixels, 0), valid, zero, ())
+
+
+def raw_s1(image: geotiff.Image) -> np.ndarray:
+    """Sentinel-1 pixels with the scale and offset of their file's tags, float."""
+    scales = np.reshape(image.scales, (-1, 1, 1))
+    offsets = np.reshape(image.offsets, (-1, 1, 1))
+    pixels = image.pixels.astype(np.result_type(image.pixels.dtype, np.float32), copy=False)
+    if (scales == 1).all() and not offsets.any():
+        return pixels
+    return pixels * scales + offsets
+
+
+def read_s2(acquisition: Acquisition, grid: Grid, units: Units) -> Bands:
+    """Sentinel-2 on a grid, reflectance * 10000 with its offset.
+
+    Raises:
+      errors.BadFileError: if a file cannot be used.
+    """
+    read = [
+        _on_grid(group, grid, Resampling.cubic, lambda g, image: native_s2(g, image, units.s2))
+        for group in acquisition.s2
+    ]
+    return _joined(read).in_order(acquisition.s2_bands)
+
+
+def read_s1(acquisition: Acquisition, grid: Grid, units: Units) -> Bands:
+    """Sentinel-1 on a grid, dB.
+
+    Raises:
+      errors.BadFileError: if a file cannot be used.
+    """
+    read = [
+        _on_grid(
+            group,
+            grid,
+            Resampling.bilinear,
+            lambda g, image: native_s1(g, image, units.s1),
+            is_decibels=True,
+        )
+        for group in acquisition.s1
+    ]
+    joined = _joined(read)
+    return joined.in_order([name for name in ("VV", "VH") if name in joined.names])
+
+
+def _joined(parts: Sequence[Bands]) -> Bands:
+    return Bands(
+        tuple(name for part in parts for name in part.names),
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.valid for part in parts]),
+    )
+
+
+def _on_grid(
+    group: Group,
+    grid: Grid,
+    kernel: Resampling,
+    native: Callable[[Group, geotiff.Image], bands.Values],
+    is_decibels: bool = False,
+) -> Bands:
+    """The bands of a group on a grid."""
+    names = tuple(layer.name for layer in group)
+    window = warping.source_window(group[0], grid)
+    if window is None:
+        shape = (len(group), grid.height, grid.width)
+        return Bands(names, np.zeros(shape, np.float32), np.zeros(shape, bool))
+    image = rasters.read(group, window)
+    values = native(group, image)
+    pixels, valid = values.pixels, values.valid
+    place = image.crs, image.transform, grid
+    if warping.offset(*place) is not None:
+        pixels = warping.warp(pixels, *place, kernel, 0)
+    else:
+        filled = 10 ** (pixels / 10) if is_decibels else pixels
+        filled = np.where(valid, filled, np.nan).astype(np.float32)
+        pixels = warping.warp(filled, *place, kernel, np.nan)
+    valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
+    if warping.offset(*place) is None:
+        valid &= np.isfinite(pixels)
+        if is_decibels:
+            pixels = 10 * np.log10(np.where(valid, pixels, 1))
+        pixels = np.where(valid, pixels, 0)
+    return Bands(names, pixels, valid)
+
+
+def read_mask(layers: Sequence[rasters.Layer], grid: Grid) -> np.ndarray:
+    """Where the masks of an acquisition, (H, W) bool, say that pixels are to be ignored."""
+    masked = np.zeros((grid.height, grid.width), bool)
+    for layer in layers:
+        window = warping.source_window(layer, grid)
+        if window is not None:
+            image = rasters.read([layer], window)
+            pixels = ((image.pixels != 0) & image.valid).astype(np.uint8)
+            place = image.crs, image.transform, grid
+            masked |= warping.warp(pixels, *place, Resampling.nearest, 0)[0] > 0
+    return masked
