@@ -1,45 +1,56 @@
-"""Maps a scene: `python -m cromss_jax.predict --checkpoint=RUN --s2=SCENE --output=DIR`.
+"""Maps scenes: `python -m cromss_jax.predict --checkpoint=RUN --s2=SCENE --output=DIR`.
 
 Writes `classes.tif`, what `--write` names beside it, and `summary.md`. Interrupted, the same
-command goes on.
+command goes on. With --table, each scene gets a folder of its own.
 """
 
+import dataclasses
+import datetime
 import hashlib
 import logging
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
+from flax import nnx
 
 import cromss_jax
-from cromss_jax import files, sensors
-from cromss_jax.mapping import areas, blending, cogs, forward, scene_map, styles, windows, work
+from cromss_jax import command_line, files, sensors
+from cromss_jax.mapping import blending, forward, products, scene_map, windows, work
+from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
-from cromss_jax.pretrained import Pretrained, WeightsError
-from cromss_jax.training import devices, run, settings, sharding
-from data_prep import errors
-from data_prep.reading import bands, plain_scene
+from cromss_jax.pretrained import Pretrained
+from cromss_jax.training import devices, settings, sharding
+from data_prep import errors, options
+from data_prep.datasets import scene_images, scene_scan, scene_table
+from data_prep.reading import bands, proj, warping
 
 _log = logging.getLogger("cromss_jax")
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a run or of a checkpoint, or a file of weights", required=True
 )
-_S2 = flags.DEFINE_string("s2", None, "Sentinel-2 image of the scene")
+_S2 = flags.DEFINE_string(
+    "s2", None, "Sentinel-2 image: a file, a .SAFE product, or several files separated by ;"
+)
 _S1 = flags.DEFINE_string("s1", None, "Sentinel-1 image, brought onto the grid of --s2")
+_TABLE = flags.DEFINE_string(
+    "table", None, "Instead of --s2 and --s1: a CSV file with the columns scene,date,s2,s1"
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write to", required=True)
 _WRITE = flags.DEFINE_list(
     "write",
     [],
-    f"Layers beside classes: {', '.join(blending.LAYERS[1:])}; agreement is that of S1 and S2",
+    f"Layers beside classes: {', '.join(blending.LAYERS[1:])} (of S1 and S2 with each other)",
 )
 _WINDOW = flags.DEFINE_integer("window", 256, "Side of a window in pixels", lower_bound=32)
 _OVERLAP = flags.DEFINE_integer(
-    "overlap", 64, "Pixels that neighbouring windows share", lower_bound=0
+    "overlap", 64, "Pixels that neighbouring windows share, at most half a window", lower_bound=0
 )
 _AUGMENT = flags.DEFINE_boolean(
     "augment", False, "Average over flips and rotations: eight times the work"
@@ -50,31 +61,314 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _NUM_THREADS = flags.DEFINE_integer(
     "num_threads", max(2, len(os.sched_getaffinity(0))), "Threads that read", lower_bound=1
 )
-_S2_OFFSET = flags.DEFINE_string(
-    "s2_offset", "auto", "Subtracted from raw Sentinel-2 pixels; auto finds it out"
+_S2_OFFSET = flags.DEFINE_integer(
+    "s2_offset", None, "Subtracted from raw Sentinel-2 pixels; found out where it is not given"
 )
+# Pixels of a network's training, and how far others may be from that without a warning.
+_METRES, _METRES_TOLERANCE = 10.0, 1.5
+# Of the windows that are looked at before the map begins.
+_SCAN_SIZE = 256
 
 
 class PredictError(ValueError):
     """A scene that cannot be mapped as the flags say. The message is for the user."""
 
 
-class GreyScene:
-    """A scene scaled to the grey levels that a network takes."""
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A scene scaled to the grey levels that a network takes; a `scene_map.Scene`.
 
-    def __init__(self, scene: plain_scene.PlainScene, model: Pretrained):
-        self.height, self.width, self.modalities = scene.height, scene.width, scene.modalities
-        self._scene, self._model = scene, model
+    Attributes:
+      acquisition: its files.
+      units: of their pixels.
+      grid: of the map, that of the finest band.
+      model: whose bands and scaling are used.
+      modalities: that are there.
+    """
+
+    acquisition: scene_table.Acquisition
+    units: scene_images.Units
+    grid: warping.Grid
+    model: Pretrained
+    modalities: tuple[str, ...]
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.grid.height
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.grid.width
 
     def read(self, row: int, column: int, height: int, width: int) -> scene_map.Pixels:
-        """See `scene_map.Scene`. Invalid pixels get the neutral grey of data sets."""
+        """The pixels of a window. Invalid ones get the neutral grey of data sets."""
+        grid = self.grid.window(row, column, height, width)
         grey, valid = {}, {}
         for modality in self.modalities:
-            names = self._model.bands[modality]
-            pixels, mask = self._scene.values(modality, row, column, height, width)
-            usual = np.array([sensors.BAND_STATISTICS[name][0] for name in names])
-            filled = np.where(mask[..., None], pixels, usual.astype(pixels.dtype))
-            scaled = self._model.grey_levels(filled, names)
-            grey[modality] = np.where(mask[..., None], scaled, np.uint8(bands.NEUTRAL))
-            valid[modality] = mask
+            names = self.model.bands[modality]
+            if modality == "s1":
+                found = scene_images.read_s1(self.acquisition, grid, self.units).in_order(names)
+                pixels = found.pixels
+            else:
+                found = scene_images.read_s2(self.acquisition, grid, self.units).in_order(names)
+                pixels = np.maximum(found.pixels - self.units.s2_offset, 0)
+            usual = [sensors.BAND_STATISTICS[name][0] for name in names]
+            filled = np.where(found.valid, pixels, np.reshape(usual, (-1, 1, 1)))
+            scaled = self.model.grey_levels(np.moveaxis(filled, 0, -1), names)
+            mask = np.moveaxis(found.valid, 0, -1)
+            grey[modality] = np.where(mask, scaled, np.uint8(bands.NEUTRAL))
+            valid[modality] = found.valid.all(axis=0)
         return scene_map.Pixels(grey, valid)
+
+
+def open_scene(
+    files_by_modality: Mapping[str, tuple[pathlib.Path, ...]],
+    name: str,
+    date: datetime.datetime,
+    model: Pretrained,
+    s2_offset: int | None,
+) -> tuple[Scene, dict[str, Any]]:
+    """Opens the files of a scene, and checks bands, order, units, offset and where they lie.
+
+    Args:
+      files_by_modality: of the scene.
+      name: of the scene, for messages.
+      date: of the Sentinel-2 image.
+      model: that maps it.
+      s2_offset: None to find it out.
+
+    Returns:
+      The scene, and what was found.
+
+    Raises:
+      PredictError: if the model cannot map it.
+      errors.BadFileError: if a file cannot be used.
+    """
+    given = tuple(m for m in sensors.MODALITIES if files_by_modality.get(m))
+    for modality in given:
+        if modality not in model.bands:
+            raise PredictError(
+                f"{name} has --{modality}, but {model.source} is a {model.description}: leave it "
+                "out, or choose other weights"
+            )
+    row = scene_table.Row(
+        0, name, date, {c: files_by_modality.get(c, ()) for c in scene_table.COLUMNS[2:]}
+    )
+    choice = options.Options(s2_offset=s2_offset, modalities=given, max_days=float("inf"))
+    try:
+        acquisition = scene_table.acquisition(row, choice)
+    except errors.BadFileError:
+        # Bands without names are those of the network if their number is the same.
+        own = dataclasses.replace(choice, s2_bands=model.bands.get("s2", ()))
+        acquisition = scene_table.acquisition(row, own)
+    _check_bands(acquisition, model)
+    layer = (acquisition.s2 or acquisition.s1)[0][0]
+    grid = warping.Grid(layer.crs, layer.transform, layer.height, layer.width)
+    tiles = [
+        grid.window(row, column, _SCAN_SIZE, _SCAN_SIZE)
+        for row in range(0, grid.height, _SCAN_SIZE)
+        for column in range(0, grid.width, _SCAN_SIZE)
+    ]
+    scan = scene_scan.scan(acquisition, tiles, choice)
+    if isinstance(scan, errors.BadFileError):
+        raise scan
+    for finding in scan.findings:
+        _log.info("%s: %s (%s)", finding.kind, finding.detail, finding.file)
+    facts = {k: v for k, v in scan.facts.items() if k != "acquisition"}
+    return Scene(_only(acquisition, model), scan.units, grid, model, given), facts
+
+
+def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> None:
+    """Refuses Sentinel-2 images without the network's bands, or of another level."""
+    if not acquisition.s2:
+        return
+    missing = [band for band in model.bands["s2"] if band not in acquisition.s2_bands]
+    if missing:
+        raise PredictError(
+            f"{acquisition.name} lacks {', '.join(missing)}, which {model.source} needs; it has "
+            f"{', '.join(acquisition.s2_bands)}: give the files of all bands, or choose weights "
+            "of those bands"
+        )
+    scaling = (model.card.get("input") or {}).get("by_band", {})
+    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands["s2"]}
+    levels = {level for level in sensors.S2_STATISTICS for unit in units if level in unit}
+    if acquisition.s2_level and levels and levels != {acquisition.s2_level}:
+        raise PredictError(
+            f"{acquisition.name} is {acquisition.s2_level}, {model.source} was trained on "
+            f"{' and '.join(levels)}, whose values differ: give the {' or '.join(levels)} product"
+        )
+
+
+def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_table.Acquisition:
+    """An acquisition with the bands that the network takes."""
+    kept = tuple(
+        tuple(layer for layer in group if layer.name in model.bands["s2"])
+        for group in acquisition.s2
+    )
+    return dataclasses.replace(acquisition, s2=tuple(filter(None, kept)))
+
+
+def _identity(model: Pretrained, scene: Scene, layers: tuple[str, ...], batch: int) -> dict:
+    """What decides the numbers of a map, as JSON."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model.network)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    images = {}
+    for group in (*scene.acquisition.s1, *scene.acquisition.s2):
+        for layer in group:
+            path = pathlib.Path(layer.path)
+            seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+            images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
+    return {
+        "checkpoint": digest.hexdigest(),
+        "images": images,
+        "s2_offset": scene.units.s2_offset,
+        "write": sorted(layers),
+        "window": _WINDOW.value,
+        "overlap": _OVERLAP.value,
+        "augment": _AUGMENT.value,
+        "batch_size": batch,
+    }
+
+
+def predict(
+    model: Pretrained, scene: Scene, facts: Mapping[str, Any], folder: pathlib.Path
+) -> None:
+    """Maps a scene as the flags say.
+
+    Args:
+      model: whole networks of the scene's modalities.
+      scene: to map.
+      facts: what was found out about it, for the summary.
+      folder: to write to.
+
+    Raises:
+      PredictError, work.WorkError: if the map cannot be made.
+    """
+    names = ("classes", *(n for n in blending.LAYERS[1:] if n in _WRITE.value))
+    if "agreement" in names and len(scene.modalities) < 2:
+        raise PredictError(
+            f"--write=agreement needs S1 and S2; {folder.name} has {scene.modalities[0].upper()}"
+        )
+    if (folder / products.SUMMARY).exists() and not (folder / "work").exists():
+        raise PredictError(f"{folder} holds a finished map: delete it, or choose another --output")
+    mesh = sharding.make_mesh()
+    per_device = 4 if mesh.devices.flat[0].platform == "cpu" else 32
+    batch = -(-(_BATCH_SIZE.value or per_device * mesh.size) // mesh.size) * mesh.size
+    legend = _legend(model)
+    cut = windows.cut_scene(scene.height, scene.width, _WINDOW.value, _OVERLAP.value)
+    layers = products.describe(names, legend)
+    unfinished = work.Work(
+        folder / "work",
+        _identity(model, scene, names, batch),
+        (scene.height, scene.width),
+        {layer.name: len(layer.bands) for layer in layers},
+    )
+    stride = decoders.STRIDES[model.description.decoder]
+    run = forward.make_forward(model.network, stride, mesh, augment=_AUGMENT.value)
+    _log.info(
+        "%d x %d pixels, %d windows of %d x %d", scene.height, scene.width, len(cut), *cut.shape
+    )
+    scene_map.map_scene(
+        scene,
+        cut,
+        run,
+        unfinished,
+        num_classes=len(legend),
+        batch_size=batch,
+        num_threads=_NUM_THREADS.value,
+    )
+    _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
+    grid = MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform)
+    text = products.write(unfinished, layers, grid, legend, folder, _facts(model, scene, facts))
+    unfinished.remove()
+    _log.info("%s\n\n%s", folder, text)
+
+
+def _legend(model: Pretrained) -> dict[str, str]:
+    """The classes with their colours; grey levels where none are known."""
+    count = model.description.num_classes
+    names = list(model.legend or [f"class {i}" for i in range(count)])
+    greys = [
+        f"#{level:02x}{level:02x}{level:02x}" for level in np.linspace(40, 220, count, dtype=int)
+    ]
+    known = list((model.legend or {}).values()) or [None] * count
+    if None in known:
+        _log.warning(
+            "%s does not say the colours of its classes: they are shown in grey", model.source
+        )
+    return {name: colour or grey for name, colour, grey in zip(names, known, greys, strict=True)}
+
+
+def _facts(model: Pretrained, scene: Scene, found: Mapping[str, Any]) -> dict[str, str]:
+    """What the summary says about how the map was made."""
+    used = " and ".join(m.upper() for m in scene.modalities)
+    return {
+        "weights": f"{model.source}, {model.description}",
+        "input": used + (", geometric mean of both" if len(scene.modalities) == 2 else ""),
+        **{str(name): str(value) for name, value in found.items()},
+        "windows": f"{_WINDOW.value} pixels, overlap {_OVERLAP.value}"
+        + (", averaged over eight flips and rotations" if _AUGMENT.value else ""),
+    }
+
+
+def _scenes(model: Pretrained) -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
+    """Date and files by modality of each scene, by its folder in the output."""
+    if _TABLE.value:
+        if _S2.value or _S1.value:
+            raise PredictError("--table and --s2 or --s1 are given: give one or the other")
+        rows = scene_table.read(_TABLE.value, required=("scene", "date"))
+        return {f"{row.scene}_{row.date:%Y%m%d}": (row.date, dict(row.files)) for row in rows}
+    given = {"s2": _S2.value, "s1": _S1.value}
+    if not any(given.values()):
+        raise PredictError("no image is given: name one by --s2, or many by --table")
+    here = pathlib.Path.cwd()
+    found = {m: scene_table.find_files(here, f"--{m}", text) for m, text in given.items() if text}
+    return {"": (datetime.datetime.min, found)}
+
+
+def main(arguments: list[str]) -> None:
+    """Maps what the flags name; a sentence and exit code 1 for what the user can mend."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    try:
+        unknown = set(_WRITE.value) - set(blending.LAYERS)
+        if unknown:
+            raise PredictError(
+                f"--write names {', '.join(sorted(unknown))}: choose from "
+                f"{', '.join(blending.LAYERS[1:])}"
+            )
+        if files.in_bucket(_OUTPUT.value):
+            raise PredictError(f"--output={_OUTPUT.value}: maps are written to local folders only")
+        output = pathlib.Path(files.absolute(_OUTPUT.value))
+        proj.check()
+        settings.use_default_numbers()
+        settings.keep_compiled(str(output / "work"))
+        devices.check()
+        model = cromss_jax.load(_CHECKPOINT.value)
+        for note in model.notes:
+            _log.info("%s", note)
+        if model.description.num_classes is None:
+            raise PredictError(
+                f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
+                "it, and give that run"
+            )
+        for name, (date, found) in _scenes(model).items():
+            scene, facts = open_scene(found, name or "the scene", date, model, _S2_OFFSET.value)
+            predict(model, scene, facts, output / name)
+    except errors.BadFileError as error:
+        sys.exit(f"error: {error.file}: {error.reason}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse)

@@ -10,7 +10,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Rooms of cromss_jax: each imports only what stands further down. `costs` stands beside them, for
 # the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
 # the Python API.
-ROOMS = ("commands", "mapping", "training", "weights", "results", "data", "networks", "method", "ground")
+ROOMS = (
+    "commands",
+    "mapping",
+    "training",
+    "weights",
+    "results",
+    "data",
+    "networks",
+    "method",
+    "ground",
+)
 GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
 BESIDE = "costs"
 # Commands that read scenes as the data sets of scenes do, and with what.

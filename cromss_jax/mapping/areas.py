@@ -66,9 +66,7 @@ def count(
     return pixels, None if row_areas is None else areas
 
 
-def table(
-    names: Sequence[str], pixels: np.ndarray, areas: np.ndarray | None
-) -> str:
+def table(names: Sequence[str], pixels: np.ndarray, areas: np.ndarray | None) -> str:
     """Table in Markdown: pixels, km² and share of each class.
 
     Args:

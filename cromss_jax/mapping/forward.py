@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 
 from cromss_jax.networks import decoders
+from cromss_jax.networks.fusion import LateFusion, SingleModality
+from cromss_jax.sensors import MODALITIES
 from cromss_jax.training import sharding
 
 # The eight symmetries of a square: quarter turns, with and without a flip.
@@ -43,7 +45,7 @@ def make_forward(
     def probabilities(state: nnx.State, grey: Images) -> Images:
         images = {m: pixels.astype(jnp.float32) / 255.0 for m, pixels in grey.items()}
         padded = {m: decoders.pad_to_stride(image, stride) for m, image in images.items()}
-        logits = nnx.merge(definition, state)(padded, train=False)
+        logits = _logits(nnx.merge(definition, state), padded)
         return {
             m: jax.nn.softmax(logits[m][:, : image.shape[1], : image.shape[2]])
             for m, image in images.items()
@@ -70,6 +72,19 @@ def make_forward(
         return {m: x / len(SYMMETRIES) for m, x in total.items()}
 
     return averaged if augment else forward
+
+
+def _logits(network: nnx.Module, images: Images) -> Images:
+    """Logits by modality, also of one modality of a network of two."""
+    if len(images) == len(MODALITIES) or isinstance(network, SingleModality):
+        return network(images, train=False)
+    ((modality, image),) = images.items()
+    if isinstance(network, LateFusion):
+        own = network.model1 if modality == "s1" else network.model2
+        return {modality: own(image, train=False)}
+    encoder = network.encoder1 if modality == "s1" else network.encoder
+    (features,) = network.encode([encoder], [image], train=False)
+    return {modality: network.decode(features, train=False)}
 
 
 def _turn(images: jax.Array, turns: int, flip: bool) -> jax.Array:

@@ -22,6 +22,8 @@ from cromss_jax.mapping.work import Work
 _log = logging.getLogger(__name__)
 # How many batches may wait on the device.
 _WAITING = 2
+# How many windows of a row are read at once.
+_RUN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Pixels:
     def is_void(self) -> bool:
         """Whether there is no valid pixel."""
         return not any(mask.any() for mask in self.valid.values())
+
+    def columns(self, start: int, stop: int) -> "Pixels":
+        """Some of the columns."""
+        return Pixels(
+            {m: pixels[:, start:stop] for m, pixels in self.grey.items()},
+            {m: mask[:, start:stop] for m, mask in self.valid.items()},
+        )
 
 
 class Scene(Protocol):
@@ -115,20 +124,40 @@ def _batches(
     num_threads: int,
 ) -> Iterator[list[tuple[int, Pixels]]]:
     """Reads windows ahead and yields them in batches, with their indices."""
+    per_row = len(windows.columns.starts)
 
-    def read(index: int) -> tuple[int, Pixels]:
-        return index, scene.read(*windows.place(index), *windows.shape)
+    def read(run: range) -> list[tuple[int, Pixels]]:
+        """Windows of one row, whose pixels are read at once: they share some."""
+        height, width = windows.shape
+        row, left = windows.place(run[0])
+        _, right = windows.place(run[-1])
+        pixels = scene.read(row, left, height, right + width - left)
+        starts = [windows.place(i)[1] - left for i in run]
+        return [
+            (i, pixels.columns(start, start + width)) for i, start in zip(run, starts, strict=True)
+        ]
 
-    indices = iter(range(first_batch * batch_size, len(windows)))
-    ahead = collections.deque(
-        pool.submit(read, i) for i in itertools.islice(indices, batch_size + 2 * num_threads)
+    first = first_batch * batch_size
+    # The same runs from wherever it starts.
+    runs = (
+        range(max(row + column, first), row + min(column + _RUN, per_row))
+        for row in range(first - first % per_row, len(windows), per_row)
+        for column in range(0, per_row, _RUN)
+        if row + min(column + _RUN, per_row) > first
     )
+    ahead = collections.deque(
+        pool.submit(read, run) for run in itertools.islice(runs, num_threads + 1)
+    )
+    batch: list[tuple[int, Pixels]] = []
     try:
         while ahead:
-            batch = []
-            while ahead and len(batch) < batch_size:
-                batch.append(ahead.popleft().result())
-                ahead.extend(pool.submit(read, i) for i in itertools.islice(indices, 1))
+            for window in ahead.popleft().result():
+                batch.append(window)
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            ahead.extend(pool.submit(read, run) for run in itertools.islice(runs, 1))
+        if batch:
             yield batch
     finally:
         for future in ahead:

@@ -26,13 +26,9 @@ _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_prediction
 _FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 # Fields that runs of earlier versions lack, with the values that they ran with.
-<<<<<<< HEAD
 _ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False, "deterministic": False}
-=======
-_ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False}
 _ADDED |= {"network.num_classes": len(presets.DYNAMIC_WORLD)}
 _ADDED |= {"legend": [list(pair) for pair in presets.DYNAMIC_WORLD.pairs()]}
->>>>>>> scenes
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

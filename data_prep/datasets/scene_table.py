@@ -84,8 +84,12 @@ class Acquisition:
         return tuple(name for name in sensors.S2_BANDS if name in names)
 
 
-def read(path: str | os.PathLike) -> list[Row]:
+def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Row]:
     """Reads the table, and finds its files.
+
+    Args:
+      path: of the table.
+      required: columns that must be there; a map needs no labels.
 
     Raises:
       errors.BuildError: naming the line and the cell that are wrong.
@@ -103,7 +107,7 @@ def read(path: str | os.PathLike) -> list[Row]:
     reader = csv.reader(io.StringIO(text))
     header = [cell.strip().lower() for cell in next(reader, [])]
     unknown = [name for name in header if name not in COLUMNS or header.count(name) > 1]
-    missing = [name for name in REQUIRED if name not in header]
+    missing = [name for name in required if name not in header]
     if unknown or missing:
         fault = f"has no column {missing[0]}" if missing else f"has a column {unknown[0]!r}"
         if not missing and header.count(unknown[0]) > 1:
@@ -113,7 +117,9 @@ def read(path: str | os.PathLike) -> list[Row]:
             "s1 or s2, truth and mask may be left out"
         )
     rows = [
-        _row(path, reader.line_num, header, cells) for cells in reader if any(map(str.strip, cells))
+        _row(path, reader.line_num, header, cells, required)
+        for cells in reader
+        if any(map(str.strip, cells))
     ]
     if not rows:
         raise errors.BuildError(f"{path} has no rows: write one for each acquisition")
@@ -121,7 +127,13 @@ def read(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def _row(path: pathlib.Path, line: int, header: Sequence[str], cells: Sequence[str]) -> Row:
+def _row(
+    path: pathlib.Path,
+    line: int,
+    header: Sequence[str],
+    cells: Sequence[str],
+    required: Sequence[str],
+) -> Row:
     """A row from its cells."""
     where = f"{path}, line {line}"
     if len(cells) != len(header):
@@ -133,11 +145,11 @@ def _row(path: pathlib.Path, line: int, header: Sequence[str], cells: Sequence[s
     if not row["scene"]:
         raise errors.BuildError(f"{where} has no scene: give it a name")
     files = {
-        name: _find(path.parent, where, name, row.get(name, ""))
+        name: find_files(path.parent, f"{where}: {name}", row.get(name, ""))
         for name in COLUMNS
         if name not in ("scene", "date")
     }
-    if not files["labels"]:
+    if not files["labels"] and "labels" in required:
         raise errors.BuildError(f"{where} has no labels: name the files of its label map")
     if not files["s2"] and not files["s1"]:
         raise errors.BuildError(f"{where} has neither s2 nor s1: name the files of one of them")
@@ -154,8 +166,17 @@ def _date(where: str, text: str) -> datetime.datetime:
         ) from error
 
 
-def _find(folder: pathlib.Path, where: str, column: str, cell: str) -> tuple[pathlib.Path, ...]:
-    """The files and products that a cell names, sorted, each once."""
+def find_files(folder: pathlib.Path, where: str, cell: str) -> tuple[pathlib.Path, ...]:
+    """The files and products that a cell or a flag names, sorted, each once.
+
+    Args:
+      folder: that relative paths and patterns start from.
+      where: the cell or the flag, for errors.
+      cell: paths and patterns, separated by `;`.
+
+    Raises:
+      errors.BuildError: for a pattern without a match, and for a folder that is no product.
+    """
     found: dict[pathlib.Path, None] = {}
     for pattern in filter(None, map(str.strip, cell.split(";"))):
         # A path as it is may hold brackets.
@@ -165,13 +186,11 @@ def _find(folder: pathlib.Path, where: str, column: str, cell: str) -> tuple[pat
             names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=folder, recursive=True))
             matches = [folder / name for name in names]
         if not matches:
-            raise errors.BuildError(
-                f"{where}: {column} names {pattern}, which matches no file in {folder}"
-            )
+            raise errors.BuildError(f"{where} names {pattern}, which matches no file in {folder}")
         for match in matches:
             if match.is_dir() and not safe.is_product(match):
                 raise errors.BuildError(
-                    f"{where}: {column} names the folder {match.name}, which is no .SAFE product: "
+                    f"{where} names the folder {match.name}, which is no .SAFE product: "
                     f"name its files, for instance {pattern.rstrip('/')}/*.tif"
                 )
             found[match] = None

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -76,9 +77,14 @@ class Layer:
         return min(float(np.hypot(a, d)), float(np.hypot(b, e)))
 
 
-@functools.lru_cache(maxsize=128)
 def _open(path: str) -> rasterio.io.DatasetReader:
-    """Opens a file for good; the least used ones are closed."""
+    """Opens a file for good, for the calling thread; the least used ones are closed."""
+    return _open_for(path, threading.get_ident())
+
+
+# GDAL's files must not be read by two threads at once.
+@functools.lru_cache(maxsize=512)
+def _open_for(path: str, thread: int) -> rasterio.io.DatasetReader:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         return rasterio.open(path)
