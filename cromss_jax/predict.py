@@ -261,30 +261,28 @@ def predict(
     legend = _legend(model)
     cut = windows.cut_scene(scene.height, scene.width, _WINDOW.value, _OVERLAP.value)
     layers = products.describe(names, legend)
-    unfinished = work.Work(
+    stride = decoders.STRIDES[model.description.decoder]
+    grid = MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform)
+    with work.opened(
         folder / "work",
         _identity(model, scene, names, batch),
         (scene.height, scene.width),
         {layer.name: len(layer.bands) for layer in layers},
-    )
-    stride = decoders.STRIDES[model.description.decoder]
-    run = forward.make_forward(model.network, stride, mesh, augment=_AUGMENT.value)
-    _log.info(
-        "%d x %d pixels, %d windows of %d x %d", scene.height, scene.width, len(cut), *cut.shape
-    )
-    scene_map.map_scene(
-        scene,
-        cut,
-        run,
-        unfinished,
-        num_classes=len(legend),
-        batch_size=batch,
-        num_threads=_NUM_THREADS.value,
-    )
-    _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
-    grid = MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform)
-    text = products.write(unfinished, layers, grid, legend, folder, _facts(model, scene, facts))
-    unfinished.remove()
+    ) as unfinished:
+        size = f"{scene.height} x {scene.width} pixels"
+        _log.info("%s, %d windows of %d x %d", size, len(cut), *cut.shape)
+        scene_map.map_scene(
+            scene,
+            cut,
+            forward.make_forward(model.network, stride, mesh, augment=_AUGMENT.value),
+            unfinished,
+            num_classes=len(legend),
+            batch_size=batch,
+            num_threads=_NUM_THREADS.value,
+        )
+        _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
+        text = products.write(unfinished, layers, grid, legend, folder, _facts(model, scene, facts))
+        unfinished.remove()
     _log.info("%s\n\n%s", folder, text)
 
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -100,7 +101,11 @@ def map_scene(
         _log.info("going on after %d of %d rows of windows", work.rows_done, len(rows.starts))
     strips = blending.Strips(windows, scene.modalities, num_classes)
     first = first_row * per_row
-    progress = tqdm.tqdm(total=len(windows), initial=first, unit=" windows", mininterval=1)
+    # A line of a log each half minute where nobody looks at a terminal.
+    often = 1 if sys.stderr.isatty() else 30
+    progress = tqdm.tqdm(
+        total=len(windows), initial=first, unit=" windows", mininterval=often, maxinterval=often
+    )
     with progress, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         batches = _batches(scene, windows, pool, first // batch_size, batch_size, num_threads)
         for index, pixels, probs in _predicted(batches, forward, batch_size):

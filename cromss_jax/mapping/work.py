@@ -1,14 +1,16 @@
 """The unfinished map of a scene, kept in a folder from which an interrupted command goes on."""
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from cromss_jax import files
 
@@ -17,39 +19,28 @@ class WorkError(ValueError):
     """A folder of an unfinished map that cannot be used. The message is for the user."""
 
 
-class Work:
-    """Layers of a map on disk, uint8, band by band, filled from north to south.
+@contextlib.contextmanager
+def opened(
+    folder: pathlib.Path,
+    identity: Mapping[str, Any],
+    shape: tuple[int, int],
+    num_bands: Mapping[str, int],
+) -> Iterator["Work"]:
+    """Begins a map, or goes on with one; no other process may until the context ends.
 
-    Attributes:
-      folder: where they are.
-      rows_done: how many rows of windows are in them for good.
+    Args:
+      folder: new, or that of an interrupted command.
+      identity: what decides the map, as JSON. Another map is not gone on with.
+      shape: height and width of the scene.
+      num_bands: number of bands by name of the layer.
+
+    Raises:
+      WorkError: if the folder is of another map, or another process writes it.
     """
-
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        identity: Mapping[str, Any],
-        shape: tuple[int, int],
-        num_bands: Mapping[str, int],
-    ):
-        """Begins a map, or goes on with one.
-
-        Args:
-          folder: new, or that of an interrupted command.
-          identity: what decides the map, as JSON. Another map is not gone on with.
-          shape: height and width of the scene.
-          num_bands: number of bands by name of the layer.
-
-        Raises:
-          WorkError: if the folder is of another map, or another process writes it.
-        """
-        self.folder = folder
-        self._shape = shape
-        self._num_bands = dict(num_bands)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise WorkError(
                 f"another process writes to {folder}: wait for it, or choose another --output"
@@ -65,12 +56,28 @@ class Work:
                     f"{', '.join(sorted(differ))}: give the same command, delete the folder, or "
                     "choose another --output"
                 )
+        else:
+            files.write_whole(epath.Path(described), json.dumps(wanted).encode())
+        yield Work(folder, shape, num_bands)
+
+
+class Work:
+    """Layers of a map on disk, uint8, band by band, filled from north to south.
+
+    Attributes:
+      folder: where they are.
+      rows_done: how many rows of windows are in them for good.
+    """
+
+    def __init__(self, folder: pathlib.Path, shape: tuple[int, int], num_bands: Mapping[str, int]):
+        """Makes the files that are missing; see `opened`."""
+        self.folder = folder
+        self._shape = shape
+        self._num_bands = dict(num_bands)
         for name, count in num_bands.items():
-            # Opened without truncating: rows that are done stay.
-            with open(self.path(name), "ab") as file:
+            # Without truncating: rows that are done stay.
+            with self.path(name).open("ab") as file:
                 file.truncate(count * shape[0] * shape[1])
-        if not described.exists():
-            files.write_whole(described, json.dumps(wanted).encode())
         progress = folder / "progress"
         self.rows_done = int(progress.read_text()) if progress.exists() else 0
 
@@ -89,13 +96,13 @@ class Work:
         """
         height, width = self._shape
         for name, count in self._num_bands.items():
-            with open(self.path(name), "r+b") as file:
+            with self.path(name).open("r+b") as file:
                 for band in range(count):
                     file.seek((band * height + start) * width)
                     file.write(np.ascontiguousarray(layers[name][band]).data)
                 file.flush()
                 os.fsync(file.fileno())
-        files.write_whole(self.folder / "progress", str(rows_done).encode())
+        files.write_whole(epath.Path(self.folder / "progress"), str(rows_done).encode())
         self.rows_done = rows_done
 
     def read(self, layer: str, start: int, stop: int) -> np.ndarray:
@@ -108,4 +115,3 @@ class Work:
     def remove(self) -> None:
         """Deletes the folder."""
         shutil.rmtree(self.folder)
-        self._lock.close()
