@@ -6,29 +6,31 @@ command goes on. With --table, each scene gets a folder of its own.
 
 import dataclasses
 import datetime
-import hashlib
+import itertools
 import logging
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
 import cromss_jax
 from cromss_jax import command_line, files, sensors
-from cromss_jax.mapping import blending, forward, products, scene_map, windows, work
+from cromss_jax.mapping import blending, job, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained
-from cromss_jax.training import devices, settings, sharding
+from cromss_jax.training import devices, settings
 from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_scan, scene_table
 from data_prep.reading import bands, proj, warping
+
+# After `proj`, which chooses the database of coordinate reference systems.
+import rasterio  # isort: skip
 
 _log = logging.getLogger("cromss_jax")
 
@@ -64,8 +66,10 @@ _NUM_THREADS = flags.DEFINE_integer(
 _S2_OFFSET = flags.DEFINE_integer(
     "s2_offset", None, "Subtracted from raw Sentinel-2 pixels; found out where it is not given"
 )
-# Pixels of a network's training, and how far others may be from that without a warning.
-_METRES, _METRES_TOLERANCE = 10.0, 1.5
+# Size of the pixels that networks are trained on, and by which factor others may differ from it.
+_METRES, _MOST_OFF = 10.0, 1.5
+# Of a scene whose date nothing says; it is shown nowhere.
+_NO_DATE = datetime.datetime.min
 # Of the windows that are looked at before the map begins.
 _SCAN_SIZE = 256
 
@@ -135,7 +139,7 @@ def open_scene(
     Args:
       files_by_modality: of the scene.
       name: of the scene, for messages.
-      date: of the Sentinel-2 image.
+      date: of the Sentinel-2 image, or `_NO_DATE`.
       model: that maps it.
       s2_offset: None to find it out.
 
@@ -171,12 +175,23 @@ def open_scene(
         for row in range(0, grid.height, _SCAN_SIZE)
         for column in range(0, grid.width, _SCAN_SIZE)
     ]
+    crs = rasterio.CRS.from_wkt(layer.crs)
+    metres = layer.pixel_size * crs.linear_units_factor[1] if crs.is_projected else None
+    if metres and not 1 / _MOST_OFF < metres / _METRES < _MOST_OFF:
+        _log.warning(
+            "%s has pixels of %g m; networks are trained on %g m, and know others badly",
+            name,
+            metres,
+            _METRES,
+        )
     scan = scene_scan.scan(acquisition, tiles, choice)
     if isinstance(scan, errors.BadFileError):
-        raise scan
+        nameless = scan.reason.replace(f" {_NO_DATE:%Y-%m-%d}", "")
+        raise errors.BadFileError(scan.file, nameless)
     for finding in scan.findings:
         _log.info("%s: %s (%s)", finding.kind, finding.detail, finding.file)
-    facts = {k: v for k, v in scan.facts.items() if k != "acquisition"}
+    unknown = {"acquisition"} | ({"days apart"} if date == _NO_DATE else set())
+    facts = {k: v for k, v in scan.facts.items() if k not in unknown}
     return Scene(_only(acquisition, model), scan.units, grid, model, given), facts
 
 
@@ -210,80 +225,42 @@ def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_tabl
     return dataclasses.replace(acquisition, s2=tuple(filter(None, kept)))
 
 
-def _identity(model: Pretrained, scene: Scene, layers: tuple[str, ...], batch: int) -> dict:
-    """What decides the numbers of a map, as JSON."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model.network)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    images = {}
-    for group in (*scene.acquisition.s1, *scene.acquisition.s2):
-        for layer in group:
-            path = pathlib.Path(layer.path)
-            seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
-            images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
-    return {
-        "checkpoint": digest.hexdigest(),
-        "images": images,
-        "s2_offset": scene.units.s2_offset,
-        "write": sorted(layers),
-        "window": _WINDOW.value,
-        "overlap": _OVERLAP.value,
-        "augment": _AUGMENT.value,
-        "batch_size": batch,
-    }
-
-
 def predict(
-    model: Pretrained, scene: Scene, facts: Mapping[str, Any], folder: pathlib.Path
+    model: Pretrained,
+    scene: Scene,
+    facts: Mapping[str, Any],
+    settings: job.Settings,
+    folder: pathlib.Path,
 ) -> None:
-    """Maps a scene as the flags say.
+    """Maps a scene; see `job.make_map`.
 
     Args:
-      model: whole networks of the scene's modalities.
+      model: a whole network of the scene's modalities.
       scene: to map.
       facts: what was found out about it, for the summary.
+      settings: how.
       folder: to write to.
-
-    Raises:
-      PredictError, work.WorkError: if the map cannot be made.
     """
-    names = ("classes", *(n for n in blending.LAYERS[1:] if n in _WRITE.value))
-    if "agreement" in names and len(scene.modalities) < 2:
-        raise PredictError(
-            f"--write=agreement needs S1 and S2; {folder.name} has {scene.modalities[0].upper()}"
-        )
-    if (folder / products.SUMMARY).exists() and not (folder / "work").exists():
-        raise PredictError(f"{folder} holds a finished map: delete it, or choose another --output")
-    mesh = sharding.make_mesh()
-    per_device = 4 if mesh.devices.flat[0].platform == "cpu" else 32
-    batch = -(-(_BATCH_SIZE.value or per_device * mesh.size) // mesh.size) * mesh.size
-    legend = _legend(model)
-    cut = windows.cut_scene(scene.height, scene.width, _WINDOW.value, _OVERLAP.value)
-    layers = products.describe(names, legend)
-    stride = decoders.STRIDES[model.description.decoder]
-    grid = MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform)
-    with work.opened(
-        folder / "work",
-        _identity(model, scene, names, batch),
-        (scene.height, scene.width),
-        {layer.name: len(layer.bands) for layer in layers},
-    ) as unfinished:
-        size = f"{scene.height} x {scene.width} pixels"
-        _log.info("%s, %d windows of %d x %d", size, len(cut), *cut.shape)
-        scene_map.map_scene(
-            scene,
-            cut,
-            forward.make_forward(model.network, stride, mesh, augment=_AUGMENT.value),
-            unfinished,
-            num_classes=len(legend),
-            batch_size=batch,
-            num_threads=_NUM_THREADS.value,
-        )
-        _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
-        text = products.write(unfinished, layers, grid, legend, folder, _facts(model, scene, facts))
-        unfinished.remove()
-    _log.info("%s\n\n%s", folder, text)
+    images = {}
+    for layer in itertools.chain(*scene.acquisition.s1, *scene.acquisition.s2):
+        path = pathlib.Path(layer.path)
+        seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+        images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
+    used = " and ".join(m.upper() for m in scene.modalities)
+    told = {
+        "weights": f"{model.source}, {model.description}",
+        "input": used + ", geometric mean of both" * (len(scene.modalities) == 2),
+        **{str(name): str(value) for name, value in facts.items()},
+    }
+    job.make_map(
+        scene,
+        MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform),
+        job.Network(model.network, decoders.STRIDES[model.description.decoder], _legend(model)),
+        settings,
+        folder,
+        {"images": images, "s2_offset": scene.units.s2_offset},
+        told,
+    )
 
 
 def _legend(model: Pretrained) -> dict[str, str]:
@@ -301,19 +278,7 @@ def _legend(model: Pretrained) -> dict[str, str]:
     return {name: colour or grey for name, colour, grey in zip(names, known, greys, strict=True)}
 
 
-def _facts(model: Pretrained, scene: Scene, found: Mapping[str, Any]) -> dict[str, str]:
-    """What the summary says about how the map was made."""
-    used = " and ".join(m.upper() for m in scene.modalities)
-    return {
-        "weights": f"{model.source}, {model.description}",
-        "input": used + (", geometric mean of both" if len(scene.modalities) == 2 else ""),
-        **{str(name): str(value) for name, value in found.items()},
-        "windows": f"{_WINDOW.value} pixels, overlap {_OVERLAP.value}"
-        + (", averaged over eight flips and rotations" if _AUGMENT.value else ""),
-    }
-
-
-def _scenes(model: Pretrained) -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
+def _scenes() -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
     """Date and files by modality of each scene, by its folder in the output."""
     if _TABLE.value:
         if _S2.value or _S1.value:
@@ -325,7 +290,7 @@ def _scenes(model: Pretrained) -> dict[str, tuple[datetime.datetime, dict[str, t
         raise PredictError("no image is given: name one by --s2, or many by --table")
     here = pathlib.Path.cwd()
     found = {m: scene_table.find_files(here, f"--{m}", text) for m, text in given.items() if text}
-    return {"": (datetime.datetime.min, found)}
+    return {"": (_NO_DATE, found)}
 
 
 def main(arguments: list[str]) -> None:
@@ -338,12 +303,14 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
     try:
-        unknown = set(_WRITE.value) - set(blending.LAYERS)
-        if unknown:
-            raise PredictError(
-                f"--write names {', '.join(sorted(unknown))}: choose from "
-                f"{', '.join(blending.LAYERS[1:])}"
-            )
+        chosen = job.Settings(
+            write=tuple(_WRITE.value),
+            window=_WINDOW.value,
+            overlap=_OVERLAP.value,
+            augment=_AUGMENT.value,
+            batch_size=_BATCH_SIZE.value,
+            num_threads=_NUM_THREADS.value,
+        )
         if files.in_bucket(_OUTPUT.value):
             raise PredictError(f"--output={_OUTPUT.value}: maps are written to local folders only")
         output = pathlib.Path(files.absolute(_OUTPUT.value))
@@ -359,9 +326,11 @@ def main(arguments: list[str]) -> None:
                 f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
                 "it, and give that run"
             )
-        for name, (date, found) in _scenes(model).items():
+        for name, (date, found) in _scenes().items():
             scene, facts = open_scene(found, name or "the scene", date, model, _S2_OFFSET.value)
-            predict(model, scene, facts, output / name)
+            predict(model, scene, facts, chosen, output / name)
+        # What was compiled, which an interrupted command takes up.
+        shutil.rmtree(output / "work", ignore_errors=True)
     except errors.BadFileError as error:
         sys.exit(f"error: {error.file}: {error.reason}")
     except (ValueError, OSError) as error:

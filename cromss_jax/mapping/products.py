@@ -11,7 +11,7 @@ from cromss_jax.mapping.cogs import Grid, Layer
 from cromss_jax.mapping.styles import PERCENT, Entry
 from cromss_jax.mapping.work import Work
 
-SUMMARY = "summary.md"
+SUMMARY, IDENTITY = "summary.md", "map.json"
 _AGREEMENT = (Entry(0, "#d95f02", "S1 and S2 differ"), Entry(1, "#1b9e77", "S1 and S2 agree"))
 
 
@@ -40,7 +40,20 @@ def write(
     folder: pathlib.Path,
     facts: Mapping[str, str],
 ) -> str:
-    """Writes the files of a map whose rows are all there, the summary last; returns its text."""
+    """Writes the files of a map whose rows are all there, and removes the unfinished ones.
+
+    Args:
+      work: the unfinished map.
+      layers: to write.
+      grid: of the map.
+      legend: names of the classes with their colours.
+      folder: to write to.
+      facts: what the summary says about how the map was made.
+
+    Returns:
+      The text of the summary. Beside it lies `map.json`, which says what decides the map; it is
+      written last.
+    """
     for layer in layers:
         cogs.write(work.path(layer.name), layer, grid, folder)
     pixels, square_km = areas.count(
@@ -51,4 +64,6 @@ def write(
     lines += [f"| {name} | {text} |" for name, text in facts.items()]
     text = "\n".join(lines) + "\n"
     files.write_whole(epath.Path(folder / SUMMARY), text.encode())
+    work.keep_identity(folder / IDENTITY)
+    work.remove()
     return text

@@ -14,6 +14,9 @@ from etils import epath
 
 from cromss_jax import files
 
+# What decides the map, as JSON.
+_IDENTITY = "map.json"
+
 
 class WorkError(ValueError):
     """A folder of an unfinished map that cannot be used. The message is for the user."""
@@ -45,7 +48,7 @@ def opened(
             raise WorkError(
                 f"another process writes to {folder}: wait for it, or choose another --output"
             ) from error
-        described = folder / "map.json"
+        described = folder / _IDENTITY
         wanted = json.loads(json.dumps(identity))
         if described.exists():
             found = json.loads(described.read_text())
@@ -111,6 +114,10 @@ class Work:
         count = (stop - start) * width
         found = np.fromfile(self.path(layer), np.uint8, count, offset=start * width)
         return found.reshape(stop - start, width)
+
+    def keep_identity(self, path: pathlib.Path) -> None:
+        """Writes what decides the map to a file that stays."""
+        files.write_whole(epath.Path(path), (self.folder / _IDENTITY).read_bytes())
 
     def remove(self) -> None:
         """Deletes the folder."""

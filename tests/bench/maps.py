@@ -239,7 +239,7 @@ def _kills(folder: pathlib.Path, environment: dict[str, str]) -> dict:
     killed = folder / "killed"
     line = _predict(folder / "weights", scene, killed, **more)
     kills, starts = 0, 0
-    while not (killed / "summary.md").exists():
+    while not (killed / "map.json").exists():
         starts += 1
         process = subprocess.Popen(line, cwd=runs.ROOT, env=environment)
         # Starting takes half of a small map's time.

@@ -17,6 +17,7 @@ GRID = cogs.Grid(1100, 700, UTM, (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0))
 
 def new_work(folder, shape, bands) -> work.Work:
     (folder / "work").mkdir()
+    (folder / "work" / "map.json").write_text("{}")
     return work.Work(folder / "work", shape, bands)
 
 
@@ -34,13 +35,12 @@ def written(tmp_path_factory):
         pixels[name][:, :100, :50] = 255
     unfinished.write(1, 0, pixels)
     text = products.write(unfinished, layers, GRID, LEGEND, folder, {"weights": "random"})
-    unfinished.remove()
     return folder, pixels, text
 
 
 def test_nothing_but_the_files_is_left(written):
     folder, _, _ = written
-    names = {"summary.md"}
+    names = {"summary.md", "map.json"}
     for name in ("classes", "probabilities", "agreement"):
         names |= {f"{name}.tif", f"{name}.qml", f"{name}.tif.aux.xml"}
     assert {path.name for path in folder.iterdir()} == names - {"probabilities.tif.aux.xml"}

@@ -1,0 +1,156 @@
+"""One map from beginning to end: windows, prediction, files. `make_map` is what commands call."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from cromss_jax.mapping import blending, forward, products, scene_map, windows, work
+from cromss_jax.mapping.cogs import Grid
+from cromss_jax.training import sharding
+
+_log = logging.getLogger(__name__)
+# Windows in a batch of one device.
+_BATCH = {"cpu": 4}
+_ACCELERATOR_BATCH = 32
+
+
+class MapError(ValueError):
+    """A map that cannot be made as asked. The message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a map is made.
+
+    Attributes:
+      write: layers beside the classes, of `blending.LAYERS`.
+      window: side of a window in pixels.
+      overlap: pixels that neighbouring windows share at least.
+      augment: whether probabilities are averaged over eight flips and rotations.
+      batch_size: windows in a batch, made a multiple of the devices; 0 for what suits them.
+      num_threads: that read.
+    """
+
+    write: tuple[str, ...] = ()
+    window: int = 256
+    overlap: int = 64
+    augment: bool = False
+    batch_size: int = 0
+    num_threads: int = 2
+
+    def check(self, modalities: tuple[str, ...]) -> None:
+        """Refuses settings that are not possible for a scene of these modalities.
+
+        Raises:
+          MapError: saying which.
+        """
+        unknown = sorted(set(self.write) - set(blending.LAYERS))
+        if unknown:
+            raise MapError(
+                f"there is no layer {', '.join(unknown)}: choose from "
+                f"{', '.join(blending.LAYERS[1:])}"
+            )
+        if "agreement" in self.write and len(modalities) < 2:
+            raise MapError(
+                f"the layer agreement is of S1 and S2, the scene has {modalities[0].upper()} only: "
+                "leave it out, or give both"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What maps.
+
+    Attributes:
+      module: float32, from images by modality to logits.
+      stride: image sizes that suit it are multiples of it.
+      legend: the names of its classes with their colours "#rrggbb".
+    """
+
+    module: nnx.Module
+    stride: int
+    legend: Mapping[str, str]
+
+    def digest(self) -> str:
+        """SHA-256 of its arrays."""
+        found = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(self.module)):
+            found.update(jax.tree_util.keystr(path).encode())
+            found.update(np.asarray(leaf).tobytes())
+        return found.hexdigest()
+
+
+def make_map(
+    scene: scene_map.Scene,
+    grid: Grid,
+    network: Network,
+    settings: Settings,
+    folder: pathlib.Path,
+    identity: Mapping[str, Any],
+    facts: Mapping[str, str],
+) -> None:
+    """Makes a map, or goes on with one; does nothing where it is finished.
+
+    Args:
+      scene: to map.
+      grid: where it lies.
+      network: that maps it.
+      settings: how.
+      folder: to write to.
+      identity: what else decides the map, such as the files of the scene, as JSON.
+      facts: what the summary says about how the map was made.
+
+    Raises:
+      MapError, work.WorkError: if the map cannot be made.
+    """
+    settings.check(scene.modalities)
+    mesh = sharding.make_mesh()
+    wanted = settings.batch_size or mesh.size * _BATCH.get(
+        mesh.devices.flat[0].platform, _ACCELERATOR_BATCH
+    )
+    settings = dataclasses.replace(settings, batch_size=-(-wanted // mesh.size) * mesh.size)
+    names = tuple(n for n in blending.LAYERS if n == "classes" or n in settings.write)
+    decisive = {k: v for k, v in dataclasses.asdict(settings).items() if k != "num_threads"}
+    identity = json.loads(
+        json.dumps({"checkpoint": network.digest(), **identity, **decisive, "write": names})
+    )
+    if (folder / products.IDENTITY).exists():
+        if json.loads((folder / products.IDENTITY).read_text()) != identity:
+            raise MapError(
+                f"{folder} holds the map of another command: delete it, or choose another --output"
+            )
+        _log.info("%s is finished", folder)
+        return
+    cut = windows.cut_scene(scene.height, scene.width, settings.window, settings.overlap)
+    layers = products.describe(names, network.legend)
+    bands = {layer.name: len(layer.bands) for layer in layers}
+    size = scene.height, scene.width
+    with work.opened(folder / "work", identity, size, bands) as unfinished:
+        _log.info("%d x %d pixels, %d windows of %d x %d", *size, len(cut), *cut.shape)
+        scene_map.map_scene(
+            scene,
+            cut,
+            forward.make_forward(network.module, network.stride, mesh, augment=settings.augment),
+            unfinished,
+            num_classes=len(network.legend),
+            batch_size=settings.batch_size,
+            num_threads=settings.num_threads,
+        )
+        _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
+        facts = {**facts, "windows": _windows(settings)}
+        text = products.write(unfinished, layers, grid, network.legend, folder, facts)
+    _log.info("%s\n\n%s", folder, text)
+
+
+def _windows(settings: Settings) -> str:
+    """How windows are cut, for the summary."""
+    text = f"{settings.window} pixels, overlap {settings.overlap}"
+    return text + ", averaged over eight flips and rotations" * settings.augment

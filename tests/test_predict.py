@@ -1,0 +1,232 @@
+"""The command `predict`: a whole map, and what it refuses."""
+
+import dataclasses
+import datetime
+import json
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from etils import epath
+from flax import nnx
+
+import cromss_jax
+from cromss_jax import predict, presets, sensors
+from cromss_jax.networks.fusion import make_network
+from cromss_jax.weights import folders, torch_keys
+from cromss_jax.weights.network import Network, Weights
+from data_prep import errors
+from data_prep.sample import world
+from tests import runs
+
+SIZE = 96
+BANDS = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
+NO_DATE = datetime.datetime.min
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of both sensors with a card."""
+    folder = tmp_path_factory.mktemp("weights") / "late"
+    network = make_network("late", 10, {"s1": 2, "s2": 13}, 9, jnp.float32, nnx.Rngs(0))
+    card = {
+        "input": {
+            "by_band": {
+                band.name: {"low": band.low, "high": band.high, "unit": band.unit}
+                for band in sensors.preset_bands()
+            }
+        },
+        "classes": list(presets.DYNAMIC_WORLD.names),
+        "colours": list(presets.DYNAMIC_WORLD.colours),
+    }
+    found = Weights(
+        Network("late", 10, BANDS, 9), torch_keys.to_torch_state(nnx.state(network)), card=card
+    )
+    folders.write_folder(epath.Path(folder), found)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return cromss_jax.load(weights)
+
+
+@dataclasses.dataclass
+class Written:
+    """A scene on disk and what is in it."""
+
+    folder: object
+    s1: np.ndarray
+    s2: np.ndarray
+    grid: dict
+
+    def write(self, name, pixels, names=(), **changes):
+        path = self.folder / name
+        options = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **self.grid}
+        options |= {"height": pixels.shape[1], "width": pixels.shape[2], **changes}
+        with rasterio.open(path, "w", **options) as file:
+            file.write(pixels)
+            for i, band in enumerate(names):
+                file.set_band_description(i + 1, band)
+        return path
+
+    def moved(self, rows, columns):
+        a, b, c, d, e, f = self.grid["transform"][:6]
+        return Affine(a, b, c + 10 * columns, d, e, f - 10 * rows)
+
+    def open(self, model, offset=None, **paths):
+        found = {m: (path,) for m, path in paths.items()}
+        return predict.open_scene(found, "the scene", NO_DATE, model, offset)
+
+
+@pytest.fixture
+def written(tmp_path):
+    location = world.make_location(0, 0, 1, SIZE)
+    s2 = np.zeros((13, SIZE, SIZE), np.uint16)
+    for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items():
+        for i, name in enumerate(names):
+            factor = metres // 10
+            pixels = location.s2(metres)[0, ..., i].repeat(factor, 0).repeat(factor, 1)
+            s2[sensors.S2_BANDS.index(name)] = pixels
+    easting, northing = location.origin
+    grid = {
+        "crs": f"EPSG:{location.epsg}",
+        "transform": Affine(10, 0, easting, 0, -10, northing),
+    }
+    return Written(tmp_path, np.moveaxis(location.s1[0], -1, 0), s2, grid)
+
+
+def test_pixels_are_scaled_as_in_python(written, model):
+    written.s2[:, :10, :20] = 0
+    written.s1[:, -5:] = np.nan
+    s2 = written.write("s2.tif", written.s2, sensors.S2_BANDS)
+    s1 = written.write("s1.tif", written.s1, sensors.S1_BANDS)
+    scene, _ = written.open(model, s2=s2, s1=s1)
+    found = scene.read(0, 8, 64, 40)
+    raw = np.moveaxis(written.s2, 0, -1)[:64, 8:48]
+    expected = model.grey_levels(raw, sensors.S2_BANDS)
+    void = (raw == 0).all(-1)
+    assert void.sum() == 10 * 12
+    np.testing.assert_array_equal(found.valid["s2"], ~void)
+    np.testing.assert_array_equal(found.grey["s2"][~void], expected[~void])
+    assert (found.grey["s2"][void] == 127).all()
+    below = scene.read(SIZE - 10, 0, 10, SIZE)
+    assert not below.valid["s1"][-5:].any()
+    assert below.valid["s1"][:-5].all()
+
+
+def test_s1_is_brought_onto_the_grid_of_s2(written, model):
+    """From a grid moved by 3 columns and 2 rows; and turned bands."""
+    s2 = written.write("s2.tif", written.s2, sensors.S2_BANDS)
+    s1 = written.write("s1.tif", written.s1[::-1], ("VH", "VV"), transform=written.moved(2, 3))
+    scene, _ = written.open(model, s2=s2, s1=s1)
+    found = scene.read(0, 0, SIZE, SIZE)
+    expected = model.grey_levels(np.moveaxis(written.s1, 0, -1), sensors.S1_BANDS)
+    np.testing.assert_array_equal(found.grey["s1"][2:, 3:], expected[:-2, :-3])
+    assert not found.valid["s1"][:2].any()
+    assert not found.valid["s1"][:, :3].any()
+
+
+def test_the_offset_is_found_and_subtracted(written, model):
+    plain = written.write("plain.tif", written.s2, sensors.S2_BANDS)
+    offset = written.write("offset.tif", written.s2 + np.uint16(1000), sensors.S2_BANDS)
+    (expected, _), (found, facts) = (written.open(model, s2=path) for path in (plain, offset))
+    window = 0, 0, SIZE, SIZE
+    np.testing.assert_array_equal(found.read(*window).grey["s2"], expected.read(*window).grey["s2"])
+    assert facts["offset"].startswith("1000")
+
+
+def refusals(written):
+    """Files that are wrong, and what is said."""
+    s1, s2 = written.s1, written.s2
+    return {
+        "looks already scaled|uint8": {
+            "s2": written.write("a.tif", (s2 // 40).clip(0, 255).astype(np.uint8), sensors.S2_BANDS)
+        },
+        "the bands are in another order": {"s2": written.write("b.tif", s2[::-1])},
+        "the bands are swapped": {"s1": written.write("c.tif", s1[::-1])},
+        "neither dB": {"s1": written.write("d.tif", s1 + 100, sensors.S1_BANDS)},
+        "lacks B10": {
+            "s2": written.write("e.tif", np.delete(s2, 10, 0), sensors.S2_BAND_SUBSETS[12])
+        },
+        "has 4 bands without names": {"s2": written.write("f.tif", s2[:4])},
+        "does not say where it lies": {
+            "s2": written.write("g.tif", s2, sensors.S2_BANDS, crs=None)
+        },
+        "has no valid pixel in the tiles sampled of the scene$": {
+            "s2": written.write("h.tif", s2, sensors.S2_BANDS),
+            "s1": written.write(
+                "i.tif",
+                s1,
+                sensors.S1_BANDS,
+                transform=written.moved(5000, 0),
+            ),
+        },
+    }
+
+
+def test_what_cannot_be_mapped_is_refused(written, model):
+    for sentence, paths in refusals(written).items():
+        with pytest.raises((errors.BadFileError, predict.PredictError), match=sentence):
+            written.open(model, **paths)
+
+
+def test_another_level_than_the_weights_is_refused(written, model):
+    path = written.folder / "S2A_MSIL2A_20200101.tif"
+    written.write(path.name, written.s2, sensors.S2_BANDS)
+    with pytest.raises(predict.PredictError, match=r"is L2A, .* was trained on L1C"):
+        written.open(model, s2=path)
+
+
+def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):
+    written.s2[:, :20] = 0
+    written.write("s2.tif", written.s2, sensors.S2_BANDS)
+    written.write("s1.tif", written.s1, sensors.S1_BANDS)
+    (written.folder / "scenes.csv").write_text("scene,date,s2,s1\nwood,2020-06-01,s2.tif,s1.tif\n")
+    output = written.folder / "maps"
+    more = {"window": 64, "overlap": 16, "batch_size": 3}
+    line = runs.command(
+        "cromss_jax.predict",
+        checkpoint=weights,
+        table=written.folder / "scenes.csv",
+        output=output,
+        write="agreement",
+        **more,
+    )
+    first = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    made = output / "wood_20200601"
+    assert {p.name for p in output.iterdir()} == {made.name}
+    names = {"classes", "agreement"}
+    expected = {f"{n}{end}" for n in names for end in (".tif", ".tif.aux.xml", ".qml")}
+    assert {p.name for p in made.iterdir()} == expected | {"summary.md", "map.json"}
+    with rasterio.open(made / "classes.tif") as file:
+        classes = file.read(1)
+    # S1 alone maps what S2 does not see.
+    assert (classes < 9).all()
+    with rasterio.open(made / "agreement.tif") as file:
+        agreement = file.read(1)
+    np.testing.assert_array_equal(agreement == 255, np.arange(SIZE)[:, None].repeat(SIZE, 1) < 20)
+    summary = (made / "summary.md").read_text()
+    assert "geometric mean" in summary
+    assert json.loads((made / "map.json").read_text())["window"] == 64
+    stamp = (made / "classes.tif").stat().st_mtime_ns
+    again = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stderr
+    assert (made / "classes.tif").stat().st_mtime_ns == stamp
+    other = subprocess.run([*line, "--overlap=8"], cwd=runs.ROOT, capture_output=True, text=True)
+    assert other.returncode == 1
+    assert "holds the map of another command: delete it" in other.stderr
+
+
+def test_wrong_flags_are_one_sentence(weights, tmp_path):
+    line = runs.command("cromss_jax.predict", checkpoint=weights, output=tmp_path / "map")
+    done = subprocess.run(
+        [*line, "--s2=missing.tif"], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "--s2 names missing.tif, which matches no file in" in done.stderr.splitlines()[-1]
