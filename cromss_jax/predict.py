@@ -202,7 +202,7 @@ def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> Non
     missing = [band for band in model.bands["s2"] if band not in acquisition.s2_bands]
     if missing:
         raise PredictError(
-            f"{acquisition.name} lacks {', '.join(missing)}, which {model.source} needs; it has "
+            f"{acquisition.scene} lacks {', '.join(missing)}, which {model.source} needs; it has "
             f"{', '.join(acquisition.s2_bands)}: give the files of all bands, or choose weights "
             "of those bands"
         )
@@ -211,7 +211,7 @@ def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> Non
     levels = {level for level in sensors.S2_STATISTICS for unit in units if level in unit}
     if acquisition.s2_level and levels and levels != {acquisition.s2_level}:
         raise PredictError(
-            f"{acquisition.name} is {acquisition.s2_level}, {model.source} was trained on "
+            f"{acquisition.scene} is {acquisition.s2_level}, {model.source} was trained on "
             f"{' and '.join(levels)}, whose values differ: give the {' or '.join(levels)} product"
         )
 
