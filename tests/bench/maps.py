@@ -236,31 +236,30 @@ def _kills(folder: pathlib.Path, environment: dict[str, str]) -> dict:
     line = _predict(folder / "weights", scene, folder / "whole", **more)
     length = _timed(line, environment)["seconds"]
     rng = random.Random(0)
-    killed = folder / "killed"
-    line = _predict(folder / "weights", scene, killed, **more)
-    kills, starts = 0, 0
-    while not (killed / "map.json").exists():
-        starts += 1
-        process = subprocess.Popen(line, cwd=runs.ROOT, env=environment)
-        # Starting takes half of a small map's time.
-        moment = rng.uniform(0.3, 0.9) * length if kills < _KILLS.value else 10 * length + 600
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            progress = killed / "work" / "progress"
-            rows = progress.read_text() if progress.exists() else "0"
-            files = sorted(path.name for path in killed.glob("*.*"))
-            print(f"killed after {moment:.1f} s with {rows} rows of windows, {files}", flush=True)
-    same = digests(folder / "whole") == digests(killed)
-    return {
-        "kills": kills,
-        "starts": starts,
-        "same_files": same,
-        "left_over": len(list(killed.glob("work/*"))),
-    }
+    expected = digests(folder / "whole")
+    kills, maps, same = 0, 0, 0
+    while kills < _KILLS.value:
+        killed = folder / f"killed_{maps}"
+        maps += 1
+        line = _predict(folder / "weights", scene, killed, **more)
+        # Killed and started again until it is whole.
+        while not (killed / "map.json").exists():
+            moment = rng.uniform(0, length)
+            process = subprocess.Popen(line, cwd=runs.ROOT, env=environment)
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+                progress = killed / "work" / "progress"
+                rows = progress.read_text() if progress.exists() else "0"
+                files = " ".join(sorted(path.name for path in killed.glob("*.tif")))
+                print(
+                    f"killed after {moment:.1f} of {length:.1f} s: {rows} rows, {files}", flush=True
+                )
+        same += digests(killed) == expected
+    return {"kills": kills, "maps": maps, "maps_of_the_same_files": same}
 
 
 def main(_) -> None:
