@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # the Python API.
 ROOMS = (
     "commands",
+    "auditing",
     "mapping",
     "training",
     "weights",
@@ -25,7 +26,7 @@ GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
 BESIDE = "costs"
 # Commands that read scenes as the data sets of scenes do, and with what.
 READERS_OF_SCENES = ("cromss_jax.predict", "cromss_jax.audit")
-READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
+READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.(scene_\w+|blocks))$")
 
 
 @functools.cache

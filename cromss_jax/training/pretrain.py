@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from cromss_jax import files, platforms, sensors
@@ -93,8 +94,15 @@ def jit_train_step(
     )
 
 
-def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
+def pretrain(
+    config: ml_collections.ConfigDict, workdir: str, excluded: np.ndarray | None = None
+) -> TrainState:
     """Pretrains, from the newest checkpoint of `workdir` if there is one, and writes the results.
+
+    Args:
+      config: the configuration.
+      workdir: folder of the run.
+      excluded: [n] int, indices of locations that the run must not see, nor be validated on.
 
     Returns:
       The final state.
@@ -115,6 +123,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     locations, held_back = input_pipeline.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
+    if excluded is not None:
+        locations = np.setdiff1d(locations, excluded)
+        held_back = np.setdiff1d(held_back, excluded)
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
     run.record_config(config, folder)

@@ -1,0 +1,211 @@
+"""Judges labels: `python -m cromss_jax.audit --checkpoint=RUN --data_dir=DIR --output=DIR`.
+
+For every labelled pixel of a built data set the probability that its label is wrong, and the class
+that it should be. Writes `report.md`, `report.json`, and for each date of each location the maps
+`wrong_probability.tif` (percent) and `suggested.tif`.
+
+With --folds=K, K networks are pretrained like the run, each without one part of the locations, and
+each location is judged by the one that never saw it.
+"""
+
+import collections
+import json
+import logging
+import os
+import pathlib
+import sys
+
+import ml_collections
+import numpy as np
+from absl import app, flags
+
+import cromss_jax
+from cromss_jax import command_line, files
+from cromss_jax.auditing import job
+from cromss_jax.auditing.predictions import Predictor
+from cromss_jax.data import input_pipeline
+from cromss_jax.mapping.job import Network
+from cromss_jax.networks import decoders
+from cromss_jax.pretrained import Pretrained, WeightsError
+from cromss_jax.training import devices, pretrain, run, settings, sharding
+from data_prep.datasets import blocks
+from data_prep.reading import proj
+
+# After `proj`, which chooses the database of coordinate reference systems.
+import rasterio  # isort: skip
+import rasterio.warp  # isort: skip
+
+_log = logging.getLogger("cromss_jax")
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a pretraining run", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets", required=True)
+_DATASET = flags.DEFINE_string("dataset", "ssl4eo_s12_nol", "Name of the data set")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of the data set")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to", required=True)
+_FOLDS = flags.DEFINE_integer(
+    "folds",
+    0,
+    "Networks to pretrain, each location being judged by one that never saw it; 0: the run judges",
+    lower_bound=0,
+)
+_BLOCK_KM = flags.DEFINE_float(
+    "block_km", 50.0, "Folds: locations of a block of this side share their fold", lower_bound=0.1
+)
+_MAPS = flags.DEFINE_boolean("maps", True, "Whether maps are written beside the report")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Records on the devices at once", lower_bound=1)
+
+
+class AuditError(ValueError):
+    """A data set that cannot be audited as the flags say. The message is for the user."""
+
+
+def spatial_folds(
+    dataset: input_pipeline.TileDataset, num_folds: int, block_km: float
+) -> np.ndarray:
+    """The fold of each location, [L] int; locations of one block of the earth share it.
+
+    Blocks are dealt from the largest on, each to the fold with the fewest locations.
+
+    Raises:
+      AuditError: if there are fewer blocks than folds.
+    """
+    owned: dict[blocks.Block, list[int]] = collections.defaultdict(list)
+    for index, start in enumerate(dataset.starts.tolist()):
+        record = dataset.source[start]
+        a, b, c, d, e, f = record["transform"]
+        half = dataset.tile_size / 2
+        x, y = a * half + b * half + c, d * half + e * half + f
+        crs = record["crs"].decode()
+        if not crs:
+            raise AuditError(
+                f"location {record['location_id'].decode()} has no CRS, so that folds cannot be "
+                "made by place: audit without --folds"
+            )
+        (x,), (y,) = rasterio.warp.transform(rasterio.CRS.from_wkt(crs), "EPSG:4326", [x], [y])
+        owned[blocks.block_of_centre((x, y, x, y), 1000 * block_km)].append(index)
+    if len(owned) < num_folds:
+        raise AuditError(
+            f"the locations lie in {len(owned)} blocks of {block_km:g} km, --folds={num_folds} "
+            "needs as many: choose a smaller --block_km or fewer folds"
+        )
+    folds, sizes = np.zeros(dataset.num_locations, int), np.zeros(num_folds, int)
+    for _, members in sorted(owned.items(), key=lambda item: (-len(item[1]), item[0])):
+        fold = int(sizes.argmin())
+        folds[members] = fold
+        sizes[fold] += len(members)
+    return folds
+
+
+def _predictor(model: Pretrained, dataset: input_pipeline.TileDataset, mesh_size: int) -> Predictor:
+    """A network on the records of a data set.
+
+    Raises:
+      AuditError: if it does not know the data set's classes.
+    """
+    names = tuple(model.legend or ())
+    if names != dataset.legend.names:
+        raise AuditError(
+            f"{model.source} knows the classes {', '.join(names) or '(unknown)'}, the data set "
+            f"{', '.join(dataset.legend.names)}: audit it by a network that was trained on it"
+        )
+    stride = decoders.STRIDES[model.description.decoder]
+    network = Network(model.network, stride, dict(dataset.legend.pairs()))
+    batch = -(-_BATCH_SIZE.value // mesh_size) * mesh_size
+    return Predictor(dataset, network, model.bands, batch)
+
+
+def _recipe(checkpoint: str, dataset: input_pipeline.TileDataset) -> ml_collections.ConfigDict:
+    """The configuration of a pretraining run, for the same data elsewhere.
+
+    Raises:
+      AuditError: if it is none.
+    """
+    path = files.absolute(checkpoint) / "config.json"
+    if not path.exists():
+        raise AuditError(f"{path} is missing: --folds needs the folder of a pretraining run")
+    saved = json.loads(path.read_text(), object_hook=_tuples)
+    if saved.get("mode") != "pretrain":
+        raise AuditError(
+            f"{checkpoint} is a run of mode {saved.get('mode')!r}: --folds needs a pretraining run"
+        )
+    config = ml_collections.ConfigDict(saved)
+    config.data.dir, config.data.name = _DATA_DIR.value, _DATASET.value
+    return config
+
+
+def _tuples(fields: dict) -> dict:
+    """JSON's lists as the tuples that configurations have."""
+    return {
+        k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
+        for k, v in fields.items()
+    }
+
+
+def audit(output: pathlib.Path) -> None:
+    """Audits as the flags say.
+
+    Raises:
+      AuditError, WeightsError, input_pipeline.DataError, run.ConfigError: each with a sentence.
+    """
+    dataset = input_pipeline.open_dataset(_DATA_DIR.value, _DATASET.value, _SPLIT.value)
+    mesh_size = sharding.make_mesh().size
+    facts = {"data set": f"{_DATASET.value}, {_SPLIT.value}, {dataset.num_locations} locations"}
+    if _FOLDS.value:
+        folds = spatial_folds(dataset, _FOLDS.value, _BLOCK_KM.value)
+        predictors = []
+        for fold in range(_FOLDS.value):
+            workdir = str(output / "folds" / f"{fold}_of_{_FOLDS.value}")
+            _log.info("fold %d of %d, in %s", fold + 1, _FOLDS.value, workdir)
+            excluded = np.flatnonzero(folds == fold)
+            pretrain.pretrain(_recipe(_CHECKPOINT.value, dataset), workdir, excluded)
+            predictors.append(_predictor(cromss_jax.load(workdir), dataset, mesh_size))
+        facts["judged by"] = (
+            f"{_FOLDS.value} networks like {_CHECKPOINT.value}, each on locations that it never saw"
+        )
+    else:
+        folds = np.zeros(dataset.num_locations, int)
+        predictors = [_predictor(cromss_jax.load(_CHECKPOINT.value), dataset, mesh_size)]
+        facts["judged by"] = f"{_CHECKPOINT.value}, which was trained on these labels"
+    job.audit(
+        dataset,
+        lambda index: predictors[folds[index]].location(index),
+        output,
+        job.Settings(maps=_MAPS.value),
+        facts,
+    )
+    _log.info("%s\n\n%s", output, (output / "report.md").read_text())
+
+
+def main(arguments: list[str]) -> None:
+    """Audits what the flags name; a sentence and exit code 1 for what the user can mend."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    try:
+        if files.in_bucket(_OUTPUT.value):
+            raise AuditError(f"--output={_OUTPUT.value}: a local folder is needed")
+        if _FOLDS.value == 1:
+            raise AuditError("--folds=1 would train on nothing: give 2 or more, or 0")
+        output = pathlib.Path(os.fspath(files.absolute(_OUTPUT.value)))
+        proj.check()
+        settings.use_default_numbers()
+        settings.keep_compiled(str(output))
+        devices.check()
+        audit(output)
+    except (
+        AuditError,
+        WeightsError,
+        input_pipeline.DataError,
+        run.ConfigError,
+        devices.DeviceError,
+        OSError,
+    ) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse)

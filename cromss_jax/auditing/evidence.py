@@ -1,0 +1,97 @@
+"""What the images and the other labels say about the class of each pixel.
+
+Three witnesses, each a distribution over the classes:
+- the *images* of the season: for every class, the entangled confidence that the method gives it
+  (`method.selection.entangle`), averaged over the sensors. Where S1 and S2 disagree it is low for
+  both of their classes.
+- the *other seasons*: the mean of their images' distributions;
+- the *neighbours*: the labels around the pixel and in all seasons, as smoothed for the targets
+  (`method.smoothing.smoothing_prior`).
+
+They are combined by a product of powers, which is a weighted vote of log-probabilities:
+
+    r_k = images_k  seasons_k^0.5  neighbours_k^0.25  P(label | k)
+
+The exponents say that witnesses repeat each other: seasons show the same land, and errors of labels
+come in patches. P(label | k) is the noise, estimated from the data (`noise`). Normalised over the
+classes, 1 - r_label is the evidence that the label is wrong, and the class of the largest r is what
+it should be. Dimensions: S seasons, T tile size, C classes.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cromss_jax import sensors
+
+WEIGHTS = {"images": 1.0, "seasons": 0.5, "neighbours": 0.25}
+_LEAST = 1e-4  # no witness rules a class out
+
+
+def entangled(probs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The entangled confidence of every class, as a distribution.
+
+    Args:
+      probs: [..., C] float32 by modality.
+
+    Returns:
+      [..., C] float32: of two modalities the normalised mean of (p_d + p_1 p_2) / 2 over d; of one
+      its probabilities.
+    """
+    if len(probs) == 1:
+        (own,) = probs.values()
+        return own
+    first, second = probs.values()
+    both = (first + second) / 4 + first * second / 2
+    return both / both.sum(axis=-1, keepdims=True)
+
+
+def other_seasons(images: np.ndarray) -> np.ndarray:
+    """The mean over the other seasons, [S, ..., C]; uniform where there is only one."""
+    count, num_classes = len(images), images.shape[-1]
+    if count == 1:
+        return np.full(images.shape, 1 / num_classes, np.float32)
+    return (images.sum(axis=0, keepdims=True) - images) / (count - 1)
+
+
+def combine(witnesses: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """The logarithm of the weighted product, not normalised.
+
+    Args:
+      witnesses: [..., C] by name.
+      weights: exponents by name.
+
+    Returns:
+      [..., C] float32.
+    """
+    return sum(
+        np.float32(weights[name]) * np.log(np.maximum(values, _LEAST))
+        for name, values in witnesses.items()
+    )
+
+
+def posterior(log_product: np.ndarray, labels: np.ndarray, likelihood: np.ndarray) -> np.ndarray:
+    """Probability of each class given the witnesses and the label.
+
+    Args:
+      log_product: [..., C] from `combine`.
+      labels: [...] integers; 255 where there is none, whose likelihood is then left out.
+      likelihood: [C, C], P(label | class) with rows for classes and columns for labels.
+
+    Returns:
+      [..., C] float32, summing to one.
+    """
+    known = labels < likelihood.shape[1]
+    given = np.log(np.maximum(likelihood.T, _LEAST)).astype(np.float32)
+    scores = log_product + np.where(
+        known[..., None], given[np.where(known, labels, 0)], np.float32(0)
+    )
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return scores / scores.sum(axis=-1, keepdims=True)
+
+
+def label_probability(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """P[label], [...]; 1 where there is no label."""
+    known = labels != sensors.IGNORE_LABEL
+    index = np.where(known, labels, 0)[..., None].astype(np.int64)
+    return np.where(known, np.take_along_axis(probs, index, axis=-1)[..., 0], np.float32(1))

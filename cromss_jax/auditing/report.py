@@ -1,0 +1,121 @@
+"""The report of an audit: JSON for programs, Markdown for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cromss_jax.auditing import scores
+from cromss_jax.auditing.noise import Noise
+
+
+def content(
+    names: Sequence[str],
+    noise: Noise,
+    intervals: np.ndarray,
+    expected: np.ndarray,
+    label_counts: np.ndarray,
+    suggested: np.ndarray,
+    worst: Sequence[tuple[float, str]],
+    ranked: np.ndarray | None,
+    facts: Mapping[str, str],
+) -> dict[str, Any]:
+    """All that a report says, as JSON.
+
+    Args:
+      names: of the C classes.
+      noise: the estimate of confident learning.
+      intervals: [2, C + 1] of its error rates, see `noise.intervals`.
+      expected: [C] mean probability that labels of a class are wrong.
+      label_counts: [C] pixels labelled so.
+      suggested: [C, C] pixels by (label, suggested class).
+      worst: the mean probability and the name of locations.
+      ranked: counts from `scores.count` where the truth is known, else None.
+      facts: what is said about how it was made.
+    """
+    rates, transitions = noise.error_rates, noise.transitions
+    found: dict[str, Any] = {
+        "made": dict(facts),
+        "error_rate": {
+            "estimate": noise.error_rate,
+            "interval_90": intervals[:, -1].tolist(),
+            "expected": float((expected * label_counts).sum() / max(label_counts.sum(), 1)),
+        },
+        "classes": [
+            {
+                "name": name,
+                "pixels": int(label_counts[i]),
+                "error_rate": None if np.isnan(rates[i]) else float(rates[i]),
+                "interval_90": None if np.isnan(rates[i]) else intervals[:, i].tolist(),
+                "expected": float(expected[i]),
+                "is_really": dict(zip(names, transitions[i].tolist(), strict=True)),
+                "suggested": dict(zip(names, suggested[i].tolist(), strict=True)),
+            }
+            for i, name in enumerate(names)
+        ],
+        "worst_locations": [{"name": name, "wrong": share} for share, name in worst],
+    }
+    if ranked is not None:
+        groups = scores.reliability(ranked)
+        found["against_truth"] = {
+            "error_rate": float(ranked[1].sum() / max(ranked.sum(), 1)),
+            **scores.ranking(ranked),
+            "reliability": groups,
+            "calibration_error": scores.calibration_error(groups),
+        }
+    return found
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The report as a page; see `content`."""
+    low, high = found["error_rate"]["interval_90"]
+    lines = [
+        "# Audit of labels",
+        "",
+        f"Estimated share of wrong labels: **{found['error_rate']['estimate']:.1%}** "
+        f"({low:.1%} to {high:.1%}, 90 % interval over locations).",
+        "",
+        "| label | pixels | wrong | 90 % interval | is really |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["classes"]:
+        if row["error_rate"] is None:
+            lines.append(f"| {row['name']} | 0 | – | – | – |")
+            continue
+        others = sorted(
+            ((share, name) for name, share in row["is_really"].items() if name != row["name"]),
+            reverse=True,
+        )
+        really = ", ".join(f"{name} {share:.0%}" for share, name in others[:3] if share >= 0.01)
+        low, high = row["interval_90"]
+        lines.append(
+            f"| {row['name']} | {row['pixels']} | {row['error_rate']:.1%} | "
+            f"{low:.1%} to {high:.1%} | {really or '–'} |"
+        )
+    lines += ["", "## Worst locations", "", "| location | labels probably wrong |", "|---|---|"]
+    lines += [f"| {row['name']} | {row['wrong']:.1%} |" for row in found["worst_locations"]]
+    if "against_truth" in found:
+        lines += ["", *_against_truth(found["against_truth"])]
+    lines += ["", "## How it was made", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {text} |" for name, text in found["made"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _against_truth(found: Mapping[str, Any]) -> list[str]:
+    """Scores of the probabilities, in lines."""
+    lines = [
+        "## Against the truth",
+        "",
+        f"The data set knows the truth: {found['error_rate']:.1%} of its labels are wrong. "
+        f"AUROC {found['auroc']:.3f}, AUPRC {found['auprc']:.3f}; of the most suspicious 1, 5 and "
+        f"10 % of the pixels {found['precision_at_1']:.1%}, {found['precision_at_5']:.1%} and "
+        f"{found['precision_at_10']:.1%} are wrong. Calibration error "
+        f"{found['calibration_error']:.1%}.",
+        "",
+        "| predicted | wrong | pixels |",
+        "|---|---|---|",
+    ]
+    return lines + [
+        f"| {g['predicted']:.1%} | {g['observed']:.1%} | {g['pixels']} |"
+        for g in found["reliability"]
+    ]

@@ -1,0 +1,184 @@
+"""Evidence, noise and scores: by hand, by simulation, and against SciPy."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cromss_jax.auditing import evidence, job, noise, scores
+from cromss_jax.method import selection
+
+
+def test_entangled_by_hand_and_as_the_method():
+    s1, s2 = np.float32([0.8, 0.2]), np.float32([0.6, 0.4])
+    found = evidence.entangled({"s1": s1, "s2": s2})
+    # 1.4 / 4 + 0.48 / 2 = 0.59 and 0.6 / 4 + 0.08 / 2 = 0.19.
+    np.testing.assert_allclose(found, [0.59 / 0.78, 0.19 / 0.78], rtol=1e-6)
+    mean = (selection.entangle(s1, s2) + selection.entangle(s2, s1)) / 2
+    np.testing.assert_allclose(found, mean / mean.sum(), rtol=1e-6)
+    # Where the sensors disagree, neither is believed; where they agree, more than each.
+    apart = evidence.entangled({"s1": np.float32([0.9, 0.1]), "s2": np.float32([0.1, 0.9])})
+    np.testing.assert_allclose(apart, [0.5, 0.5])
+    assert evidence.entangled({"s1": s1, "s2": s1})[0] > 0.8
+    np.testing.assert_array_equal(evidence.entangled({"s1": s1}), s1)
+
+
+def test_other_seasons():
+    images = np.float32([[1, 0], [0, 1], [0.5, 0.5]])
+    np.testing.assert_allclose(
+        evidence.other_seasons(images), [[0.25, 0.75], [0.75, 0.25], [0.5, 0.5]]
+    )
+    np.testing.assert_array_equal(evidence.other_seasons(images[:1]), [[0.5, 0.5]])
+
+
+def test_posterior_is_bayes_rule():
+    prior, likelihood = np.float32([0.6, 0.4]), np.array([[0.9, 0.1], [0.3, 0.7]])
+    product = np.log(prior)
+    found = evidence.posterior(np.stack([product] * 3), np.array([0, 1, 255], np.uint8), likelihood)
+    expected = [[0.54 / 0.66, 0.12 / 0.66], [0.06 / 0.34, 0.28 / 0.34], [0.6, 0.4]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        evidence.label_probability(found, np.array([0, 1, 255], np.uint8)),
+        [0.54 / 0.66, 0.28 / 0.34, 1],
+        rtol=1e-5,
+    )
+
+
+def test_combination_is_a_product_of_powers():
+    first, second = np.float32([0.5, 0.5]), np.float32([0.2, 0.8])
+    found = evidence.combine({"a": first, "b": second}, {"a": 1.0, "b": 0.5})
+    np.testing.assert_allclose(np.exp(found), first * np.sqrt(second), rtol=1e-6)
+
+
+def simulated(num: int = 60_000):
+    """Classes, noisy labels of known noise, and predictions that are right nine times in ten."""
+    rng = np.random.default_rng(0)
+    transition = np.array([[0.8, 0.2, 0.0], [0.1, 0.9, 0.0], [0.3, 0.0, 0.7]])
+    truth = rng.choice(3, num, p=[0.5, 0.3, 0.2])
+    labels = (rng.random(num)[:, None] > transition[truth].cumsum(1)).sum(1).astype(np.uint8)
+    probs = np.full((num, 3), 0.1, np.float32)
+    guessed = np.where(rng.random(num) < 0.9, truth, rng.integers(0, 3, num))
+    probs[np.arange(num), guessed] = 0.8
+    joint = np.zeros((3, 3))
+    np.add.at(joint, (labels, truth), 1 / num)
+    return truth, labels, probs, joint
+
+
+def test_confident_counts_by_hand():
+    probs = np.float32([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.55, 0.45], [0.3, 0.7]])
+    labels = np.uint8([0, 0, 1, 1, 0])
+    limits = noise.thresholds(probs, labels)
+    np.testing.assert_allclose(limits, [(0.9 + 0.6 + 0.3) / 3, (0.8 + 0.45) / 2])
+    # The second is exactly at no limit but class 0's; the fourth reaches none.
+    limits = np.array([0.6, 0.625], np.float32)
+    np.testing.assert_array_equal(noise.confident_counts(probs, labels, limits), [[2, 1], [0, 1]])
+    found = noise.estimate(np.array([[2, 1], [0, 1]]), np.array([3, 2]))
+    np.testing.assert_allclose(found.joint, [[0.4, 0.2], [0, 0.4]])
+    assert found.error_rate == pytest.approx(0.2)
+    np.testing.assert_allclose(found.error_rates, [1 / 3, 0])
+    np.testing.assert_allclose(found.transitions, [[2 / 3, 1 / 3], [0, 1]])
+    np.testing.assert_allclose(found.likelihood, [[1, 0], [1 / 3, 2 / 3]])
+
+
+def test_noise_of_a_simulation_is_found():
+    _, labels, probs, joint = simulated()
+    counts = noise.confident_counts(probs, labels, noise.thresholds(probs, labels))
+    found = noise.estimate(counts, np.bincount(labels))
+    # Predictions are wrong in 7 of 100, of which the estimate takes some for wrong labels.
+    np.testing.assert_allclose(found.joint, joint, atol=0.03)
+    perfect = np.eye(3, dtype=np.float32)[simulated()[0]]
+    counts = noise.confident_counts(perfect, labels, noise.thresholds(perfect, labels))
+    np.testing.assert_allclose(noise.estimate(counts, np.bincount(labels)).joint, joint, atol=1e-12)
+
+
+def test_intervals_hold_the_estimate_and_shrink_with_more_locations():
+    _, labels, probs, _ = simulated()
+    limits = noise.thresholds(probs, labels)
+    widths = []
+    for parts in (10, 100):
+        size = 60 * parts
+        chunks = [slice(i * 60, (i + 1) * 60) for i in range(parts)]
+        counts = np.stack([noise.confident_counts(probs[c], labels[c], limits) for c in chunks])
+        sizes = np.stack([np.bincount(labels[c], minlength=3) for c in chunks])
+        low, high = noise.intervals(counts, sizes)
+        rate = noise.estimate(counts.sum(0), sizes.sum(0)).error_rate
+        assert low[-1] < rate < high[-1], size
+        widths.append(high[-1] - low[-1])
+    # As the square root of their number.
+    assert widths[1] == pytest.approx(widths[0] / np.sqrt(10), rel=0.5)
+
+
+def test_shifts_make_the_mean_the_expected_rate():
+    rng = np.random.default_rng(0)
+    wrong, labels = rng.random(1000) ** 2, rng.integers(0, 3, 1000)
+    shifts = noise.fit_shifts(wrong, labels, np.array([0.1, 0.5, np.nan]))
+    found = noise.apply_shifts(wrong, labels, shifts)
+    assert found[labels == 0].mean() == pytest.approx(0.1, abs=1e-5)
+    assert found[labels == 1].mean() == pytest.approx(0.5, abs=1e-5)
+    np.testing.assert_allclose(found[labels == 2], wrong[labels == 2], atol=1e-5)
+    # The order within a label stays.
+    own = labels == 0
+    np.testing.assert_array_equal(np.argsort(found[own]), np.argsort(wrong[own]))
+
+
+def test_ranking_against_scipy_and_sorting():
+    rng = np.random.default_rng(0)
+    is_wrong = rng.random(5000) < 0.2
+    evidence_ = np.clip(rng.normal(0.4 + 0.2 * is_wrong, 0.15), 0, 0.9999)
+    # Without ties, as in no bin there are two.
+    evidence_ = np.rint(evidence_ * scores.NUM_BINS) / scores.NUM_BINS
+    found = scores.ranking(scores.count(evidence_, is_wrong))
+    statistic = stats.mannwhitneyu(evidence_[is_wrong], evidence_[~is_wrong]).statistic
+    pairs = is_wrong.sum() * (~is_wrong).sum()
+    assert found["auroc"] == pytest.approx(statistic / pairs, abs=1e-9)
+    order = np.argsort(-evidence_, kind="stable")
+    precision = np.cumsum(is_wrong[order]) / np.arange(1, 5001)
+    assert found["auprc"] == pytest.approx(precision[is_wrong[order]].mean(), abs=2e-3)
+    assert found["precision_at_5"] == pytest.approx(is_wrong[order][:250].mean(), abs=0.02)
+    assert np.isnan(scores.ranking(scores.count(evidence_, np.ones(5000, bool)))["auroc"])
+
+
+def test_perfect_evidence():
+    is_wrong = np.arange(100) < 10
+    found = scores.ranking(scores.count(np.where(is_wrong, 0.9, 0.1), is_wrong))
+    assert found == {
+        "auroc": 1.0,
+        "auprc": pytest.approx(1),
+        "precision_at_1": pytest.approx(1),
+        "precision_at_5": pytest.approx(1),
+        "precision_at_10": pytest.approx(1),
+    }
+
+
+def test_reliability():
+    probability = np.repeat([0.25, 0.75], [100, 300])
+    is_wrong = np.concatenate([np.arange(100) < 20, np.arange(300) < 240])
+    groups = scores.reliability(scores.count(probability, is_wrong), 2)
+    assert [g["observed"] for g in groups] == [0.2, 0.8]
+    assert [g["pixels"] for g in groups] == [100, 300]
+    assert scores.calibration_error(groups) == pytest.approx(0.05, abs=2e-4)
+
+
+def test_one_wrong_patch_is_found():
+    """The images of all seasons see class 1 where one season's label says 0."""
+    rng = np.random.default_rng(0)
+    truth = (np.arange(24)[:, None] + np.zeros((3, 24, 24), int) >= 12).astype(np.uint8)
+    labels = truth.copy()
+    labels[1, 14:20, 4:10] = 0
+    labels[:, :, -1] = 255
+    sure = 0.7 + 0.2 * rng.random((2, 3, 24, 24)).astype(np.float32)
+    probs = {
+        m: np.where(np.eye(2, dtype=bool)[truth], p[..., None], 1 - p[..., None])
+        for m, p in zip(("s1", "s2"), sure, strict=True)
+    }
+    prior = np.full((3, 24, 24, 2), 0.5, np.float32)
+    found = {"labels": labels, "prior": prior}
+    settings = job.Settings(pixels=10_000)
+    calibration = job.calibrate(lambda _: (probs, found), np.array([0]), settings)
+    share = 36 / (labels != 255).sum()
+    # Confident learning counts only those that reach the usual confidence of their class.
+    assert share / 3 < calibration.noise.error_rate < 2 * share
+    _, product = job.witnesses(probs, prior)
+    wrong, suggested = calibration.judge(product, labels)
+    is_wrong = (labels != truth) & (labels != 255)
+    assert wrong[is_wrong].min() > 0.5 > wrong[~is_wrong & (labels != 255)].max()
+    assert (suggested[is_wrong] == 1).all()
