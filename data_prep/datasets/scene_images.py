@@ -174,17 +174,22 @@ def _on_grid(
     place = image.crs, image.transform, grid
     if warping.offset(*place) is not None:
         pixels = warping.warp(pixels, *place, kernel, 0)
+        valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
+        return Bands(names, pixels, valid)
+    pixels = 10 ** (pixels / 10) if is_decibels else pixels
+    if valid.all() and warping.is_inside(group[0], window):
+        pixels = warping.warp(pixels.astype(np.float32), *place, kernel, None)
+        valid = np.ones(pixels.shape, bool)
     else:
-        filled = 10 ** (pixels / 10) if is_decibels else pixels
-        filled = np.where(valid, filled, np.nan).astype(np.float32)
-        pixels = warping.warp(filled, *place, kernel, np.nan)
-    valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
-    if warping.offset(*place) is None:
+        pixels = np.where(valid, pixels, np.nan).astype(np.float32)
+        pixels = warping.warp(pixels, *place, kernel, np.nan)
+        # Kernels reach a pixel or two into nodata.
+        valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
         valid &= np.isfinite(pixels)
-        if is_decibels:
-            pixels = 10 * np.log10(np.where(valid, pixels, 1))
-        pixels = np.where(valid, pixels, 0)
-    return Bands(names, pixels, valid)
+        pixels = np.where(valid, pixels, 1)
+    if is_decibels:
+        pixels = 10 * np.log10(pixels)
+    return Bands(names, np.where(valid, pixels, 0), valid)
 
 
 def read_mask(layers: Sequence[rasters.Layer], grid: Grid) -> np.ndarray:

@@ -104,6 +104,16 @@ def source_window(layer: Layer, grid: Grid) -> rasterio.windows.Window | None:
     )
 
 
+def is_inside(layer: Layer, window: rasterio.windows.Window) -> bool:
+    """Whether a window of `source_window` ends before the edges of its layer."""
+    return (
+        window.col_off > 0
+        and window.row_off > 0
+        and window.col_off + window.width < layer.width
+        and window.row_off + window.height < layer.height
+    )
+
+
 def offset(crs: str, transform: Affine, grid: Grid) -> tuple[int, int] | None:
     """Row and column of a grid's corner, where its pixels are those of the source; else None."""
     if crs != grid.crs:
@@ -123,7 +133,7 @@ def warp(
     transform: Affine,
     grid: Grid,
     kernel: Resampling,
-    nodata: float,
+    nodata: float | None,
 ) -> np.ndarray:
     """Pixels on another grid.
 
@@ -134,14 +144,14 @@ def warp(
       grid: the wanted one.
       kernel: where the grid's pixels are larger than the source's, it is widened accordingly.
       nodata: the value of invalid pixels, which no kernel uses, and of pixels without a source. May
-        be NaN.
+        be NaN. None if there are none of both, which is four times as fast.
 
     Returns:
       (K, H, W), of the dtype of `pixels`. Pixels of the same grid are copied.
     """
-    out = np.full((len(pixels), grid.height, grid.width), nodata, pixels.dtype)
     place = offset(crs, transform, grid)
     if place is not None:
+        out = np.full((len(pixels), grid.height, grid.width), nodata or 0, pixels.dtype)
         row, column = place
         height, width = pixels.shape[1:]
         rows = slice(max(row, 0), min(row + grid.height, height))
@@ -154,10 +164,11 @@ def warp(
             ] = pixels[:, rows, columns]
         return out
     count, height, width = pixels.shape
+    marked = {} if nodata is None else {"nodata": nodata}
     with rasterio.io.MemoryFile() as memory:
         with memory.open(
             driver="GTiff", height=height, width=width, count=count, dtype=pixels.dtype,
-            crs=rasterio.CRS.from_wkt(crs), transform=transform, nodata=nodata,
+            crs=rasterio.CRS.from_wkt(crs), transform=transform, **marked,
         ) as file:  # fmt: skip
             file.write(pixels)
         with (
@@ -170,7 +181,7 @@ def warp(
                 width=grid.width,
                 resampling=kernel,
                 tolerance=_TOLERANCE,
-                nodata=nodata,
+                **marked,
             ) as warped,
         ):
             return warped.read()
