@@ -296,14 +296,14 @@ def survey(tile: Grid, acquisition: Acquisition, options: Options) -> float:
     """
     groups = acquisition.s2 or acquisition.s1
     group = groups[-1][-1:]
-    window = warping.source_window(group[0], tile)
+    window = warping.source_window(group[0], tile, margin=0)
     if window is None:
         return 0.0
     image = rasters.read(group, window, (_SAMPLE, _SAMPLE))
     valid = image.valid & (image.pixels != 0)
     labelled = np.zeros((_SAMPLE, _SAMPLE), bool)
     for layer in acquisition.labels:
-        window = warping.source_window(layer, tile)
+        window = warping.source_window(layer, tile, margin=0)
         if window is not None:
             found = rasters.read([layer], window, (_SAMPLE, _SAMPLE))
             values = found.pixels[0][found.valid[0]]
