@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from tests import runs
 
@@ -28,9 +28,14 @@ def dataset():
             (location, season) for location, n in enumerate(COUNTS) for season in range(n)
         )
     ]
-    legend = sensors.DYNAMIC_WORLD
     return input_pipeline.TileDataset(
-        records, tuple(records[0]), 6, COUNTS, has_truth=False, legend=legend
+        records,
+        tuple(records[0]),
+        6,
+        COUNTS,
+        has_truth=False,
+        legend=presets.DYNAMIC_WORLD,
+        bands=sensors.preset_bands(is_native=True),
     )
 
 

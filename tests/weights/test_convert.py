@@ -18,7 +18,7 @@ from etils import epath
 from flax import nnx
 
 from configs import pretrain
-from cromss_jax import convert, sensors
+from cromss_jax import convert, presets, sensors
 from cromss_jax.networks import resnet
 from cromss_jax.training import pretrain_step
 from cromss_jax.training.state import start_from
@@ -499,7 +499,7 @@ def test_cards_of_runs(tmp_path):
     network = Network.of_config(json.loads((run_folder / "config.json").read_text()))
     card = cards.of_run(epath.Path(step_folder), network)
     assert card["metrics"] == {"step": 7, "split": "validation", "loss": 0.7}
-    assert card["classes"] == list(sensors.CLASS_NAMES)
+    assert card["classes"] == list(presets.DYNAMIC_WORLD.names)
     assert card["recipe"]["network"]["depth"] == 18
 
 
