@@ -249,7 +249,7 @@ def test_wrong_flags(nol, tmp_path, flag, message):
 
 
 def test_a_value_that_the_legend_does_not_have(nol, tmp_path):
-    with pytest.raises(errors.BuildError, match=r"label.tif: labels 1, 2, .* are not 0, 10, 20, 30"):
+    with pytest.raises(errors.BuildError, match=r"label.tif: labels 1, 2, .* are not 0, 10, 20"):
         say("nol", nol, tmp_path, legend=presets.WORLDCOVER)
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from configs import finetune as finetune_config
 from cromss_jax import compare, files, presets
 from cromss_jax.data import input_pipeline
+from cromss_jax.legend import Legend
 from cromss_jax.method import metrics, schedules
 from cromss_jax.results import pictures
 from cromss_jax.training import finetune, finetune_step, run, scoring, sharding
@@ -323,3 +324,9 @@ def test_a_confusion_matrix_is_drawn_in_its_colours():
     colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
     for colour in presets.DFC2020.colours:
         assert tuple(bytes.fromhex(colour[1:])) in colours
+
+
+def test_a_confusion_matrix_of_many_classes_is_no_huge_picture():
+    colours = {f"class {i}": f"#{i:02x}00{255 - i:02x}" for i in range(250)}
+    picture = pictures.draw_confusion(np.eye(250, dtype=int), Legend.of(colours))
+    assert max(picture.shape) < 3000
