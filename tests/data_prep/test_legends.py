@@ -275,6 +275,25 @@ def test_bands_by_name(nol, tmp_path):
     np.testing.assert_array_equal(l2a.source[0]["s2_20m"][..., -1], expected)
 
 
+def test_bands_of_tiles_by_name(dfc, tmp_path):
+    """Some of a whole product of L1C by position; L2A is not taken for it."""
+    whole = say("dfc2020", dfc, tmp_path / "whole")
+    some = say("dfc2020", dfc, tmp_path / "some", s2_bands=("B3", "B4"))
+    assert sensors.arrays_of(some.bands) == {"s1": ("VV", "VH"), "s2": ("B3", "B4")}
+    for ours, theirs in zip(some.source, whole.source, strict=True):
+        np.testing.assert_array_equal(ours["s2"], theirs["s2"][..., 2:4])
+    l2a = pathlib.Path(trees.shutil.copytree(dfc, tmp_path / "l2a"))
+    for path in l2a.glob("s2_*/*.tif"):
+        trees.rewrite(path, lambda pixels: np.delete(pixels, 10, axis=0))
+    for bands in ((), ("B3", "B4")):
+        with pytest.raises(errors.BuildError, match="has 12 bands, .* are needed"):
+            say("dfc2020", l2a, tmp_path / "no", s2_bands=bands)
+    dataset = say("dfc2020", l2a, tmp_path / "yes", s2_level="L2A", s2_bands=("B12",), s2_offset=0)
+    path = l2a / "s2_validation" / "ROIs0000_validation_s2_0_p0.tif"
+    expected = sensors.scale_to_uint8(trees.read(path)[11], "B12", sensors.S2_STATISTICS["L2A"])
+    np.testing.assert_array_equal(dataset.source[0]["s2"][..., 0], expected)
+
+
 def test_all_bands_at_10_metres(nol, tmp_path):
     """Files of 10 m for every band become one array in the usual order."""
     tree = pathlib.Path(trees.shutil.copytree(nol, tmp_path / "tree"))
