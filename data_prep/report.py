@@ -23,6 +23,7 @@ KINDS = {
     "labels invalid": "No label map, or nodata in it. These pixels have label 255.",
     "labels without class": "Values of the label map that are no class. They have label 255.",
     "masked": "Pixels that the mask says to ignore. They have label 255.",
+    "tile cropped": "Tiles cropped at the bottom and the right, to whole pixels of all bands.",
     "labels resized": "Label maps cropped or padded with 255 at the bottom and the right.",
     "offset subtracted": "Sentinel-2 seasons with an offset that was detected and subtracted.",
     "offset disagrees": "Metadata and pixels disagree on the Sentinel-2 offset; the pixels count.",
