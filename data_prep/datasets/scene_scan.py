@@ -147,16 +147,11 @@ def _scan_s2(
         offset = offsets.find(path, evidence, acquisition.metadata)
     else:
         offset = offsets.Offset(options.s2_offset, "--s2_offset")
-    found = ()
-    if offset.value:
-        found = (Finding("offset subtracted", path, f"{offset.value}: {offset.evidence}"),)
-    if offset.disagreement:
-        found += (Finding("offset disagrees", path, offset.disagreement),)
     facts = {
         "Sentinel-2": f"{acquisition.s2_level or 'level not said'}, {unit}",
         "offset": f"{offset.value} ({offset.evidence})",
     }
-    return unit, offset.value, facts, found
+    return unit, offset.value, facts, offsets.findings(path, offset)
 
 
 def _check_order(path: str, evidence: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
