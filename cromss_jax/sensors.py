@@ -133,7 +133,7 @@ def preset_bands(
 
     Args:
       modalities: those that the records have.
-      s2_bands: the Sentinel-2 bands that they have, in any order.
+      s2_bands: the Sentinel-2 bands that they have, as far as the level has them, in any order.
       s2_level: "L1C" or "L2A".
       is_native: whether Sentinel-2 bands are stored at native size, an array for each, or all in
         one array at 10 m.
@@ -152,7 +152,7 @@ def preset_bands(
             )
             for metres, names in groups.items()
             for name in names
-            if name in set(s2_bands)
+            if name in set(s2_bands) & S2_STATISTICS[s2_level].keys()
         ]
     return tuple(found)
 

@@ -21,7 +21,7 @@ from etils import epath
 from cromss_jax import presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
-from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol
+from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
 from data_prep.finding import sources
 from data_prep.reading import legends, proj
 from data_prep.writing import records
@@ -35,6 +35,8 @@ BUILDERS = {
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
         scenes.Scenes,
+        terramesh.Terramesh,
+        terramesh.Ssl4eoS12V11,
     )
 }
 
@@ -167,6 +169,11 @@ _PATCH_SIZE = flags.DEFINE_integer(
     "labels are omitted. 0 does not cut tiles.",
     lower_bound=0,
 )
+_IGNORE_CLOUDS = flags.DEFINE_boolean(
+    "ignore_clouds",
+    False,
+    "terramesh and ssl4eo_s12_v1_1 only: what their cloud_mask calls cloud or shadow has no label.",
+)
 _BEAM = flags.DEFINE_boolean(
     "beam",
     False,
@@ -234,6 +241,13 @@ def build(beam_args: Sequence[str] = ()) -> str:
         )
     build_options = _options()
     special = {"patch_size": _PATCH_SIZE.value} if is_tiles else {}
+    if issubclass(builder_class, terramesh.ZarrBuilder):
+        special["ignore_clouds"] = _IGNORE_CLOUDS.value
+    elif _IGNORE_CLOUDS.value:
+        raise errors.BuildError(
+            f"--ignore_clouds is for terramesh and ssl4eo_s12_v1_1, not for {builder_class.name}: "
+            "leave it out"
+        )
     source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = sources.absolute(_DATA_DIR.value)

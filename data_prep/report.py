@@ -23,6 +23,7 @@ KINDS = {
     "labels invalid": "No label map, or nodata in it. These pixels have label 255.",
     "labels without class": "Values of the label map that are no class. They have label 255.",
     "masked": "Pixels that the mask says to ignore. They have label 255.",
+    "tile cropped": "Tiles cropped at the bottom and the right, to whole pixels of all bands.",
     "labels resized": "Label maps cropped or padded with 255 at the bottom and the right.",
     "offset subtracted": "Sentinel-2 seasons with an offset that was detected and subtracted.",
     "offset disagrees": "Metadata and pixels disagree on the Sentinel-2 offset; the pixels count.",
@@ -32,6 +33,7 @@ KINDS = {
     "S1 shifted": "Sentinel-1 lies off Sentinel-2 by what both show; used as it is.",
     "not georeferenced": "Files without georeference; their grids could not be compared.",
     "bands reordered": "Files whose band descriptions give another order or more bands; followed.",
+    "shards differ": "Shards of one name with other keys, or in another order; matched by key.",
     "not paired": "Images of a location without a partner of a near date. They were not read.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
 }
@@ -91,6 +93,7 @@ class Report:
         self._counts: dict[str, int] = {}
         self._shares: dict[str, list[float]] = {}
         self._tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self._measures: dict[str, list[float]] = {}
         self._num_records: dict[str, int] = {}
         self._classes: dict[str, np.ndarray] = {}
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -140,6 +143,24 @@ class Report:
         self._num_records[split] = self._num_records.get(split, 0) + num_records
         self._classes[split] = self._classes.get(split, np.zeros((2, 256), np.int64)) + classes
 
+    def add_measures(self, measures: Iterable[tuple[str, float]]) -> None:
+        """Adds values by name, of which the report gives the range; see `records.Reading`."""
+        for name, value in measures:
+            self._measures.setdefault(name, []).append(value)
+
+    def _measure_rows(self) -> list[dict[str, Any]]:
+        """The range of each measure."""
+        return [
+            {
+                "measure": name,
+                "count": len(values),
+                "smallest": f"{min(values):g}",
+                "median": f"{np.median(values):g}",
+                "largest": f"{max(values):g}",
+            }
+            for name, values in sorted(self._measures.items())
+        ]
+
     def _class_rows(self) -> list[dict[str, Any]]:
         """The records and the share of the pixels of each class, and of ignored pixels."""
         used = np.zeros(256, bool)
@@ -178,6 +199,8 @@ class Report:
         tables = dict(self._tables)
         if self._classes:
             tables["Classes"] = self._class_rows()
+        if self._measures:
+            tables["Measures"] = self._measure_rows()
         if self._counts:
             tables["Findings"] = self._finding_rows()
         lines = [f"# Report of {self._name}", ""]

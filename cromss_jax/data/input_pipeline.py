@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -43,7 +44,8 @@ class TileDataset:
     Attributes:
       source: random access to records; a record maps feature names to arrays, numbers or bytes.
       features: names of a record's features.
-      tile_size: T, pixels at 10 m.
+      tile_size: T, pixels at 10 m; smaller records are padded to it at the bottom and the right,
+        images by repeating their edge, labels by 255.
       season_counts: [locations] int, number of seasons of each location.
       has_truth: whether records hold the true classes in addition to the noisy labels.
       legend: the classes.
@@ -67,6 +69,11 @@ class TileDataset:
     def starts(self) -> np.ndarray:
         """Index of each location's first record, [locations] int."""
         return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
+
+    def padded_to(self, size: int) -> "TileDataset":
+        """The same data set with tiles of at least `size` pixels, whole numbers in all bands."""
+        step = math.lcm(*(band.metres // 10 for band in self.bands))
+        return dataclasses.replace(self, tile_size=max(self.tile_size, -(-size // step) * step))
 
     @property
     def by_record(self) -> "TileDataset":
@@ -282,6 +289,16 @@ def split_locations(
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
+def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:
+    """An array of a record, padded so that its sides are `factor` times as long."""
+    if name in ("labels", "truth"):
+        missing = round(value.shape[-1] * factor) - value.shape[-1]
+        padding = ((0, 0),) * (value.ndim - 2) + ((0, missing),) * 2
+        return np.pad(value, padding, constant_values=sensors.IGNORE_LABEL)
+    missing = round(value.shape[0] * factor) - value.shape[0]
+    return np.pad(value, ((0, missing), (0, missing), (0, 0)), mode="edge")
+
+
 def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndarray) -> dict:
     """Reads and stacks records.
 
@@ -303,8 +320,11 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
     # system on new memory pages.
     for row, record in enumerate(np.where(is_real, records, max(records[0], 0)).tolist()):
         decoded = dataset.source[record]
+        stored_size = decoded["labels"].shape[-1]
         for name in names:
             value = np.asarray(decoded[name])
+            if stored_size < dataset.tile_size and value.ndim:
+                value = _pad(name, value, dataset.tile_size / stored_size)
             if row == 0:
                 batch[name] = np.empty((len(records), *value.shape), value.dtype)
             batch[name][row] = value

@@ -107,11 +107,14 @@ def draw_confusion(confusion: np.ndarray, legend: Legend) -> np.ndarray:
     """
     count = len(legend)
     shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure = matplotlib.figure.Figure(figsize=(0.62 * count + 2.6, 0.5 * count + 2.2), dpi=100)
+    # Many classes are drawn smaller, without numbers, so that the picture stays below 3000 pixels.
+    shrink = min(1.0, 40 / count)
+    size = (0.62 * shrink * count + 2.6, 0.5 * shrink * count + 2.2)
+    figure = matplotlib.figure.Figure(figsize=size, dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.imshow(shares, vmin=0, vmax=100, cmap="Greys", aspect="auto")
-    for row, column in np.ndindex(count, count):
+    for row, column in np.ndindex(count, count) if shrink == 1 else ():
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
         axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
@@ -119,8 +122,8 @@ def draw_confusion(confusion: np.ndarray, legend: Legend) -> np.ndarray:
         patch = {"color": colour, "clip_on": False, "lw": 0}
         axis.add_patch(matplotlib.patches.Rectangle((-0.78, i - 0.5), 0.28, 1, **patch))
         axis.add_patch(matplotlib.patches.Rectangle((i - 0.5, count - 0.5), 1, 0.28, **patch))
-    axis.set_xticks(range(count), legend.names, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(count), legend.names, fontsize=8)
+    axis.set_xticks(range(count), legend.names, rotation=45, ha="right", fontsize=8 * shrink)
+    axis.set_yticks(range(count), legend.names, fontsize=8 * shrink)
     axis.tick_params(length=0, pad=12)
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled (rows in percent)")

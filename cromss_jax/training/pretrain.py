@@ -117,6 +117,7 @@ def pretrain(
 
     # ---------------------------------------------------------------- data
     dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
+    dataset = dataset.padded_to(decoders.STRIDES[config.network.decoder])
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)

@@ -212,6 +212,12 @@ def _flat(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def _short(value: object) -> str:
+    """The beginning of a value that may be a legend of many classes."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def check_same_everywhere(**found: str) -> None:
     """Checks that all processes found the same, such as the data.
 
@@ -246,7 +252,7 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
         added = _ADDED | {"imagery": now.get("imagery")}
         before = added | _flat(json.loads(path.read_text()))
         changed = [
-            f"{name} from {before.get(name)} to {now.get(name)}"
+            f"{name} from {_short(before.get(name))} to {_short(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
             and name not in _FREE_TO_CHANGE

@@ -181,6 +181,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         raise WeightsError(
             f"{config.init_from} is a {network}; the configuration describes a {task.network}"
         )
+    names, classes = task.test.legend.names, source.card.get("classes")
+    if classes and tuple(classes) != names:
+        raise WeightsError(
+            f"the classes of {config.init_from} are {', '.join(classes)}; those of "
+            f"{config.data.name} are {', '.join(names)}: score on a data set of the same legend, "
+            "or fine-tune"
+        )
     state = put_weights(
         Weights(network, arrays), init_state(task, 0), sharding.replicated(task.mesh)
     )

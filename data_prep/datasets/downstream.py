@@ -112,11 +112,11 @@ def _split_cities(
 
 
 def _measure(tile: tile_files.Tile, source: file_tree.FileTree) -> tile_files.Tile:
-    """Adds the size of its S2 file to a tile. Files that cannot be opened are reported later."""
+    """Adds the size of its image to a tile. Files that cannot be opened are reported later."""
     if tile.fault:
         return tile
     try:
-        size = geotiff.read_size(source.read(tile.paths["s2"]))
+        size = geotiff.read_size(source.read(tile.paths.get("s2") or tile.paths["s1"]))
     except (sources.UnreadableError, geotiff.GeotiffError):
         return tile
     return dataclasses.replace(tile, size=size)

@@ -224,6 +224,7 @@ def _scale_images(
     found: list[Finding] = []
     read = {"s1": bands.s1_values, "s2": bands.s2_values}
     values: dict[str, dict[str, bands.Values]] = {}
+    reference = grid.image.window(*(side * 10 // grid.metres_of_image,) * 2)
     for modality, granule in images.items():
         values[modality] = {}
         for name, image in granule.images.items():
@@ -231,7 +232,7 @@ def _scale_images(
             cut = _cut(path, image, grid, grid.metres[name], side)
             values[modality][name] = read[modality](path, cut)
             found += values[modality][name].findings
-            found += grids.compare(grid.image, path, image, grid.path)
+            found += grids.compare(reference, path, cut, grid.path)
     if side < grid.full:
         found.append(Finding("tile cropped", grid.path, f"{grid.full} to {side} pixels"))
     example: records.Example = {}

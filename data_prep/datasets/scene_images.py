@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rasterio.enums import Resampling
 
-from data_prep import errors
 from data_prep.datasets.scene_table import Acquisition, Group
 from data_prep.reading import bands, geotiff, rasters, warping
 from data_prep.reading.warping import Grid
@@ -74,23 +73,15 @@ def native_s2(group: Group, image: geotiff.Image, unit: str) -> bands.Values:
         zero = image.pixels == 0
         pixels = np.rint(np.maximum(np.where(valid, image.pixels, 0), 0) * factor)
         values = bands.Values(pixels, valid, zero, ())
-    elif image.pixels.dtype == np.uint8:
-        raise errors.BadFileError(path, "dtype uint8, but raw values are needed")
     else:
         values = bands.s2_values(path, image)
-    # 0 in all bands is nodata, in one band also a dark pixel.
-    nodata = values.zero.all(axis=0) & (len(group) > 1)
+    # See `read_s2` for bands that are alone on their grid.
+    nodata = values.zero.all(axis=0)
     return dataclasses.replace(values, valid=values.valid & ~nodata)
 
 
-def native_s1(group: Group, image: geotiff.Image, unit: str) -> bands.Values:
-    """Sentinel-1 values of a file's pixels, in dB.
-
-    Raises:
-      errors.BadFileError: for uint8.
-    """
-    if image.pixels.dtype == np.uint8:
-        raise errors.BadFileError(group[0].path, "dtype uint8, but raw values are needed")
+def native_s1(image: geotiff.Image, unit: str) -> bands.Values:
+    """Sentinel-1 values of a file's pixels, in dB."""
     zero = image.pixels == 0
     pixels = raw_s1(image)
     valid = image.valid & ~zero
@@ -124,6 +115,13 @@ def read_s2(acquisition: Acquisition, grid: Grid, units: Units) -> Bands:
         _on_grid(group, grid, Resampling.cubic, lambda g, image: native_s2(g, image, units.s2))
         for group in acquisition.s2
     ]
+    several = [part.valid.any(axis=0) for part in read if len(part.names) > 1]
+    seen = np.logical_or.reduce(several) if several else np.False_
+    for i, (group, part) in enumerate(zip(acquisition.s2, read, strict=True)):
+        if len(group) == 1 and (seen & ~part.valid[0]).any():
+            # 0 in all bands is nodata, in one band also a dark pixel.
+            dark = seen & ~part.valid[0] & _where(group, grid, lambda image: image.pixels == 0)
+            read[i] = dataclasses.replace(part, valid=part.valid | dark)
     return _joined(read).in_order(acquisition.s2_bands)
 
 
@@ -138,7 +136,7 @@ def read_s1(acquisition: Acquisition, grid: Grid, units: Units) -> Bands:
             group,
             grid,
             Resampling.bilinear,
-            lambda g, image: native_s1(g, image, units.s1),
+            lambda _, image: native_s1(image, units.s1),
             is_decibels=True,
         )
         for group in acquisition.s1
@@ -174,27 +172,39 @@ def _on_grid(
     place = image.crs, image.transform, grid
     if warping.offset(*place) is not None:
         pixels = warping.warp(pixels, *place, kernel, 0)
+        valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
+        return Bands(names, pixels, valid)
+    pixels = 10 ** (pixels / 10) if is_decibels else pixels
+    if valid.all() and warping.is_inside(group[0], window):
+        pixels = warping.warp(pixels.astype(np.float32), *place, kernel, None)
+        valid = np.ones(pixels.shape, bool)
     else:
-        filled = 10 ** (pixels / 10) if is_decibels else pixels
-        filled = np.where(valid, filled, np.nan).astype(np.float32)
-        pixels = warping.warp(filled, *place, kernel, np.nan)
-    valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
-    if warping.offset(*place) is None:
+        pixels = np.where(valid, pixels, np.nan).astype(np.float32)
+        pixels = warping.warp(pixels, *place, kernel, np.nan)
+        # Kernels reach a pixel or two into nodata.
+        valid = warping.warp(valid.astype(np.uint8), *place, Resampling.nearest, 0) > 0
         valid &= np.isfinite(pixels)
-        if is_decibels:
-            pixels = 10 * np.log10(np.where(valid, pixels, 1))
-        pixels = np.where(valid, pixels, 0)
-    return Bands(names, pixels, valid)
+        pixels = np.where(valid, pixels, 1)
+    if is_decibels:
+        pixels = 10 * np.log10(pixels)
+    return Bands(names, np.where(valid, pixels, 0), valid)
 
 
 def read_mask(layers: Sequence[rasters.Layer], grid: Grid) -> np.ndarray:
     """Where the masks of an acquisition, (H, W) bool, say that pixels are to be ignored."""
     masked = np.zeros((grid.height, grid.width), bool)
     for layer in layers:
-        window = warping.source_window(layer, grid)
-        if window is not None:
-            image = rasters.read([layer], window)
-            pixels = ((image.pixels != 0) & image.valid).astype(np.uint8)
-            place = image.crs, image.transform, grid
-            masked |= warping.warp(pixels, *place, Resampling.nearest, 0)[0] > 0
+        masked |= _where([layer], grid, lambda image: image.pixels != 0)
     return masked
+
+
+def _where(
+    group: Sequence[rasters.Layer], grid: Grid, condition: Callable[[geotiff.Image], np.ndarray]
+) -> np.ndarray:
+    """Where a condition holds for the nearest valid pixel of one band, (H, W) bool."""
+    window = warping.source_window(group[0], grid)
+    if window is None:
+        return np.zeros((grid.height, grid.width), bool)
+    image = rasters.read(group, window)
+    holds = (condition(image) & image.valid).astype(np.uint8)
+    return warping.warp(holds, image.crs, image.transform, grid, Resampling.nearest, 0)[0] > 0

@@ -147,16 +147,11 @@ def _scan_s2(
         offset = offsets.find(path, evidence, acquisition.metadata)
     else:
         offset = offsets.Offset(options.s2_offset, "--s2_offset")
-    found = ()
-    if offset.value:
-        found = (Finding("offset subtracted", path, f"{offset.value}: {offset.evidence}"),)
-    if offset.disagreement:
-        found += (Finding("offset disagrees", path, offset.disagreement),)
     facts = {
         "Sentinel-2": f"{acquisition.s2_level or 'level not said'}, {unit}",
         "offset": f"{offset.value} ({offset.evidence})",
     }
-    return unit, offset.value, facts, found
+    return unit, offset.value, facts, offsets.findings(path, offset)
 
 
 def _check_order(path: str, evidence: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -296,14 +291,14 @@ def survey(tile: Grid, acquisition: Acquisition, options: Options) -> float:
     """
     groups = acquisition.s2 or acquisition.s1
     group = groups[-1][-1:]
-    window = warping.source_window(group[0], tile)
+    window = warping.source_window(group[0], tile, margin=0)
     if window is None:
         return 0.0
     image = rasters.read(group, window, (_SAMPLE, _SAMPLE))
     valid = image.valid & (image.pixels != 0)
     labelled = np.zeros((_SAMPLE, _SAMPLE), bool)
     for layer in acquisition.labels:
-        window = warping.source_window(layer, tile)
+        window = warping.source_window(layer, tile, margin=0)
         if window is not None:
             found = rasters.read([layer], window, (_SAMPLE, _SAMPLE))
             values = found.pixels[0][found.valid[0]]

@@ -23,7 +23,7 @@ from data_prep.reading.rasters import Layer
 
 REQUIRED = ("scene", "date", "labels")
 COLUMNS = ("scene", "date", "s2", "s1", "labels", "truth", "mask")
-# Layers that share their grid.
+# Layers that share their grid and dtype.
 Group = tuple[Layer, ...]
 
 
@@ -287,6 +287,8 @@ def _bands(
     for path in files:
         for opened in safe.band_files(path) if safe.is_product(path) else [str(path)]:
             for layer in _named(rasters.layers(opened), known, wanted):
+                if layer.dtype == "uint8" and layer.scale == 1:
+                    raise errors.BadFileError(layer.path, "dtype uint8, but raw values are needed")
                 other = found.setdefault(layer.name, layer)
                 if other is layer:
                     continue
@@ -306,7 +308,7 @@ def _bands(
         )
     groups: dict[tuple, list[Layer]] = {}
     for name in names:
-        groups.setdefault(found[name].grid, []).append(found[name])
+        groups.setdefault((*found[name].grid, found[name].dtype), []).append(found[name])
     return tuple(tuple(group) for group in sorted(groups.values(), key=lambda g: g[0].pixel_size))
 
 

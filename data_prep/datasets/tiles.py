@@ -48,7 +48,9 @@ def read_tile(
     images: dict[str, geotiff.Image] = {}
     found: tuple[Finding, ...] = ()
     for modality, names in options.bands.items():
-        images[modality], image_found = _read_image(source, tile.paths[modality], names)
+        product = {"s1": (), "s2": tuple(sensors.S2_STATISTICS[options.s2_level])}[modality]
+        file = bands.read_bands(source, tile.paths[modality])
+        images[modality], image_found = bands.pick_bands(tile.paths[modality], file, names, product)
         found += image_found
     # The image that the others are compared with.
     main = "s2" if "s2" in images else "s1"
@@ -155,13 +157,6 @@ def _read_labels(
     file = file.bands([band if len(file.pixels) > 1 else 0])
     labels, found = read_labels(path, file, legend, image.size)
     return labels, (*found, *grids.compare(image, path, file, image_path))
-
-
-def _read_image(
-    source: bands.Reader, path: str, names: tuple[str, ...]
-) -> tuple[geotiff.Image, tuple[Finding, ...]]:
-    """Reads an image with its bands in the usual order, and findings."""
-    return bands.pick_bands(path, bands.read_bands(source, path), names)
 
 
 def _window(example: records.Example, row: int, column: int, side: int) -> records.Example:

@@ -12,7 +12,7 @@ files that are not uint8, these are invalid, too:
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -224,11 +224,17 @@ def scale_s2(
 
 
 def pick_bands(
-    path: str, image: geotiff.Image, names: tuple[str, ...]
+    path: str, image: geotiff.Image, names: Sequence[str], product: Sequence[str] = ()
 ) -> tuple[geotiff.Image, tuple[Finding, ...]]:
     """The bands of a file in the usual order, by their descriptions if it has any.
 
     Earth Engine exports VV, VH and angle, other software VH before VV.
+
+    Args:
+      path: of the file, for errors.
+      image: all its bands.
+      names: those that are needed.
+      product: the bands of a whole product in order, for files without descriptions.
 
     Raises:
       errors.BadFileError: if their number is wrong, and descriptions do not tell which are needed.
@@ -242,6 +248,8 @@ def pick_bands(
         return image.bands(indexes), (Finding("bands reordered", path, detail),)
     if len(image.pixels) == len(names):
         return image, ()
+    if len(image.pixels) == len(product):
+        return image.bands([product.index(name) for name in names]), ()
     reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
     if len(image.pixels) == 12 and len(names) == 13:
         reason += (

@@ -21,6 +21,7 @@ import rasterio
 import rasterio.enums
 import rasterio.errors
 import rasterio.io
+import rasterio.transform
 import rasterio.windows
 from affine import Affine
 
@@ -190,9 +191,12 @@ def read(
             raise errors.BadFileError(path, f"cannot be read: {error}") from error
     if np.issubdtype(pixels.dtype, np.floating):
         valid &= np.isfinite(pixels)
-    transform = rasterio.windows.transform(window, Affine(*group[0].transform))
-    if size is not None:
-        transform *= Affine.scale(window.width / size[1], window.height / size[0])
+    a, b, c, d, e, f = group[0].transform
+    column, row = window.col_off, window.row_off
+    x, y = a * column + b * row + c, d * column + e * row + f
+    # A sample has larger pixels.
+    wide, high = window.width / shape[2], window.height / shape[1]
+    transform = Affine(a * wide, b * high, x, d * wide, e * high, y)
     return geotiff.Image(
         pixels,
         valid,

@@ -7,6 +7,7 @@ default accepts an eighth, interpolated between few points of each chunk.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import rasterio
@@ -28,6 +29,12 @@ _TOLERANCE = 1e-6
 _MARGIN = 3
 
 
+def apply(transform: Sequence[float], column: float, row: float) -> tuple[float, float]:
+    """The coordinates of a place in pixels."""
+    a, b, c, d, e, f = transform[:6]
+    return a * column + b * row + c, d * column + e * row + f
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Square or oblong pixels in a CRS.
@@ -46,8 +53,9 @@ class Grid:
 
     def window(self, row: int, column: int, height: int, width: int) -> "Grid":
         """A part of the grid; it may lie outside of it."""
-        moved = Affine(*self.transform) * Affine.translation(column, row)
-        return Grid(self.crs, tuple(moved[:6]), height, width)
+        a, b, _, d, e, _ = self.transform
+        x, y = apply(self.transform, column, row)
+        return Grid(self.crs, (a, b, x, d, e, y), height, width)
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -76,15 +84,22 @@ def bounds_in(
     return found
 
 
-def source_window(layer: Layer, grid: Grid) -> rasterio.windows.Window | None:
+def source_window(
+    layer: Layer, grid: Grid, margin: int = _MARGIN
+) -> rasterio.windows.Window | None:
     """The pixels of a layer that a grid needs; None if it needs none.
+
+    Args:
+      layer: of any CRS.
+      grid: the wanted one.
+      margin: pixels around it, of the larger of both kinds.
 
     Raises:
       errors.BadFileError: if the CRS cannot be transformed.
     """
     left, bottom, right, top = bounds_in(layer.path, grid.bounds, grid.crs, layer.crs)
     to_pixels = ~Affine(*layer.transform)
-    corners = [to_pixels * (x, y) for x in (left, right) for y in (bottom, top)]
+    corners = [apply(to_pixels, x, y) for x in (left, right) for y in (bottom, top)]
     columns, rows = zip(*corners, strict=True)
     # Kernels are wider where pixels become larger.
     ratio = max(
@@ -92,7 +107,7 @@ def source_window(layer: Layer, grid: Grid) -> rasterio.windows.Window | None:
         (max(columns) - min(columns)) / grid.width,
         (max(rows) - min(rows)) / grid.height,
     )
-    margin = math.ceil(_MARGIN * ratio)
+    margin = math.ceil(margin * ratio)
     first_column = max(math.floor(min(columns)) - margin, 0)
     first_row = max(math.floor(min(rows)) - margin, 0)
     last_column = min(math.ceil(max(columns)) + margin, layer.width)
@@ -104,17 +119,52 @@ def source_window(layer: Layer, grid: Grid) -> rasterio.windows.Window | None:
     )
 
 
+def is_inside(layer: Layer, window: rasterio.windows.Window) -> bool:
+    """Whether a window of `source_window` ends before the edges of its layer."""
+    return (
+        window.col_off > 0
+        and window.row_off > 0
+        and window.col_off + window.width < layer.width
+        and window.row_off + window.height < layer.height
+    )
+
+
 def offset(crs: str, transform: Affine, grid: Grid) -> tuple[int, int] | None:
     """Row and column of a grid's corner, where its pixels are those of the source; else None."""
     if crs != grid.crs:
         return None
-    to_source = ~transform * Affine(*grid.transform)
-    a, b, column, d, e, row = to_source[:6]
-    if not np.allclose((a, b, d, e), (1, 0, 0, 1), rtol=0, atol=1e-9):
+    corner, right, below = (
+        apply(~transform, *apply(grid.transform, *place)) for place in ((0, 0), (1, 0), (0, 1))
+    )
+    column, row = corner
+    steps = (right[0] - column, right[1] - row, below[0] - column, below[1] - row)
+    if not np.allclose(steps, (1, 0, 0, 1), rtol=0, atol=1e-6):
         return None
     if abs(column - round(column)) > 1e-6 or abs(row - round(row)) > 1e-6:
         return None
     return round(row), round(column)
+
+
+def _scales(crs: str, transform: Affine, grid: Grid) -> dict[str, str]:
+    """GDAL's options on how much wider its kernels are than a source pixel.
+
+    By itself, GDAL takes the ratio of the bounds. For grids that are turned against each other it
+    differs from that of the pixels, and from window to window.
+    """
+    column, row = grid.width / 2, grid.height / 2
+    places = [apply(grid.transform, column + i, row + j) for i, j in ((0, 0), (1, 0), (0, 1))]
+    xs, ys = zip(*places, strict=True)
+    if crs != grid.crs:
+        xs, ys = rasterio.warp.transform(
+            rasterio.CRS.from_wkt(grid.crs), rasterio.CRS.from_wkt(crs), xs, ys
+        )
+    here, right, below = (apply(~transform, x, y) for x, y in zip(xs, ys, strict=True))
+    scales = {}
+    for name, there in (("XSCALE", right), ("YSCALE", below)):
+        ratio = 1 / math.hypot(there[0] - here[0], there[1] - here[1])
+        # Of nearly equal pixels, the kernel stays as it is.
+        scales[name] = repr(ratio) if ratio < 0.9 else "1"
+    return scales
 
 
 def warp(
@@ -123,7 +173,7 @@ def warp(
     transform: Affine,
     grid: Grid,
     kernel: Resampling,
-    nodata: float,
+    nodata: float | None,
 ) -> np.ndarray:
     """Pixels on another grid.
 
@@ -134,14 +184,14 @@ def warp(
       grid: the wanted one.
       kernel: where the grid's pixels are larger than the source's, it is widened accordingly.
       nodata: the value of invalid pixels, which no kernel uses, and of pixels without a source. May
-        be NaN.
+        be NaN. None if there are none of both, which is four times as fast.
 
     Returns:
       (K, H, W), of the dtype of `pixels`. Pixels of the same grid are copied.
     """
-    out = np.full((len(pixels), grid.height, grid.width), nodata, pixels.dtype)
     place = offset(crs, transform, grid)
     if place is not None:
+        out = np.full((len(pixels), grid.height, grid.width), nodata or 0, pixels.dtype)
         row, column = place
         height, width = pixels.shape[1:]
         rows = slice(max(row, 0), min(row + grid.height, height))
@@ -154,10 +204,11 @@ def warp(
             ] = pixels[:, rows, columns]
         return out
     count, height, width = pixels.shape
+    marked = {} if nodata is None else {"nodata": nodata}
     with rasterio.io.MemoryFile() as memory:
         with memory.open(
             driver="GTiff", height=height, width=width, count=count, dtype=pixels.dtype,
-            crs=rasterio.CRS.from_wkt(crs), transform=transform, nodata=nodata,
+            crs=rasterio.CRS.from_wkt(crs), transform=transform, **marked,
         ) as file:  # fmt: skip
             file.write(pixels)
         with (
@@ -170,7 +221,8 @@ def warp(
                 width=grid.width,
                 resampling=kernel,
                 tolerance=_TOLERANCE,
-                nodata=nodata,
+                **marked,
+                **_scales(crs, transform, grid),
             ) as warped,
         ):
             return warped.read()

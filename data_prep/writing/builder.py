@@ -189,6 +189,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
             self._count(split, location, outcome.num_records)
             self.report.add(outcome.findings)
             self.report.count_classes(split, outcome.num_records, outcome.classes)
+            self.report.add_measures(outcome.measures)
         locations = self._splits[split]
         # After the last location: a split without records cannot be opened.
         if location is locations[-1] and not any(self._metadata["season_counts"][split]):

@@ -47,10 +47,12 @@ class Reading:
     Attributes:
       examples: its records; none if too many of its pixels are invalid.
       findings: what a user should know about its files.
+      measures: names and values for the report, such as ("days between S1 and S2", 2.0).
     """
 
     examples: list[Example]
     findings: tuple[Finding, ...] = ()
+    measures: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Written:
       digest: SHA-256 of the records, as they are stored.
       classes: (2, 256) int64, for each label the number of its pixels, and of the records that have
         any of them.
+      measures: see `Reading`.
     """
 
     num_records: int
     findings: tuple[Finding, ...]
     digest: bytes
     classes: np.ndarray
+    measures: tuple[tuple[str, float], ...] = ()
 
 
 # The result of a location, or why it has none.
@@ -176,7 +180,9 @@ def write_shard(
                 classes += np.stack([pixels, pixels > 0])
                 with _write_errors():
                     writer.write(stored)
-            yield Written(len(result.examples), result.findings, digest.digest(), classes)
+            yield Written(
+                len(result.examples), result.findings, digest.digest(), classes, result.measures
+            )
         with _write_errors():
             writer.close()
 
