@@ -10,12 +10,11 @@ Three witnesses, each a distribution over the classes:
 
 They are combined by a product of powers, which is a weighted vote of log-probabilities:
 
-    r_k = images_k  seasons_k^0.5  neighbours_k^0.25  P(label | k)
+    r_k = images_k  seasons_k^0.25  neighbours_k^0.5, normalised over the classes k
 
 The exponents say that witnesses repeat each other: seasons show the same land, and errors of labels
-come in patches. P(label | k) is the noise, estimated from the data (`noise`). Normalised over the
-classes, 1 - r_label is the evidence that the label is wrong, and the class of the largest r is what
-it should be. Dimensions: S seasons, T tile size, C classes.
+come in patches. 1 - r_label is the evidence that the label is wrong, and the class of the largest r
+is what it should be. Dimensions: S seasons, T tile size, C classes.
 """
 
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ import numpy as np
 
 from cromss_jax import sensors
 
-WEIGHTS = {"images": 1.0, "seasons": 0.5, "neighbours": 0.25}
+WEIGHTS = {"images": 1.0, "seasons": 0.25, "neighbours": 0.5}
 _LEAST = 1e-4  # no witness rules a class out
 
 
@@ -54,40 +53,21 @@ def other_seasons(images: np.ndarray) -> np.ndarray:
     return (images.sum(axis=0, keepdims=True) - images) / (count - 1)
 
 
-def combine(witnesses: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """The logarithm of the weighted product, not normalised.
+def combine(witnesses: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The weighted product of witnesses, by the exponents of `WEIGHTS`.
 
     Args:
       witnesses: [..., C] by name.
-      weights: exponents by name.
-
-    Returns:
-      [..., C] float32.
-    """
-    return sum(
-        np.float32(weights[name]) * np.log(np.maximum(values, _LEAST))
-        for name, values in witnesses.items()
-    )
-
-
-def posterior(log_product: np.ndarray, labels: np.ndarray, likelihood: np.ndarray) -> np.ndarray:
-    """Probability of each class given the witnesses and the label.
-
-    Args:
-      log_product: [..., C] from `combine`.
-      labels: [...] integers; 255 where there is none, whose likelihood is then left out.
-      likelihood: [C, C], P(label | class) with rows for classes and columns for labels.
 
     Returns:
       [..., C] float32, summing to one.
     """
-    known = labels < likelihood.shape[1]
-    given = np.log(np.maximum(likelihood.T, _LEAST)).astype(np.float32)
-    scores = log_product + np.where(
-        known[..., None], given[np.where(known, labels, 0)], np.float32(0)
+    logs = sum(
+        np.float32(WEIGHTS[name]) * np.log(np.maximum(values, _LEAST))
+        for name, values in witnesses.items()
     )
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return scores / scores.sum(axis=-1, keepdims=True)
+    product = np.exp(logs - logs.max(axis=-1, keepdims=True))
+    return product / product.sum(axis=-1, keepdims=True)
 
 
 def label_probability(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -47,21 +47,19 @@ class Calibration:
     """What turns evidence into the probability that a label is wrong.
 
     Attributes:
-      limits: [C] of confident predictions, see `noise.thresholds`.
-      noise: the joint distribution of labels and classes.
+      limits: [2, C] of confident predictions by the images alone and by all witnesses, see
+        `noise.thresholds`.
       shifts: [C] see `noise.fit_shifts`.
     """
 
     limits: np.ndarray
-    noise: noise.Noise
     shifts: np.ndarray
 
     def judge(self, product: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The probability that labels are wrong, float32, and the most probable class, uint8."""
-        found = evidence.posterior(product, labels, self.noise.likelihood)
-        wrong = 1 - evidence.label_probability(found, labels)
+        wrong = 1 - evidence.label_probability(product, labels)
         shifted = noise.apply_shifts(wrong, labels, self.shifts)
-        return shifted, found.argmax(axis=-1).astype(np.uint8)
+        return shifted, product.argmax(axis=-1).astype(np.uint8)
 
 
 def witnesses(probs: Mapping[str, np.ndarray], prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,13 +70,11 @@ def witnesses(probs: Mapping[str, np.ndarray], prior: np.ndarray) -> tuple[np.nd
       prior: [S, T, T, C] from the labels.
 
     Returns:
-      Both [S, T, T, C]: a distribution of images and seasons alone, and the log-product.
+      Two distributions [S, T, T, C]: by images and seasons alone, and by all.
     """
     images = evidence.entangled(probs)
     seen = {"images": images, "seasons": evidence.other_seasons(images)}
-    alone = np.exp(evidence.combine(seen, evidence.WEIGHTS))
-    alone = alone / alone.sum(axis=-1, keepdims=True)
-    return alone, evidence.combine({**seen, "neighbours": prior}, evidence.WEIGHTS)
+    return evidence.combine(seen), evidence.combine({**seen, "neighbours": prior})
 
 
 def calibrate(judge: Judge, locations: np.ndarray, settings: Settings) -> Calibration:
@@ -90,23 +86,28 @@ def calibrate(judge: Judge, locations: np.ndarray, settings: Settings) -> Calibr
       settings: see `Settings`.
     """
     rng = np.random.default_rng(settings.seed)
-    drawn: dict[str, list[np.ndarray]] = {"alone": [], "product": [], "labels": []}
+    drawn: tuple[list, list, list] = [], [], []
     for index in _progress(locations, "estimating the noise"):
         probs, found = judge(index)
-        alone, product = witnesses(probs, found["prior"])
         known = np.flatnonzero(found["labels"].ravel() != sensors.IGNORE_LABEL)
         chosen = rng.permutation(known)[: settings.pixels]
-        drawn["alone"].append(alone.reshape(-1, alone.shape[-1])[chosen])
-        drawn["product"].append(product.reshape(-1, product.shape[-1])[chosen])
-        drawn["labels"].append(found["labels"].ravel()[chosen])
-    alone, product, labels = (np.concatenate(drawn[n]) for n in ("alone", "product", "labels"))
-    limits = noise.thresholds(alone, labels)
-    label_counts = np.bincount(labels, minlength=alone.shape[1])
-    estimated = noise.estimate(noise.confident_counts(alone, labels, limits), label_counts)
-    found = evidence.posterior(product, labels, estimated.likelihood)
-    wrong = 1 - evidence.label_probability(found, labels)
-    shifts = noise.fit_shifts(wrong, labels, estimated.error_rates)
-    return Calibration(limits, estimated, shifts)
+        drawn[0].append(found["labels"].ravel()[chosen])
+        for pixels, values in zip(drawn[1:], witnesses(probs, found["prior"]), strict=True):
+            pixels.append(values.reshape(-1, values.shape[-1])[chosen])
+    labels, alone, product = map(np.concatenate, drawn)
+    limits = np.stack([noise.thresholds(values, labels) for values in (alone, product)])
+    counts = _confident_counts(alone, product, labels, limits)
+    estimated = noise.estimate(counts, np.bincount(labels, minlength=alone.shape[1]))
+    wrong = 1 - evidence.label_probability(product, labels)
+    return Calibration(limits, noise.fit_shifts(wrong, labels, estimated.error_rates))
+
+
+def _confident_counts(
+    alone: np.ndarray, product: np.ndarray, labels: np.ndarray, limits: np.ndarray
+) -> np.ndarray:
+    """Counts of `noise.confident_counts` by the images alone and by all witnesses, [2, C, C]."""
+    each = zip((alone, product), limits, strict=True)
+    return np.stack([noise.confident_counts(values, labels, own) for values, own in each])
 
 
 def audit(
@@ -132,7 +133,7 @@ def audit(
     order = rng.permutation(dataset.num_locations)
     calibration = calibrate(judge, np.sort(order[: settings.num_estimated]), settings)
     num_classes = len(dataset.legend)
-    counts = np.zeros((dataset.num_locations, num_classes, num_classes), np.int64)
+    counts = np.zeros((dataset.num_locations, 2, num_classes, num_classes), np.int64)
     label_counts = np.zeros((dataset.num_locations, num_classes), np.int64)
     expected = np.zeros(num_classes)
     moved = np.zeros((num_classes, num_classes), np.int64)
@@ -145,7 +146,7 @@ def audit(
         wrong, suggested = calibration.judge(product, labels)
         known = labels != sensors.IGNORE_LABEL
         own, flat = wrong[known], labels[known]
-        counts[index] = noise.confident_counts(alone[known], flat, calibration.limits)
+        counts[index] = _confident_counts(alone[known], product[known], flat, calibration.limits)
         label_counts[index] = np.bincount(flat, minlength=num_classes)
         expected += np.bincount(flat, own, minlength=num_classes)
         pairs = flat.astype(np.int64) * num_classes + suggested[known]
@@ -161,13 +162,14 @@ def audit(
         if settings.maps:
             for season, record in enumerate(records):
                 _write_maps(folder, name, season, record, wrong[season], suggested[season], dataset)
-    estimated = noise.estimate(counts.sum(axis=0), label_counts.sum(axis=0))
+    total = label_counts.sum(axis=0)
     content = report.content(
         dataset.legend.names,
-        estimated,
+        noise.estimate(counts.sum(axis=0), total),
+        [noise.estimate(own, total).error_rate for own in counts.sum(axis=0)],
         noise.intervals(counts, label_counts, settings.seed),
-        expected / np.maximum(label_counts.sum(axis=0), 1),
-        label_counts.sum(axis=0),
+        expected / np.maximum(total, 1),
+        total,
         moved,
         sorted(worst, reverse=True)[: settings.num_worst],
         ranked if dataset.has_truth else None,

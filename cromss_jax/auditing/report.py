@@ -12,6 +12,7 @@ from cromss_jax.auditing.noise import Noise
 def content(
     names: Sequence[str],
     noise: Noise,
+    between: Sequence[float],
     intervals: np.ndarray,
     expected: np.ndarray,
     label_counts: np.ndarray,
@@ -25,6 +26,7 @@ def content(
     Args:
       names: of the C classes.
       noise: the estimate of confident learning.
+      between: the error rates by the images alone and by all witnesses, whose mean it is.
       intervals: [2, C + 1] of its error rates, see `noise.intervals`.
       expected: [C] mean probability that labels of a class are wrong.
       label_counts: [C] pixels labelled so.
@@ -39,6 +41,8 @@ def content(
         "error_rate": {
             "estimate": noise.error_rate,
             "interval_90": intervals[:, -1].tolist(),
+            "by_images_alone": float(between[0]),
+            "by_all_witnesses": float(between[1]),
             "expected": float((expected * label_counts).sum() / max(label_counts.sum(), 1)),
         },
         "classes": [
@@ -73,7 +77,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         "# Audit of labels",
         "",
         f"Estimated share of wrong labels: **{found['error_rate']['estimate']:.1%}** "
-        f"({low:.1%} to {high:.1%}, 90 % interval over locations).",
+        f"({low:.1%} to {high:.1%}, 90 % interval over locations). By the images alone it is "
+        f"{found['error_rate']['by_images_alone']:.1%}, which errors of the network raise; with "
+        f"the labels around it is {found['error_rate']['by_all_witnesses']:.1%}, which errors in "
+        "patches lower.",
         "",
         "| label | pixels | wrong | 90 % interval | is really |",
         "|---|---|---|---|---|",

@@ -36,7 +36,9 @@ from tests import runs
 
 _PART = flags.DEFINE_enum("part", "speed", ["speed", "memory", "kills", "loop"], "What is measured")
 _SIZE = flags.DEFINE_integer("size", 2048, "Side of the scene in pixels")
-_SIZES = flags.DEFINE_list("sizes", ["2048", "10980"], "memory: sides of the scenes")
+_SIZES = flags.DEFINE_list(
+    "sizes", ["2048x10980", "10980x10980"], "memory: heights and widths of the scenes"
+)
 _DEPTH = flags.DEFINE_integer("depth", 50, "Of the ResNet")
 _KILLS = flags.DEFINE_integer("kills", 10, "How many times it is killed")
 _SCENE = flags.DEFINE_string("scene", None, "loop: the scene, of S2")
@@ -45,12 +47,12 @@ WINDOW, OVERLAP, BATCH = 256, 64, 4
 _TILE = 1536
 
 
-def write_scene(folder: pathlib.Path, size: int, seed: int = 3) -> None:
+def write_scene(folder: pathlib.Path, height: int, width: int, seed: int = 3) -> None:
     """Writes `s2.tif` of 13 bands and `s1.tif` of a location that is mirrored again and again.
 
     A corner of S2 is nodata, another one of S1.
     """
-    side = min(size - size % 6, _TILE)
+    side = min(min(height, width) // 6 * 6, _TILE)
     location = world.make_location(seed, 0, 1, side)
     s2 = np.zeros((13, side, side), np.uint16)
     for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items():
@@ -59,25 +61,27 @@ def write_scene(folder: pathlib.Path, size: int, seed: int = 3) -> None:
             factor = metres // 10
             s2[sensors.S2_BANDS.index(name)] = pixels.repeat(factor, 0).repeat(factor, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "s2.tif", s2, size, location, sensors.S2_BANDS, nodata=0)
+    _write(folder / "s2.tif", s2, (height, width), location, sensors.S2_BANDS, nodata=0)
     s1 = np.moveaxis(location.s1[0], -1, 0)
-    _write(folder / "s1.tif", s1, size, location, sensors.S1_BANDS, nodata=np.nan)
+    _write(folder / "s1.tif", s1, (height, width), location, sensors.S1_BANDS, nodata=np.nan)
 
 
-def _write(path, pixels, size, location, names, nodata) -> None:
+def _write(path, pixels, shape, location, names, nodata) -> None:
     count, side, _ = pixels.shape
-    order = np.pad(np.arange(side), (0, size - side), mode="symmetric") if size > side else None
+    rows, columns = (
+        np.resize(np.concatenate([np.arange(side), np.arange(side)[::-1]]), length)
+        for length in shape
+    )
     easting, northing = location.origin
     with rasterio.open(
-        path, "w", driver="GTiff", width=size, height=size, count=count, dtype=pixels.dtype,
+        path, "w", driver="GTiff", width=shape[1], height=shape[0], count=count, dtype=pixels.dtype,
         crs=f"EPSG:{location.epsg}", transform=Affine(10, 0, easting, 0, -10, northing),
         nodata=nodata, tiled=True, blockxsize=512, blockysize=512, compress="deflate", zlevel=1,
         BIGTIFF="IF_SAFER",
     ) as file:  # fmt: skip
         for band in range(count):
-            whole = pixels[band] if order is None else pixels[band][order][:, order]
-            whole = whole[:size, :size].copy()
-            corner = size // 5
+            whole = pixels[band][rows][:, columns]
+            corner = min(shape) // 5
             if names == sensors.S2_BANDS:
                 whole[:corner, :corner] = nodata
             else:
@@ -180,7 +184,7 @@ def _speed(folder: pathlib.Path, environment: dict[str, str]) -> dict:
     found: dict[str, dict] = {}
     for size in (WINDOW, _SIZE.value):
         scene = folder / f"scene_{size}"
-        write_scene(scene, size)
+        write_scene(scene, size, size)
         ours = _timed(_predict(weights, scene, folder / f"map_{size}"), environment)
         line = runs.command(
             "tests.bench.maps",
@@ -207,13 +211,13 @@ def _speed(folder: pathlib.Path, environment: dict[str, str]) -> dict:
 def _memory(folder: pathlib.Path, environment: dict[str, str]) -> dict:
     write_weights(folder / "weights", _DEPTH.value)
     found = {}
-    for size in map(int, _SIZES.value):
+    for size in _SIZES.value:
         scene = folder / f"scene_{size}"
-        write_scene(scene, size)
+        write_scene(scene, *map(int, size.split("x")))
         more = {"s1": scene / "s1.tif", "write": "probabilities,confidence,agreement"}
         line = _predict(folder / "weights", scene, folder / f"map_{size}", **more)
-        found[str(size)] = _timed(line, environment)
-        print(size, json.dumps(found[str(size)]), flush=True)
+        found[size] = _timed(line, environment)
+        print(size, json.dumps(found[size]), flush=True)
     return found
 
 
@@ -230,7 +234,7 @@ def _kills(folder: pathlib.Path, environment: dict[str, str]) -> dict:
     """One map is killed again and again, until it is whole; the other one never is."""
     write_weights(folder / "weights", _DEPTH.value)
     scene = folder / "scene"
-    write_scene(scene, _SIZE.value)
+    write_scene(scene, _SIZE.value, _SIZE.value)
     more = {"s1": scene / "s1.tif", "write": "probabilities,confidence,agreement"}
     _timed(_predict(folder / "weights", scene, folder / "first", **more), environment)
     line = _predict(folder / "weights", scene, folder / "whole", **more)
