@@ -43,7 +43,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 # Languages of blocks: what becomes of them. Drawings and trees are text.
 LANGUAGES = ("bash", "python", "dockerfile", "text")
 MARK = re.compile(r"<!-- (parsed only|not run): (\S.*) -->\n\Z")
-MODULES = ("main", "predict", "plan", "convert", "launch_slurm", "launch_tpu")
+MODULES = ("main", "predict", "audit", "plan", "convert", "launch_slurm", "launch_tpu")
 MODULES = tuple(f"cromss_jax.{name}" for name in MODULES)
 MODULES += ("data_prep.build", "data_prep.sample")
 # What a command takes beside flags.

@@ -5,25 +5,19 @@ import datetime
 import json
 import subprocess
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from etils import epath
-from flax import nnx
 
 import cromss_jax
-from cromss_jax import predict, presets, sensors
-from cromss_jax.networks.fusion import make_network
-from cromss_jax.weights import folders, torch_keys
-from cromss_jax.weights.network import Network, Weights
+from cromss_jax import predict, sensors
 from data_prep import errors
 from data_prep.sample import world
 from tests import runs
+from tests.mapping.weights import write_weights
 
 SIZE = 96
-BANDS = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
 NO_DATE = datetime.datetime.min
 
 
@@ -31,21 +25,7 @@ NO_DATE = datetime.datetime.min
 def weights(tmp_path_factory):
     """Random weights of both sensors with a card."""
     folder = tmp_path_factory.mktemp("weights") / "late"
-    network = make_network("late", 10, {"s1": 2, "s2": 13}, 9, jnp.float32, nnx.Rngs(0))
-    card = {
-        "input": {
-            "by_band": {
-                band.name: {"low": band.low, "high": band.high, "unit": band.unit}
-                for band in sensors.preset_bands()
-            }
-        },
-        "classes": list(presets.DYNAMIC_WORLD.names),
-        "colours": list(presets.DYNAMIC_WORLD.colours),
-    }
-    found = Weights(
-        Network("late", 10, BANDS, 9), torch_keys.to_torch_state(nnx.state(network)), card=card
-    )
-    folders.write_folder(epath.Path(folder), found)
+    write_weights(folder, "late")
     return str(folder)
 
 

@@ -12,6 +12,7 @@ from cromss_jax.mapping.windows import Windows
 
 LAYERS = ("classes", "probabilities", "confidence", "agreement")
 NODATA = sensors.IGNORE_LABEL
+_ROWS = 32
 
 
 class Strips:
@@ -93,7 +94,9 @@ def combine(probs: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) ->
     return np.where(count > 0, mean / mean.sum(axis=-1, keepdims=True), 0)
 
 
-def layers(probs: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> dict:
+def layers(
+    probs: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The map's layers of a part of a scene, by the names of `LAYERS`.
 
     Args:
@@ -105,6 +108,21 @@ def layers(probs: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> 
       percent; `confidence`, the probability in percent of the class that is mapped; and, of two
       modalities, `agreement`, 1 where both alone would map the same class and 0 elsewhere.
     """
+    height = len(next(iter(valid.values())))
+    # Some rows at a time, so that what is computed on the way takes little memory.
+    parts = []
+    for start in range(0, height, _ROWS):
+        rows = slice(start, start + _ROWS)
+        parts.append(
+            _layers({m: p[rows] for m, p in probs.items()}, {m: v[rows] for m, v in valid.items()})
+        )
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def _layers(
+    probs: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`layers` at once."""
     if len(probs) == 1:
         (combined,) = probs.values()
     else:

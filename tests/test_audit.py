@@ -1,0 +1,168 @@
+"""The command `audit`: a whole data set, folds by place, what a fold's network sees."""
+
+import json
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import rasterio
+
+from cromss_jax import audit, presets, sensors
+from cromss_jax.data import input_pipeline
+from cromss_jax.training import pretrain
+from tests import runs
+from tests.mapping.weights import write_weights
+
+LOCATIONS, SEASONS, SIZE = 12, 2, 48
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return runs.make_data(folder, locations=LOCATIONS, seasons=SEASONS, tile_size=SIZE)
+
+
+def test_a_data_set_is_judged(data_dir, tmp_path):
+    write_weights(tmp_path / "weights", "mid")
+    line = runs.command(
+        "cromss_jax.audit",
+        checkpoint=tmp_path / "weights",
+        data_dir=data_dir,
+        output=tmp_path / "audit",
+    )
+    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
+    labels = np.stack([r["labels"][int(r["season"])] for r in dataset.source])
+    truth = np.stack([r["truth"] for r in dataset.source])
+    known = labels != sensors.IGNORE_LABEL
+    for i, row in enumerate(report["classes"]):
+        assert row["pixels"] == (labels == i).sum()
+        if row["pixels"]:
+            assert sum(row["is_really"].values()) == pytest.approx(1)
+            assert sum(row["suggested"].values()) == row["pixels"]
+    found = report["against_truth"]
+    assert found["error_rate"] == pytest.approx((labels != truth)[known].mean())
+    assert sum(group["pixels"] for group in found["reliability"]) == known.sum()
+    assert len(report["worst_locations"]) == LOCATIONS
+    assert "| location | labels probably wrong |" in (tmp_path / "audit" / "report.md").read_text()
+
+    # The maps lie where the labels do, and say what the report sums up.
+    record = dataset.source[3]
+    name = record["location_id"].decode()
+    maps = tmp_path / "audit" / "maps" / name
+    assert {path.name for path in maps.iterdir()} == {f"season_{s}" for s in range(SEASONS)}
+    with rasterio.open(maps / "season_1" / "wrong_probability.tif") as file:
+        wrong = file.read(1)
+        assert file.crs == rasterio.CRS.from_wkt(record["crs"].decode())
+        assert tuple(file.transform[:6]) == tuple(record["transform"])
+        assert file.nodata == 255
+    np.testing.assert_array_equal(wrong == 255, labels[3] == sensors.IGNORE_LABEL)
+    assert wrong[wrong != 255].max() <= 100
+    with rasterio.open(maps / "season_1" / "suggested.tif") as file:
+        suggested = file.read(1)
+        assert file.colormap(1)[0] == (*bytes.fromhex(presets.DYNAMIC_WORLD.colours[0][1:]), 255)
+    np.testing.assert_array_equal(suggested == 255, labels[3] == sensors.IGNORE_LABEL)
+    shown = {row["name"]: row["wrong"] for row in report["worst_locations"]}
+    both = []
+    for season in range(SEASONS):
+        with rasterio.open(maps / f"season_{season}" / "wrong_probability.tif") as file:
+            both.append(file.read(1))
+    both = np.stack(both)
+    # Whole percents on the map.
+    assert both[both != 255].mean() / 100 == pytest.approx(shown[name], abs=0.005)
+
+
+def test_folds_keep_neighbours_together():
+    """Three places far apart, with 4, 2 and 2 tiles side by side."""
+    places = [(32632, 500000, 5000000)] * 4 + [(32633, 400000, 1000000)] * 2
+    places += [(32721, 600000, 8000000)] * 2
+    records = [
+        {
+            "crs": rasterio.CRS.from_epsg(epsg).to_wkt().encode(),
+            "transform": (10.0, 0.0, x + 480.0 * i, 0.0, -10.0, y),
+            "location_id": b"0",
+        }
+        for i, (epsg, x, y) in enumerate(places)
+    ]
+    dataset = types.SimpleNamespace(
+        source=records, starts=np.arange(8), tile_size=48, num_locations=8
+    )
+    folds = audit.spatial_folds(dataset, 2, block_km=300.0)
+    assert len({*folds[:4]}) == len({*folds[4:6]}) == len({*folds[6:]}) == 1
+    np.testing.assert_array_equal(np.bincount(folds), [4, 4])
+    with pytest.raises(audit.AuditError, match=r"lie in 3 blocks of 300 km, --folds=4 needs"):
+        audit.spatial_folds(dataset, 4, block_km=300.0)
+    records[5]["crs"] = b""
+    with pytest.raises(audit.AuditError, match="has no CRS"):
+        audit.spatial_folds(dataset, 2, block_km=300.0)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_network_of_a_fold_never_sees_its_locations(data_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def fit(training, _):
+        seen["records"] = np.unique(np.concatenate([training.order[i] for i in range(40)]))
+        raise Stop
+
+    def validator(config, definition, dataset, held_back, *_):
+        seen["held_back"] = held_back
+
+    monkeypatch.setattr(pretrain.loop, "fit", fit)
+    monkeypatch.setattr(pretrain.validation, "Validator", validator)
+    excluded = np.array([1, 4, 5, 8])
+    config = runs.tiny_config(data_dir, **{"data.validation_fraction": 0.5})
+    with pytest.raises(Stop):
+        pretrain.pretrain(config, str(tmp_path), excluded)
+    dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
+    trained = np.unique(dataset.location_of(seen["records"]))
+    assert len(trained)
+    assert len(seen["held_back"])
+    used = np.concatenate([trained, seen["held_back"]])
+    assert not set(used) & set(excluded)
+    np.testing.assert_array_equal(np.sort([*used, *excluded]), np.arange(LOCATIONS))
+
+
+@pytest.mark.slow
+def test_folds_are_trained_and_judge(data_dir, tmp_path):
+    flags = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
+    flags |= {"config.num_epochs": 1, "config.batch_size": 4}
+    line = runs.command(
+        "cromss_jax.main", config="configs/pretrain.py:sample", workdir=tmp_path / "run", **flags
+    )
+    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
+    line = runs.command(
+        "cromss_jax.audit",
+        checkpoint=tmp_path / "run",
+        data_dir=data_dir,
+        output=tmp_path / "audit",
+        folds=2,
+        maps=False,
+    )
+    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["made"]["judged by"].startswith("2 networks like")
+    assert not (tmp_path / "audit" / "maps").exists()
+    for fold in range(2):
+        assert runs.saved_steps(tmp_path / "audit" / "folds" / f"{fold}_of_2")
+
+
+def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
+    write_weights(tmp_path / "weights", "mid", classes=presets.WORLDCOVER)
+    line = runs.command(
+        "cromss_jax.audit",
+        checkpoint=tmp_path / "weights",
+        data_dir=data_dir,
+        output=tmp_path / "audit",
+    )
+    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
+    assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]
