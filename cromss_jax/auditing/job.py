@@ -179,6 +179,11 @@ def audit(
     files.write_whole(
         epath.Path(folder / "report.json"), (json.dumps(content, indent=1) + "\n").encode()
     )
+    if "against_truth" in content:
+        from cromss_jax.results import pictures  # late: a second that nobody else waits
+
+        picture = pictures.draw_reliability(content["against_truth"]["reliability"])
+        pictures.save_picture(epath.Path(folder / report.RELIABILITY), picture)
     files.write_whole(epath.Path(folder / "report.md"), report.markdown(content).encode())
     return content
 

@@ -8,6 +8,8 @@ import numpy as np
 from cromss_jax.auditing import scores
 from cromss_jax.auditing.noise import Noise
 
+RELIABILITY = "reliability.png"
+
 
 def content(
     names: Sequence[str],
@@ -118,6 +120,8 @@ def _against_truth(found: Mapping[str, Any]) -> list[str]:
         f"10 % of the pixels {found['precision_at_1']:.1%}, {found['precision_at_5']:.1%} and "
         f"{found['precision_at_10']:.1%} are wrong. Calibration error "
         f"{found['calibration_error']:.1%}.",
+        "",
+        f"![Observed over predicted shares of wrong labels]({RELIABILITY})",
         "",
         "| predicted | wrong | pixels |",
         "|---|---|---|",

@@ -4,7 +4,7 @@ Import this module only where something is drawn: matplotlib takes a second to i
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.colors
@@ -127,6 +127,32 @@ def draw_confusion(confusion: np.ndarray, legend: Legend) -> np.ndarray:
     axis.tick_params(length=0, pad=12)
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled (rows in percent)")
+    figure.tight_layout()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_reliability(groups: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Draws observed over predicted shares, with the number of pixels below.
+
+    Args:
+      groups: each with `predicted` and `observed` in [0, 1], and `pixels`.
+
+    Returns:
+      [H, W, 3] uint8.
+    """
+    figure = matplotlib.figure.Figure(figsize=(4.2, 5), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axis, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    predicted = [100 * group["predicted"] for group in groups]
+    axis.plot((0, 100), (0, 100), color="0.7", lw=1)
+    axis.plot(predicted, [100 * group["observed"] for group in groups], "o-", color="#3b528b")
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("labels that are wrong (%)")
+    below.bar(predicted, [group["pixels"] for group in groups], width=6, color="#3b528b")
+    below.set_ylabel("pixels")
+    below.set_xlabel("predicted probability (%)")
     figure.tight_layout()
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
