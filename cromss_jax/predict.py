@@ -20,10 +20,10 @@ from absl import app, flags
 
 import cromss_jax
 from cromss_jax import command_line, files, sensors
-from cromss_jax.mapping import blending, job, scene_map
+from cromss_jax.mapping import blending, job, scene_map, work
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
-from cromss_jax.pretrained import Pretrained
+from cromss_jax.pretrained import Pretrained, WeightsError
 from cromss_jax.training import devices, settings
 from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_scan, scene_table
@@ -61,7 +61,10 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Windows in a batch; 0: 4 a device on CPUs, 32 on others", lower_bound=0
 )
 _NUM_THREADS = flags.DEFINE_integer(
-    "num_threads", max(2, len(os.sched_getaffinity(0))), "Threads that read", lower_bound=1
+    "num_threads",
+    min(max(len(os.sched_getaffinity(0)), 2), 8),
+    "Threads that read, each holding up to 200 MB",
+    lower_bound=1,
 )
 _S2_OFFSET = flags.DEFINE_integer(
     "s2_offset", None, "Subtracted from raw Sentinel-2 pixels; found out where it is not given"
@@ -333,7 +336,15 @@ def main(arguments: list[str]) -> None:
         shutil.rmtree(output / "work", ignore_errors=True)
     except errors.BadFileError as error:
         sys.exit(f"error: {error.file}: {error.reason}")
-    except (ValueError, OSError) as error:
+    except (
+        PredictError,
+        job.MapError,
+        work.WorkError,
+        WeightsError,
+        errors.BuildError,
+        devices.DeviceError,
+        OSError,
+    ) as error:
         sys.exit(f"error: {error}")
 
 

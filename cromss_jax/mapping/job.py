@@ -58,6 +58,11 @@ class Settings:
                 f"there is no layer {', '.join(unknown)}: choose from "
                 f"{', '.join(blending.LAYERS[1:])}"
             )
+        if not 0 <= self.overlap <= self.window // 2:
+            raise MapError(
+                f"windows of {self.window} pixels cannot overlap by {self.overlap}: choose an "
+                f"overlap from 0 to {self.window // 2}, or larger windows"
+            )
         if "agreement" in self.write and len(modalities) < 2:
             raise MapError(
                 f"the layer agreement is of S1 and S2, the scene has {modalities[0].upper()} only: "

@@ -7,7 +7,7 @@ import pytest
 import rasterio
 
 from cromss_jax import presets
-from cromss_jax.mapping import areas, cogs, products, work
+from cromss_jax.mapping import areas, cogs, job, products, work
 from data_prep.reading import legends
 
 LEGEND = dict(presets.DYNAMIC_WORLD.pairs())
@@ -136,3 +136,16 @@ def test_where_the_crs_is_unknown_pixels_are_counted():
     assert square_km is None
     np.testing.assert_array_equal(pixels, [3, 2, 1])
     assert "| a | 3 | – | 60.00% |" in areas.table(("a", "b"), pixels, square_km)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"overlap": 129}, "cannot overlap by 129: choose an overlap from 0 to 128"),
+        ({"write": ("classes", "colour")}, "no layer colour: choose from probabilities"),
+        ({"write": ("agreement",)}, "agreement is of S1 and S2, the scene has S2 only"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, sentence):
+    with pytest.raises(job.MapError, match=sentence):
+        job.Settings(**changes).check(("s2",))
