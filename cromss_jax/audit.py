@@ -8,7 +8,6 @@ With --folds=K, K networks are pretrained like the run, each without one part of
 each location is judged by the one that never saw it.
 """
 
-import collections
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 import cromss_jax
-from cromss_jax import command_line, files
+from cromss_jax import command_line, files, folds
 from cromss_jax.auditing import job
 from cromss_jax.auditing.predictions import Predictor
 from cromss_jax.data import input_pipeline
@@ -28,12 +27,7 @@ from cromss_jax.mapping.job import Network
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained, WeightsError
 from cromss_jax.training import devices, pretrain, run, settings, sharding
-from data_prep.datasets import blocks
 from data_prep.reading import proj
-
-# After `proj`, which chooses the database of coordinate reference systems.
-import rasterio  # isort: skip
-import rasterio.warp  # isort: skip
 
 _log = logging.getLogger("cromss_jax")
 
@@ -57,43 +51,6 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Records on the devices at o
 
 class AuditError(ValueError):
     """A data set that cannot be audited as the flags say. The message is for the user."""
-
-
-def spatial_folds(
-    dataset: input_pipeline.TileDataset, num_folds: int, block_km: float
-) -> np.ndarray:
-    """The fold of each location, [L] int; locations of one block of the earth share it.
-
-    Blocks are dealt from the largest on, each to the fold with the fewest locations.
-
-    Raises:
-      AuditError: if there are fewer blocks than folds.
-    """
-    owned: dict[blocks.Block, list[int]] = collections.defaultdict(list)
-    for index, start in enumerate(dataset.starts.tolist()):
-        record = dataset.source[start]
-        a, b, c, d, e, f = record["transform"]
-        half = dataset.tile_size / 2
-        x, y = a * half + b * half + c, d * half + e * half + f
-        crs = record["crs"].decode()
-        if not crs:
-            raise AuditError(
-                f"location {record['location_id'].decode()} has no CRS, so that folds cannot be "
-                "made by place: audit without --folds"
-            )
-        (x,), (y,) = rasterio.warp.transform(rasterio.CRS.from_wkt(crs), "EPSG:4326", [x], [y])
-        owned[blocks.block_of_centre((x, y, x, y), 1000 * block_km)].append(index)
-    if len(owned) < num_folds:
-        raise AuditError(
-            f"the locations lie in {len(owned)} blocks of {block_km:g} km, --folds={num_folds} "
-            "needs as many: choose a smaller --block_km or fewer folds"
-        )
-    folds, sizes = np.zeros(dataset.num_locations, int), np.zeros(num_folds, int)
-    for _, members in sorted(owned.items(), key=lambda item: (-len(item[1]), item[0])):
-        fold = int(sizes.argmin())
-        folds[members] = fold
-        sizes[fold] += len(members)
-    return folds
 
 
 def _predictor(model: Pretrained, dataset: input_pipeline.TileDataset, mesh_size: int) -> Predictor:
@@ -151,24 +108,24 @@ def audit(output: pathlib.Path) -> None:
     mesh_size = sharding.make_mesh().size
     facts = {"data set": f"{_DATASET.value}, {_SPLIT.value}, {dataset.num_locations} locations"}
     if _FOLDS.value:
-        folds = spatial_folds(dataset, _FOLDS.value, _BLOCK_KM.value)
+        fold_of = folds.spatial_folds(dataset, _FOLDS.value, _BLOCK_KM.value)
         predictors = []
         for fold in range(_FOLDS.value):
             workdir = str(output / "folds" / f"{fold}_of_{_FOLDS.value}")
             _log.info("fold %d of %d, in %s", fold + 1, _FOLDS.value, workdir)
-            excluded = np.flatnonzero(folds == fold)
+            excluded = np.flatnonzero(fold_of == fold)
             pretrain.pretrain(_recipe(_CHECKPOINT.value, dataset), workdir, excluded)
             predictors.append(_predictor(cromss_jax.load(workdir), dataset, mesh_size))
         facts["judged by"] = (
             f"{_FOLDS.value} networks like {_CHECKPOINT.value}, each on locations that it never saw"
         )
     else:
-        folds = np.zeros(dataset.num_locations, int)
+        fold_of = np.zeros(dataset.num_locations, int)
         predictors = [_predictor(cromss_jax.load(_CHECKPOINT.value), dataset, mesh_size)]
         facts["judged by"] = f"{_CHECKPOINT.value}, which was trained on these labels"
     job.audit(
         dataset,
-        lambda index: predictors[folds[index]].location(index),
+        lambda index: predictors[fold_of[index]].location(index),
         output,
         job.Settings(maps=_MAPS.value),
         facts,
@@ -198,6 +155,7 @@ def main(arguments: list[str]) -> None:
         audit(output)
     except (
         AuditError,
+        folds.FoldError,
         WeightsError,
         input_pipeline.DataError,
         run.ConfigError,

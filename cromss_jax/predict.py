@@ -4,33 +4,23 @@ Writes `classes.tif`, what `--write` names beside it, and `summary.md`. Interrup
 command goes on. With --table, each scene gets a folder of its own.
 """
 
-import dataclasses
 import datetime
-import itertools
 import logging
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 from absl import app, flags
 
 import cromss_jax
-from cromss_jax import command_line, files, sensors
-from cromss_jax.mapping import blending, job, scene_map, work
-from cromss_jax.mapping.cogs import Grid as MapGrid
-from cromss_jax.networks import decoders
-from cromss_jax.pretrained import Pretrained, WeightsError
+from cromss_jax import command_line, files, scenes
+from cromss_jax.mapping import blending, job, work
+from cromss_jax.pretrained import WeightsError
 from cromss_jax.training import devices, settings
-from data_prep import errors, options
-from data_prep.datasets import scene_images, scene_scan, scene_table
-from data_prep.reading import bands, proj, warping
-
-# After `proj`, which chooses the database of coordinate reference systems.
-import rasterio  # isort: skip
+from data_prep import errors
+from data_prep.datasets import scene_table
+from data_prep.reading import proj
 
 _log = logging.getLogger("cromss_jax")
 
@@ -69,216 +59,10 @@ _NUM_THREADS = flags.DEFINE_integer(
 _S2_OFFSET = flags.DEFINE_integer(
     "s2_offset", None, "Subtracted from raw Sentinel-2 pixels; found out where it is not given"
 )
-# Size of the pixels that networks are trained on, and by which factor others may differ from it.
-_METRES, _MOST_OFF = 10.0, 1.5
-# Of a scene whose date nothing says; it is shown nowhere.
-_NO_DATE = datetime.datetime.min
-# Of the windows that are looked at before the map begins.
-_SCAN_SIZE = 256
 
 
 class PredictError(ValueError):
-    """A scene that cannot be mapped as the flags say. The message is for the user."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """A scene scaled to the grey levels that a network takes; a `scene_map.Scene`.
-
-    Attributes:
-      acquisition: its files.
-      units: of their pixels.
-      grid: of the map, that of the finest band.
-      model: whose bands and scaling are used.
-      modalities: that are there.
-    """
-
-    acquisition: scene_table.Acquisition
-    units: scene_images.Units
-    grid: warping.Grid
-    model: Pretrained
-    modalities: tuple[str, ...]
-
-    @property
-    def height(self) -> int:
-        """In pixels."""
-        return self.grid.height
-
-    @property
-    def width(self) -> int:
-        """In pixels."""
-        return self.grid.width
-
-    def read(self, row: int, column: int, height: int, width: int) -> scene_map.Pixels:
-        """The pixels of a window. Invalid ones get the neutral grey of data sets."""
-        grid = self.grid.window(row, column, height, width)
-        grey, valid = {}, {}
-        for modality in self.modalities:
-            names = self.model.bands[modality]
-            if modality == "s1":
-                found = scene_images.read_s1(self.acquisition, grid, self.units).in_order(names)
-                pixels = found.pixels
-            else:
-                found = scene_images.read_s2(self.acquisition, grid, self.units).in_order(names)
-                pixels = np.maximum(found.pixels - self.units.s2_offset, 0)
-            usual = [sensors.BAND_STATISTICS[name][0] for name in names]
-            filled = np.where(found.valid, pixels, np.reshape(usual, (-1, 1, 1)))
-            scaled = self.model.grey_levels(np.moveaxis(filled, 0, -1), names)
-            mask = np.moveaxis(found.valid, 0, -1)
-            grey[modality] = np.where(mask, scaled, np.uint8(bands.NEUTRAL))
-            valid[modality] = found.valid.all(axis=0)
-        return scene_map.Pixels(grey, valid)
-
-
-def open_scene(
-    files_by_modality: Mapping[str, tuple[pathlib.Path, ...]],
-    name: str,
-    date: datetime.datetime,
-    model: Pretrained,
-    s2_offset: int | None,
-) -> tuple[Scene, dict[str, Any]]:
-    """Opens the files of a scene, and checks bands, order, units, offset and where they lie.
-
-    Args:
-      files_by_modality: of the scene.
-      name: of the scene, for messages.
-      date: of the Sentinel-2 image, or `_NO_DATE`.
-      model: that maps it.
-      s2_offset: None to find it out.
-
-    Returns:
-      The scene, and what was found.
-
-    Raises:
-      PredictError: if the model cannot map it.
-      errors.BadFileError: if a file cannot be used.
-    """
-    given = tuple(m for m in sensors.MODALITIES if files_by_modality.get(m))
-    for modality in given:
-        if modality not in model.bands:
-            raise PredictError(
-                f"{name} has --{modality}, but {model.source} is a {model.description}: leave it "
-                "out, or choose other weights"
-            )
-    row = scene_table.Row(
-        0, name, date, {c: files_by_modality.get(c, ()) for c in scene_table.COLUMNS[2:]}
-    )
-    choice = options.Options(s2_offset=s2_offset, modalities=given, max_days=float("inf"))
-    try:
-        acquisition = scene_table.acquisition(row, choice)
-    except errors.BadFileError:
-        # Bands without names are those of the network if their number is the same.
-        own = dataclasses.replace(choice, s2_bands=model.bands.get("s2", ()))
-        acquisition = scene_table.acquisition(row, own)
-    _check_bands(acquisition, model)
-    layer = (acquisition.s2 or acquisition.s1)[0][0]
-    grid = warping.Grid(layer.crs, layer.transform, layer.height, layer.width)
-    tiles = [
-        grid.window(row, column, _SCAN_SIZE, _SCAN_SIZE)
-        for row in range(0, grid.height, _SCAN_SIZE)
-        for column in range(0, grid.width, _SCAN_SIZE)
-    ]
-    crs = rasterio.CRS.from_wkt(layer.crs)
-    metres = layer.pixel_size * crs.linear_units_factor[1] if crs.is_projected else None
-    if metres and not 1 / _MOST_OFF < metres / _METRES < _MOST_OFF:
-        _log.warning(
-            "%s has pixels of %g m; networks are trained on %g m, and know others badly",
-            name,
-            metres,
-            _METRES,
-        )
-    scan = scene_scan.scan(acquisition, tiles, choice)
-    if isinstance(scan, errors.BadFileError):
-        nameless = scan.reason.replace(f" {_NO_DATE:%Y-%m-%d}", "")
-        raise errors.BadFileError(scan.file, nameless)
-    for finding in scan.findings:
-        _log.info("%s: %s (%s)", finding.kind, finding.detail, finding.file)
-    unknown = {"acquisition"} | ({"days apart"} if date == _NO_DATE else set())
-    facts = {k: v for k, v in scan.facts.items() if k not in unknown}
-    return Scene(_only(acquisition, model), scan.units, grid, model, given), facts
-
-
-def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> None:
-    """Refuses Sentinel-2 images without the network's bands, or of another level."""
-    if not acquisition.s2:
-        return
-    missing = [band for band in model.bands["s2"] if band not in acquisition.s2_bands]
-    if missing:
-        raise PredictError(
-            f"{acquisition.scene} lacks {', '.join(missing)}, which {model.source} needs; it has "
-            f"{', '.join(acquisition.s2_bands)}: give the files of all bands, or choose weights "
-            "of those bands"
-        )
-    scaling = (model.card.get("input") or {}).get("by_band", {})
-    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands["s2"]}
-    levels = {level for level in sensors.S2_STATISTICS for unit in units if level in unit}
-    if acquisition.s2_level and levels and levels != {acquisition.s2_level}:
-        raise PredictError(
-            f"{acquisition.scene} is {acquisition.s2_level}, {model.source} was trained on "
-            f"{' and '.join(levels)}, whose values differ: give the {' or '.join(levels)} product"
-        )
-
-
-def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_table.Acquisition:
-    """An acquisition with the bands that the network takes."""
-    kept = tuple(
-        tuple(layer for layer in group if layer.name in model.bands["s2"])
-        for group in acquisition.s2
-    )
-    return dataclasses.replace(acquisition, s2=tuple(filter(None, kept)))
-
-
-def predict(
-    model: Pretrained,
-    scene: Scene,
-    facts: Mapping[str, Any],
-    settings: job.Settings,
-    folder: pathlib.Path,
-) -> None:
-    """Maps a scene; see `job.make_map`.
-
-    Args:
-      model: a whole network of the scene's modalities.
-      scene: to map.
-      facts: what was found out about it, for the summary.
-      settings: how.
-      folder: to write to.
-    """
-    images = {}
-    for layer in itertools.chain(*scene.acquisition.s1, *scene.acquisition.s2):
-        path = pathlib.Path(layer.path)
-        seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
-        images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
-    used = " and ".join(m.upper() for m in scene.modalities)
-    told = {
-        "weights": f"{model.source}, {model.description}",
-        "input": used + ", geometric mean of both" * (len(scene.modalities) == 2),
-        **{str(name): str(value) for name, value in facts.items()},
-    }
-    job.make_map(
-        scene,
-        MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform),
-        job.Network(model.network, decoders.STRIDES[model.description.decoder], _legend(model)),
-        settings,
-        folder,
-        {"images": images, "s2_offset": scene.units.s2_offset},
-        told,
-    )
-
-
-def _legend(model: Pretrained) -> dict[str, str]:
-    """The classes with their colours; grey levels where none are known."""
-    count = model.description.num_classes
-    names = list(model.legend or [f"class {i}" for i in range(count)])
-    greys = [
-        f"#{level:02x}{level:02x}{level:02x}" for level in np.linspace(40, 220, count, dtype=int)
-    ]
-    known = list((model.legend or {}).values()) or [None] * count
-    if None in known:
-        _log.warning(
-            "%s does not say the colours of its classes: they are shown in grey", model.source
-        )
-    return {name: colour or grey for name, colour, grey in zip(names, known, greys, strict=True)}
+    """Flags that cannot be followed. The message is for the user."""
 
 
 def _scenes() -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
@@ -293,7 +77,7 @@ def _scenes() -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
         raise PredictError("no image is given: name one by --s2, or many by --table")
     here = pathlib.Path.cwd()
     found = {m: scene_table.find_files(here, f"--{m}", text) for m, text in given.items() if text}
-    return {"": (_NO_DATE, found)}
+    return {"": (scenes.NO_DATE, found)}
 
 
 def main(arguments: list[str]) -> None:
@@ -330,14 +114,17 @@ def main(arguments: list[str]) -> None:
                 "it, and give that run"
             )
         for name, (date, found) in _scenes().items():
-            scene, facts = open_scene(found, name or "the scene", date, model, _S2_OFFSET.value)
-            predict(model, scene, facts, chosen, output / name)
+            scene, facts = scenes.open_scene(
+                found, name or "the scene", date, model, _S2_OFFSET.value
+            )
+            scenes.predict(model, scene, facts, chosen, output / name)
         # What was compiled, which an interrupted command takes up.
         shutil.rmtree(output / "work", ignore_errors=True)
     except errors.BadFileError as error:
         sys.exit(f"error: {error.file}: {error.reason}")
     except (
         PredictError,
+        scenes.SceneError,
         job.MapError,
         work.WorkError,
         WeightsError,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import rasterio
 
-from cromss_jax import audit, presets, sensors
+from cromss_jax import folds as spatial
+from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
 from tests import runs
@@ -92,14 +93,14 @@ def test_folds_keep_neighbours_together():
     dataset = types.SimpleNamespace(
         source=records, starts=np.arange(8), tile_size=48, num_locations=8
     )
-    folds = audit.spatial_folds(dataset, 2, block_km=300.0)
+    folds = spatial.spatial_folds(dataset, 2, block_km=300.0)
     assert len({*folds[:4]}) == len({*folds[4:6]}) == len({*folds[6:]}) == 1
     np.testing.assert_array_equal(np.bincount(folds), [4, 4])
-    with pytest.raises(audit.AuditError, match=r"lie in 3 blocks of 300 km, --folds=4 needs"):
-        audit.spatial_folds(dataset, 4, block_km=300.0)
+    with pytest.raises(spatial.FoldError, match=r"lie in 3 blocks of 300 km, --folds=4 needs"):
+        spatial.spatial_folds(dataset, 4, block_km=300.0)
     records[5]["crs"] = b""
-    with pytest.raises(audit.AuditError, match="has no CRS"):
-        audit.spatial_folds(dataset, 2, block_km=300.0)
+    with pytest.raises(spatial.FoldError, match="has no CRS"):
+        spatial.spatial_folds(dataset, 2, block_km=300.0)
 
 
 class Stop(Exception):

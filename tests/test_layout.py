@@ -24,8 +24,8 @@ ROOMS = (
 )
 GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
 BESIDE = "costs"
-# Commands that read scenes as the data sets of scenes do, and with what.
-READERS_OF_SCENES = ("cromss_jax.predict", "cromss_jax.audit")
+# Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
+READERS_OF_SCENES = tuple(f"cromss_jax.{name}" for name in ("predict", "scenes", "audit", "folds"))
 READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.(scene_\w+|blocks))$")
 
 

@@ -11,7 +11,7 @@ import rasterio
 from affine import Affine
 
 import cromss_jax
-from cromss_jax import predict, sensors
+from cromss_jax import scenes, sensors
 from data_prep import errors
 from data_prep.sample import world
 from tests import runs
@@ -59,7 +59,7 @@ class Written:
 
     def open(self, model, offset=None, **paths):
         found = {m: (path,) for m, path in paths.items()}
-        return predict.open_scene(found, "the scene", NO_DATE, model, offset)
+        return scenes.open_scene(found, "the scene", NO_DATE, model, offset)
 
 
 @pytest.fixture
@@ -150,14 +150,14 @@ def refusals(written):
 
 def test_what_cannot_be_mapped_is_refused(written, model):
     for sentence, paths in refusals(written).items():
-        with pytest.raises((errors.BadFileError, predict.PredictError), match=sentence):
+        with pytest.raises((errors.BadFileError, scenes.SceneError), match=sentence):
             written.open(model, **paths)
 
 
 def test_another_level_than_the_weights_is_refused(written, model):
     path = written.folder / "S2A_MSIL2A_20200101.tif"
     written.write(path.name, written.s2, sensors.S2_BANDS)
-    with pytest.raises(predict.PredictError, match=r"is L2A, .* was trained on L1C"):
+    with pytest.raises(scenes.SceneError, match=r"is L2A, .* was trained on L1C"):
         written.open(model, s2=path)
 
 

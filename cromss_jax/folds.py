@@ -1,0 +1,54 @@
+"""Spatial folds of a data set: locations that lie together are held back together."""
+
+import collections
+
+import numpy as np
+
+from cromss_jax.data import input_pipeline
+from data_prep.datasets import blocks
+from data_prep.reading import proj  # noqa: F401 - chooses the database of reference systems
+
+# After `proj`.
+import rasterio  # isort: skip
+import rasterio.warp  # isort: skip
+
+
+class FoldError(ValueError):
+    """Folds that cannot be made. The message is for the user."""
+
+
+def spatial_folds(
+    dataset: input_pipeline.TileDataset, num_folds: int, block_km: float
+) -> np.ndarray:
+    """The fold of each location, [L] int; locations of one block of the earth share it.
+
+    Blocks are dealt from the largest on, each to the fold with the fewest locations.
+
+    Raises:
+      FoldError: if there are fewer blocks than folds.
+    """
+    owned: dict[blocks.Block, list[int]] = collections.defaultdict(list)
+    for index, start in enumerate(dataset.starts.tolist()):
+        record = dataset.source[start]
+        a, b, c, d, e, f = record["transform"]
+        half = dataset.tile_size / 2
+        x, y = a * half + b * half + c, d * half + e * half + f
+        crs = record["crs"].decode()
+        if not crs:
+            raise FoldError(
+                f"location {record['location_id'].decode()} has no CRS, so that folds cannot be "
+                "made by place: audit without --folds"
+            )
+        (x,), (y,) = rasterio.warp.transform(rasterio.CRS.from_wkt(crs), "EPSG:4326", [x], [y])
+        owned[blocks.block_of_centre((x, y, x, y), 1000 * block_km)].append(index)
+    if len(owned) < num_folds:
+        raise FoldError(
+            f"the locations lie in {len(owned)} blocks of {block_km:g} km, --folds={num_folds} "
+            "needs as many: choose a smaller --block_km or fewer folds"
+        )
+    folds, sizes = np.zeros(dataset.num_locations, int), np.zeros(num_folds, int)
+    for _, members in sorted(owned.items(), key=lambda item: (-len(item[1]), item[0])):
+        fold = int(sizes.argmin())
+        folds[members] = fold
+        sizes[fold] += len(members)
+    return folds
