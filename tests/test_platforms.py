@@ -141,3 +141,18 @@ def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
     for name, value in expected.items():
         # Images differ by up to 1e-5, and sums run in another order.
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_upsampled_convolution_by_a_transpose_is_the_one_by_products(monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = (2, 6, 8, 5), (3, 3, 5, 3), (2, 12, 16, 3)
+    # Integers, whose products' sums are exact in any order.
+    x, kernel, slope = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
+
+    def results():
+        out, pull = jax.vjp(convolution.convolve_upsampled, x, kernel)
+        return out, *pull(slope)
+
+    expected = results()
+    monkeypatch.setattr(platforms, "choose", choose_gpu)
+    jax.tree.map(np.testing.assert_array_equal, results(), expected)
