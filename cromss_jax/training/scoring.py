@@ -14,7 +14,7 @@ from cromss_jax import files, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, metrics
 from cromss_jax.networks import decoders, resnet
-from cromss_jax.results import maps, report
+from cromss_jax.results import report
 from cromss_jax.training import finetune_step, run, sharding
 from cromss_jax.training.state import TrainState, put_weights
 from cromss_jax.weights import files as weight_files
@@ -142,6 +142,8 @@ def score(task: Task, state: TrainState, maps_folder: epath.Path | None) -> np.n
 
 def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: jax.Array) -> None:
     """Writes this process's rows of a batch's predictions, padding left out."""
+    from cromss_jax.results import maps  # late: GDAL, which only maps need
+
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(predictions.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     classes = np.concatenate([np.asarray(shard.data) for shard in shards])
