@@ -6,6 +6,7 @@ the device, as in `main`; a step's time is that between two steps' ends. With --
 of five more steps (`kernels`).
 """
 
+import gzip
 import pathlib
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from tests.bench.gpu import kernels, recipe
 
 _STEPS = flags.DEFINE_integer("steps", 40, "Timed steps", lower_bound=3)
 _TRACE = flags.DEFINE_bool("trace", False, "Whether the profiler runs after that")
+_KEEP = flags.DEFINE_string(
+    "keep", None, "Folder for the compiled program's text and the profile, both compressed"
+)
 _WARM_UP, _TRACED = 5, 5
 _AHEAD = 2  # steps that the host is ahead
 
@@ -43,6 +47,13 @@ def run_steps(step: Callable, state, batch, count: int) -> tuple[object, list[fl
         loss.block_until_ready()
         ends.append(time.perf_counter())
     return state, np.diff(ends).tolist(), float(losses[-1])
+
+
+def keep(name: str, content: bytes) -> None:
+    """Writes a compressed file into the folder of --keep."""
+    folder = pathlib.Path(_KEEP.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(gzip.compress(content))
 
 
 def peak_gigabytes() -> float | None:
@@ -100,6 +111,9 @@ def main(_) -> None:
                 run_steps(compiled, state, batch, _TRACED)
             (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
             events = kernels.read(path)
+            if _KEEP.value:
+                keep("profile.xplane.pb.gz", path.read_bytes())
+                keep("program.txt.gz", compiled.as_text().encode())
         found = kernels.summarise(events, _TRACED, kernels.part_names(compiled.as_text()))
         print(kernels.table(found), flush=True)
         recipe.show({**figures, "kernels": found})
