@@ -81,6 +81,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for all figures")
 _COMPILED = flags.DEFINE_string("compiled", None, "Where compiled programs are kept")
 _TINY = flags.DEFINE_bool("tiny", False, "Sizes for a CPU")
 _LEAST_SECONDS = 15  # in which no part ends
+# For a second try of all that follows, if our step cannot be compiled. Without a GPU, jax 0.10.2
+# compiles it for one with this flag only.
+_RETRY = flags.DEFINE_string(
+    "retry", "--xla_gpu_enable_triton_gemm=false", "XLA_FLAGS if our step fails without figures"
+)
 
 
 def run_part(name: str, seconds: float, environment: Mapping[str, str]) -> tuple[dict, str]:
@@ -91,7 +96,7 @@ def run_part(name: str, seconds: float, environment: Mapping[str, str]) -> tuple
     """
     part = PARTS[name]
     line = [sys.executable, "-m", f"tests.bench.gpu.{part.arguments[0]}", *part.arguments[1:]]
-    line += ["--tiny"] if _TINY.value else []
+    line += ["--tiny", "--batch_size=4"] if _TINY.value else []
     more = {} if _TINY.value and name == "tests" else part.environment
     process = subprocess.Popen(
         line,
@@ -150,6 +155,12 @@ def main(_) -> None:
             else:
                 limit = left if _TINY.value else min(left, PARTS[name].seconds)
                 figures[name], why = run_part(name, limit, environment)
+                if name == "step" and why and "images_per_second" not in figures[name]:
+                    failed["step as it is"] = why
+                    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_RETRY.value}"
+                    print(f"again, with XLA_FLAGS={environment['XLA_FLAGS']}", flush=True)
+                    limit = min(deadline - time.monotonic(), PARTS[name].seconds)
+                    figures[name], why = run_part(name, max(limit, 1), environment)
                 failed |= {name: why} if why else {}
             if _OUTPUT.value:
                 written = {**figures, "ratios": ratios(figures), "failed": failed}
