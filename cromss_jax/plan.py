@@ -317,8 +317,10 @@ def estimate_batch(config: ml_collections.ConfigDict, num_chips: int, full: OutO
     """
     state = abstract_state(config)
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, state.params)))
+    if full.available <= fixed:
+        return 0
     share = (full.available - fixed) / (full.needed - fixed)
-    images = max(int(share * (config.batch_size // num_chips)), 0)
+    images = int(share * (config.batch_size // num_chips))
     return images - images % config.microbatches
 
 

@@ -47,7 +47,7 @@ def _too_large(figures: Mapping[str, object], word: str) -> list[str]:
         )
         lines.append("The same batch takes less memory with more config.microbatches")
     else:
-        lines.append(f"One image per {word} does not fit: use a smaller network or crop")
+        lines.append("Not even the smallest batch fits: use a smaller network or crop")
     lines[-1] += "." if figures["rematerialised"] else " or with config.rematerialise=True."
     return lines
 
