@@ -57,7 +57,7 @@ def _loop_rows(figures: Mapping[str, object]) -> list[tuple[str, ...]]:
     rows = [("launches", f"{figures['launches']:,.0f}")]
     rounds = [loop["rounds"] for loop in figures["loops"]]
     if known := [str(number) for number in rounds if number is not None]:
-        rows.append((f"{len(known)} loops", f"{' + '.join(known)} rounds"))
+        rows.append(("loops", f"{' + '.join(known)} rounds"))
     for loop in figures["loops"]:
         if loop["rounds"] is None:
             assumed = f"counted as {figures['unknown_rounds']:g} rounds"

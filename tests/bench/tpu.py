@@ -28,7 +28,8 @@ _HLO = flags.DEFINE_string(
     "hlo", None, "Where to write each compiled program's text, its images appended"
 )
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "As for cromss_jax.plan")
+# The flag of `plan`.
+flags.FLAGS.set_default("topology", "v5e:2x4")
 
 # Names that the step gives to its parts by `jax.named_scope`.
 PARTS = ("preprocessing", "prior", "encoder", "decoder", "selection", "losses", "optimizer")
@@ -38,7 +39,7 @@ BESIDE_THE_NETWORKS = ("preprocessing", "prior", "selection", "losses")
 
 def measure(images: int) -> dict[str, object]:
     """Compiles the step for so many images a chip; its figures, of one image but for memory."""
-    devices = plan.find_devices(_TOPOLOGY.value)
+    devices = plan.find_devices(flags.FLAGS.topology)
     is_gpu = devices[0].platform == "gpu"
     config = pretrain.get_config(_VARIANT.value)
     config.network.dtype = "bfloat16"
