@@ -95,28 +95,33 @@ def find_chip(topology: str) -> chips.Chip | None:
       PlanError: if the topology is not one.
     """
     kind, _, shape = topology.partition(":")
-    wrong = PlanError(
-        f"--topology={topology} is neither a TPU slice nor a number of GPUs; use one of "
-        f"{', '.join(chips.TPUS)} and its shape, such as v5e:4x4 or v5p:2x2x1, one of "
-        f"{', '.join(chips.GPUS)} and the number of GPUs, such as h100:8, or h100:2x8 for 2 hosts, "
-        "or cpu:8 for eight simulated devices"
-    )
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         return None
     if kind in chips.TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         return chips.TPUS[kind]
     if kind not in chips.GPUS or not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
-        raise wrong
-    gpu = chips.GPUS[kind]
-    hosts, _, count = shape.rpartition("x")
-    if int(count) > gpu.host_chips:
-        needed = -(-int(hosts or 1) * int(count) // gpu.host_chips)
         raise PlanError(
-            f"--topology={topology} has {count} GPUs in a host, but a host has at most "
+            f"--topology={topology} is neither a TPU slice nor a number of GPUs; use one of "
+            f"{', '.join(chips.TPUS)} and its shape, such as v5e:4x4 or v5p:2x2x1, one of "
+            f"{', '.join(chips.GPUS)} and the number of GPUs, such as h100:8, or h100:2x8 for 2 "
+            "hosts, or cpu:8 for eight simulated devices"
+        )
+    gpu = chips.GPUS[kind]
+    num_hosts, a_host = _hosts_of_gpus(topology)
+    if a_host > gpu.host_chips:
+        needed = -(-num_hosts * a_host // gpu.host_chips)
+        raise PlanError(
+            f"--topology={topology} has {a_host} GPUs in a host, but a host has at most "
             f"{gpu.host_chips}; write the number of hosts first, such as "
             f"{kind}:{needed}x{gpu.host_chips}"
         )
     return gpu
+
+
+def _hosts_of_gpus(topology: str) -> tuple[int, int]:
+    """Number of hosts, GPUs of each: (2, 8) for h100:2x8, (1, 8) for h100:8."""
+    num_hosts, _, a_host = topology.partition(":")[2].rpartition("x")
+    return int(num_hosts or 1), int(a_host)
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
@@ -161,11 +166,12 @@ def _gpus(topology: str, gpu: chips.Chip) -> Sequence[jax.Device]:
         raise PlanError(
             f"--topology={topology} needs JAX's CUDA plugin, which is not installed: {remedy}"
         )
-    shape = topology.partition(":")[2]
-    shape = f"1x{shape}" if "x" in shape else f"1x1x{shape}"  # the first of three is always 1
+    num_hosts, a_host = _hosts_of_gpus(topology)
     try:
         devices = topologies.get_topology_desc(
-            platform="cuda", topology=shape, target_config=chips.target_config(gpu)
+            platform="cuda",
+            topology=f"1x{num_hosts}x{a_host}",  # the first is a number of NVLink domains
+            target_config=chips.target_config(gpu),
         ).devices
         # A small function that needs all that the step needs, which takes minutes to get there.
         alone = jax.sharding.SingleDeviceSharding(devices[0])
@@ -182,7 +188,7 @@ def _gpus(topology: str, gpu: chips.Chip) -> Sequence[jax.Device]:
 
 def count_hosts(topology: str, chip: chips.Chip, num_chips: int) -> int:
     """Number of host machines of so many chips of a topology."""
-    a_host = int(topology.rpartition(":")[2].rpartition("x")[2]) if chip.is_gpu else chip.host_chips
+    a_host = _hosts_of_gpus(topology)[1] if chip.is_gpu else chip.host_chips
     return -(-num_chips // a_host)
 
 
@@ -234,7 +240,7 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 def num_rotated(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> float:
     """Mean number of samples that a chip rotates per step.
 
-    It is the number of rounds of the step's only loop without a constant number of rounds.
+    It is the number of rounds of the only loop without a constant number of them, in a TPU's step.
     """
     return config.augmentation.rotation_probability * config.batch_size / mesh.size
 
