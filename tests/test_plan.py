@@ -382,7 +382,7 @@ def test_a_plan_for_gpus(toy_gpus):
     assert "JAX takes 75% of a GPU's 79.1 GiB, 59.3 GiB; XLA_PYTHON_CLIENT_MEM_FRACTION" in text
     assert re.search(r"\| memory: peak \| 0\.\d+ GiB \| 59\.3 GiB \| \d% of it: fits \|", text)
     assert "| arithmetic | 1 TFLOP | 989 TFLOP/s | 1.01 ms |" in text
-    assert "| launches | 3,819 |  |  |" in text
+    assert "| launches | 3,819 |  | microseconds each, not in the times |" in text
     assert "| loops | 15 rounds |  |  |" in text
     assert f"| loop of unknown length: {LOOP} | counted as 1.5 rounds |  | the host waits |" in text
     assert "| network | 0 B | 50 GB/s | 0 ms |" in text

@@ -54,7 +54,8 @@ def _too_large(figures: Mapping[str, object], word: str) -> list[str]:
 
 def _loop_rows(figures: Mapping[str, object]) -> list[tuple[str, ...]]:
     """Rows about the launches and loops of a GPU's program."""
-    rows = [("launches", f"{figures['launches']:,.0f}")]
+    beside = "microseconds each, not in the times"
+    rows = [("launches", f"{figures['launches']:,.0f}", "", beside)]
     rounds = [loop["rounds"] for loop in figures["loops"]]
     if known := [str(number) for number in rounds if number is not None]:
         rows.append(("loops", f"{' + '.join(known)} rounds"))
