@@ -10,7 +10,7 @@ Defaults are in parentheses:
     input=s1|s2                     modality (s2)
     encoder=frozen|trained|late     trained: fine-tuned; late: frozen until config.unfreeze_epoch
                                     (frozen)
-    bands=13|12|9|3                 number of Sentinel-2 bands (13)
+    bands=13|12|10|9|3              number of Sentinel-2 bands (13)
     mode=evaluate                   scores the weights in config.init_from without training
     sample                          minutes on a laptop, on `data_prep.sample --format=...`
     --config.seeds="(0, 1, 2)"      several runs; reports mean and standard deviation

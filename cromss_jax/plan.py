@@ -372,6 +372,7 @@ def make_plan(
     config = ml_collections.FrozenConfigDict(config)
     described = description.describe(config, **overrides)
     pretrain.check_config(config, described.tile_size)
+    config = run.describe_data(config, described)
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     chip = find_chip(topology)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from cromss_jax import files, sensors
+from cromss_jax import files, presets, sensors
 from cromss_jax.networks import decoders
 from cromss_jax.networks.resnet import ResNetEncoder
 from cromss_jax.weights import files as weight_files
@@ -26,7 +26,6 @@ from cromss_jax.weights.network import Network, Weights, WeightsError
 __all__ = ["Pretrained", "WeightsError", "load"]
 
 _SENSOR_BANDS = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
-_LEGENDS = (sensors.DYNAMIC_WORLD, sensors.OSM, sensors.DFC2020)
 # Products of processing baseline 04.00 add it to reflectance * 10000.
 _S2_OFFSET = 1000
 
@@ -363,8 +362,10 @@ def _scaled(values: np.ndarray, band: str, limits: tuple[float, float]) -> np.nd
     """
     check = _check_s1 if band in sensors.S1_BANDS else _check_s2
     values = check(values, band)
-    if limits == _own_limits(band):
-        return sensors.scale_to_uint8(values, band)
+    for statistics in (sensors.BAND_STATISTICS, *sensors.S2_STATISTICS.values()):
+        # To the last digit as in the data sets.
+        if band in statistics and limits == _limits_of(*statistics[band]):
+            return sensors.scale_to_uint8(values, band, statistics)
     low, high = limits
     return np.clip((values - low) / (high - low) * 255, 0, 255).astype(np.uint8)
 
@@ -430,9 +431,8 @@ def _grey_levels() -> np.ndarray:
     return np.asarray(jnp.arange(256, dtype=jnp.float32) / 255.0)
 
 
-def _own_limits(band: str) -> tuple[float, float]:
+def _limits_of(mean: float, std: float) -> tuple[float, float]:
     """The raw values that `sensors.scale_to_uint8` maps to 0 and 255."""
-    mean, std = sensors.BAND_STATISTICS[band]
     return mean - 2 * std, mean + 2 * std
 
 
@@ -440,7 +440,7 @@ def _limits(weights: Weights, path: str) -> dict[str, tuple[float, float]]:
     """The raw values of each band that become 0 and 255: the card's, where it says some."""
     names = [band for found in weights.network.bands.values() for band in found]
     if not weights.card.get("input"):
-        return {band: _own_limits(band) for band in names}
+        return {band: _limits_of(*sensors.BAND_STATISTICS[band]) for band in names}
     try:
         by_band = weights.card["input"]["by_band"]
         limits = {
@@ -461,7 +461,7 @@ def _limits(weights: Weights, path: str) -> dict[str, tuple[float, float]]:
 
 
 def _legend(weights: Weights, path: str) -> dict[str, str | None] | None:
-    """The classes that the card names, with the colours of the recipe or of `sensors`."""
+    """The classes that the card names, with its colours, or those of the recipe or a preset."""
     names = weights.card.get("classes")
     if weights.network.num_classes is None or not names:
         return None
@@ -471,7 +471,11 @@ def _legend(weights: Weights, path: str) -> dict[str, str | None] | None:
             f"{weights.network.num_classes}; correct it, or convert the weights again"
         )
     recipe = weights.card.get("recipe") or {}
-    for legend in (dict(recipe.get("legend") or ()), *_LEGENDS):
-        if list(legend) == list(names):
-            return dict(legend)
+    colours = weights.card.get("colours")
+    if colours and len(colours) == len(names):
+        return dict(zip(names, colours, strict=True))
+    known = (legend.pairs() for legend in presets.LEGENDS.values())
+    for pairs in (recipe.get("legend") or (), *known):
+        if [name for name, _ in pairs] == list(names):
+            return dict(pairs)
     return dict.fromkeys(names)

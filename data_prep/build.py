@@ -16,10 +16,12 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
+from cromss_jax import presets, sensors
+from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, ssl4eo_s12_nol
 from data_prep.finding import sources
-from data_prep.reading import proj
+from data_prep.reading import legends, proj
 from data_prep.writing import records
 from data_prep.writing.builder import LocationBuilder
 
@@ -82,6 +84,31 @@ _TEST_CITIES = flags.DEFINE_list(
     [],
     "Cities of the public bundle of DFC2020 that are the test split, separated by commas.",
 )
+_LEGEND = flags.DEFINE_string(
+    "legend",
+    None,
+    "The classes of the label maps, and which of their values become them: "
+    f"{', '.join(presets.LEGENDS)}; or a file: .csv (value,name,colour[,class]), a QGIS style "
+    "(.qml), or a raster with a colour table and category names. By default the data set's own.",
+)
+_LABELS = flags.DEFINE_enum(
+    "labels",
+    options.DEFAULT.labels,
+    ["dfc", "lc"],
+    "Labels of dfc2020: dfc, those of the contest; lc, MODIS land cover, with dfc as truth.",
+)
+_MODALITIES = flags.DEFINE_list(
+    "modalities", list(options.DEFAULT.modalities), "Imagery to read: s1, s2 or both."
+)
+_S2_LEVEL = flags.DEFINE_enum(
+    "s2_level",
+    options.DEFAULT.s2_level,
+    list(sensors.S2_STATISTICS),
+    "Processing level of the Sentinel-2 imagery, which decides its scaling. L2A has no B10.",
+)
+_S2_BANDS = flags.DEFINE_list(
+    "s2_bands", [], "Sentinel-2 bands to read, such as B2,B3,B4,B8; by default all of the level."
+)
 _PATCH_SIZE = flags.DEFINE_integer(
     "patch_size",
     0,
@@ -108,7 +135,25 @@ def _options() -> options.Options:
         raise errors.BuildError(
             f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
         )
+    modalities, s2_bands = set(_MODALITIES.value), set(_S2_BANDS.value)
+    known = list(sensors.S2_STATISTICS[_S2_LEVEL.value])
+    for name, given, choice in (
+        ("modalities", modalities, sensors.MODALITIES),
+        ("s2_bands", s2_bands, known),
+    ):
+        if not given <= set(choice):
+            raise errors.BuildError(
+                f"--{name} names {', '.join(sorted(given - set(choice)))}: choose from "
+                f"{', '.join(choice)}" + (f" of {_S2_LEVEL.value}" if choice is known else "")
+            )
+    if not modalities:
+        raise errors.BuildError("--modalities is empty: choose s1, s2 or both")
     return options.Options(
+        modalities=tuple(m for m in sensors.MODALITIES if m in modalities),
+        s2_level=_S2_LEVEL.value,
+        s2_bands=tuple(band for band in known if band in s2_bands),
+        legend=_LEGEND.value and legends.read_legend(_LEGEND.value),
+        labels=_LABELS.value,
         s2_offset=None if offset is None else int(offset),
         max_invalid=_MAX_INVALID.value,
         max_days=_MAX_DAYS.value,
@@ -125,13 +170,18 @@ def build(beam_args: Sequence[str] = ()) -> str:
             f"--patch_size={_PATCH_SIZE.value} is for downstream data sets, not for "
             f"{builder_class.name}: leave it out, training takes random crops"
         )
+    if _LABELS.value != "dfc" and builder_class is not downstream.Dfc2020:
+        raise errors.BuildError(
+            f"--labels={_LABELS.value} is for --dataset=dfc2020, not for {builder_class.name}: "
+            "leave it out"
+        )
     build_options = _options()
     special = {"patch_size": _PATCH_SIZE.value} if is_tiles else {}
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = sources.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        return _existing(final_dir, build_options.metadata() | special)
+        return _existing(final_dir, build_options, special)
     start = time.monotonic()
     builder = builder_class(
         source_dir=_SOURCE_DIR.value,
@@ -145,19 +195,32 @@ def build(beam_args: Sequence[str] = ()) -> str:
     return f"{_summary(builder, final_dir, is_tiles)}, {time.monotonic() - start:.0f} s."
 
 
-def _existing(final_dir: epath.Path, wanted: Mapping[str, object]) -> str:
+def _existing(
+    final_dir: epath.Path, build_options: options.Options, special: Mapping[str, object]
+) -> str:
     """A sentence on a data set that exists already.
 
     Raises:
       errors.BuildError: if it was built with other options.
     """
     info = tfds.builder_from_directory(final_dir).info
+    wanted = build_options.metadata() | special
+    labels = info.metadata.get("labels", options.DEFAULT.labels)
+    if labels != build_options.labels:
+        raise errors.BuildError(
+            f"{final_dir} was built with --labels={labels}: delete it, or choose another --data_dir"
+        )
+    if build_options.legend and build_options.legend != Legend.from_dict(info.metadata["legend"]):
+        raise errors.BuildError(
+            f"{final_dir} was built with another legend than --legend={_LEGEND.value}: delete it, "
+            "or choose another --data_dir"
+        )
     for name, value in wanted.items():
         # Data sets of earlier versions do not say all options.
         found = info.metadata.get(name, value)
         if found != value and (flags.FLAGS[name].present or name == "patch_size"):
             raise errors.BuildError(
-                f"{final_dir} was built with --{name}={found}: delete it, or choose another "
+                f"{final_dir} was built with --{name}={_text(found)}: delete it, or choose another "
                 "--data_dir"
             )
     return (
@@ -165,6 +228,11 @@ def _existing(final_dir: epath.Path, wanted: Mapping[str, object]) -> str:
         f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
         "build it again."
     )
+
+
+def _text(value: object) -> str:
+    """The value of a flag."""
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _summary(builder: LocationBuilder, final_dir: epath.Path, is_tiles: bool) -> str:

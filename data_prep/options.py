@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from cromss_jax import sensors
+from cromss_jax.legend import Legend
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -13,6 +16,11 @@ class Options:
       max_invalid: largest share of invalid pixels; a season or tile with more is skipped.
       max_days: largest number of days between the Sentinel-1 and the Sentinel-2 image of a pair.
       test_cities: cities whose tiles are the test split, for data sets without one.
+      modalities: the imagery to read, of `sensors.MODALITIES`.
+      s2_level: processing level of the Sentinel-2 imagery, "L1C" or "L2A".
+      s2_bands: its bands in the order of `sensors.S2_BANDS`; empty for all of the level.
+      legend: of the labels; None for the data set's own.
+      labels: which labels DFC2020 is built with: "dfc", or "lc" (MODIS) with "dfc" as truth.
     """
 
     s2_offset: int | None = None
@@ -21,6 +29,23 @@ class Options:
     # Seasons are 91 days apart: further away, images show another season.
     max_days: float = 60
     test_cities: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = sensors.MODALITIES
+    s2_level: str = "L1C"
+    s2_bands: tuple[str, ...] = ()
+    legend: Legend | None = None
+    labels: str = "dfc"
+
+    @property
+    def bands(self) -> dict[str, tuple[str, ...]]:
+        """Names of the bands to read by modality."""
+        s2 = tuple(self.s2_bands or sensors.S2_STATISTICS[self.s2_level])
+        names = {"s1": sensors.S1_BANDS, "s2": s2}
+        return {modality: names[modality] for modality in self.modalities}
+
+    def described_bands(self, is_native: bool) -> tuple[sensors.Band, ...]:
+        """The bands with their scaling, for metadata; see `sensors.preset_bands`."""
+        s2_bands = self.bands.get("s2", ())
+        return sensors.preset_bands(self.modalities, s2_bands, self.s2_level, is_native)
 
     def metadata(self) -> dict[str, Any]:
         """What the data set says about how it was built."""
@@ -28,6 +53,9 @@ class Options:
             "s2_offset": "auto" if self.s2_offset is None else self.s2_offset,
             "max_invalid": self.max_invalid,
             "max_days": self.max_days,
+            "modalities": list(self.modalities),
+            "s2_level": self.s2_level,
+            "s2_bands": list(self.bands.get("s2", ())),
         }
 
 

@@ -16,6 +16,7 @@ KINDS = {
     "S1 invalid": "Nodata in Sentinel-1. These pixels have label 255 and the neutral value 127.",
     "S2 invalid": "Nodata or saturated in Sentinel-2. These pixels have label 255 and value 127.",
     "labels invalid": "Nodata in the label file. These pixels have label 255.",
+    "tile cropped": "Tiles cropped at the bottom and the right, to whole pixels of all bands.",
     "labels resized": "Label maps cropped or padded with 255 at the bottom and the right.",
     "offset subtracted": "Sentinel-2 seasons with an offset that was detected and subtracted.",
     "offset disagrees": "Metadata and pixels disagree on the Sentinel-2 offset; the pixels count.",

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
 # the Python API.
 ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
-GROUND = {"sensors", "files", "package", "platforms"}
+GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
 BESIDE = "costs"
 
 
@@ -99,7 +99,7 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    for name in ("data.input_pipeline", "sensors", "files", "package"):
+    for name in ("data.input_pipeline", "sensors", "legend", "presets", "files", "package"):
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
         assert not foreign, f"{name} imports {foreign}"
@@ -116,7 +116,8 @@ def test_nothing_imports_data_prep_and_it_knows_the_constants_only():
     for path in [*modules("cromss_jax").values(), *modules("configs").values()]:
         assert not inner(path, "data_prep"), path
     for path in modules("data_prep").values():
-        assert inner(path, "cromss_jax") <= {"cromss_jax.sensors"}, path
+        constants = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets")}
+        assert inner(path, "cromss_jax") <= constants, path
 
 
 # Rooms of data_prep, as those of cromss_jax, below the command `build`.

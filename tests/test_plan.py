@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cromss_jax import plan, sensors
+from cromss_jax import plan, presets, sensors
 from cromss_jax.costs import chips, costs, table
 from cromss_jax.data import description, input_pipeline
 from cromss_jax.training import run, sharding
@@ -143,10 +143,9 @@ def test_shapes_are_those_that_are_read():
         "season": np.int32(0),
         "crs": b"",
     }
-    dataset = input_pipeline.TileDataset(
-        [record], tuple(record), T, np.ones(1), True, sensors.DYNAMIC_WORLD
-    )
-    described = description.Description("here", 1, T, S, tuple(record))
+    says = (presets.DYNAMIC_WORLD, sensors.preset_bands(is_native=True))
+    dataset = input_pipeline.TileDataset([record], tuple(record), T, np.ones(1), True, *says)
+    described = description.Description("here", 1, T, S, tuple(record), *says)
     for modalities in (("s1", "s2"), ("s1",), ("s2",)):
         read = input_pipeline.read_batch(dataset, modalities, np.zeros(5, int))
         expected = {name: (x.shape, x.dtype) for name, x in read.items()}

@@ -14,7 +14,7 @@ from flax import nnx
 
 import cromss_jax
 from configs import finetune as finetune_config
-from cromss_jax import convert, sensors
+from cromss_jax import convert, presets, sensors
 from cromss_jax.data import input_pipeline, preprocess
 from cromss_jax.method import metrics
 from cromss_jax.training import finetune, pretrain
@@ -148,7 +148,7 @@ def test_a_pretraining_runs_scores_come_from_its_predictions(pretraining, pretra
 def test_a_finetuning_runs_maps_come_from_raw_tiles(finetuning, finetuned):
     """Raw GeoTIFFs to maps as in a notebook: scaling, padding and classes are the command's."""
     tiles, workdir = finetuning
-    assert finetuned.legend == sensors.DFC2020
+    assert finetuned.legend == dict(presets.DFC2020.pairs())
     assert finetuned.bands == {"s2": S2}
     paths = sorted(tiles.glob("s2_test/*.tif"))
     assert len(paths) == NUM_TILES
@@ -245,7 +245,7 @@ def test_converted_files_hold_the_same_network(
     assert model.notes == ()
     assert model.card["recipe"]["network"]["depth"] == 10
     is_whole = layout in ("lightning", "unet")
-    assert model.legend == (sensors.DYNAMIC_WORLD if is_whole else None)
+    assert model.legend == (dict(presets.DYNAMIC_WORLD.pairs()) if is_whole else None)
     images = random_images(pretrained.bands, 1, 32, 64)
     expected = pretrained.features(images)
     found = model.features({m: images[m] for m in modalities})

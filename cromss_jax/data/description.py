@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from cromss_jax import files, sensors
+from cromss_jax import files, presets, sensors
 from cromss_jax.data import input_pipeline
+from cromss_jax.legend import Legend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Description:
       tile_size: pixels at 10 m.
       seasons: largest number of seasons of a location.
       features: names of a record's features.
+      legend: the classes.
+      bands: of the imagery, in the order of the records' arrays.
     """
 
     source: str
@@ -31,6 +34,8 @@ class Description:
     tile_size: int
     seasons: int
     features: tuple[str, ...]
+    legend: Legend
+    bands: tuple[sensors.Band, ...]
 
 
 # SSL4EO-S12 with noisy labels, as data_prep builds it from the distributed files.
@@ -40,6 +45,8 @@ _PUBLISHED = Description(
     tile_size=264,
     seasons=4,
     features=("s1", *(f"s2_{m}m" for m in sensors.S2_BANDS_BY_RESOLUTION), "labels", "season"),
+    legend=presets.DYNAMIC_WORLD,
+    bands=sensors.preset_bands(is_native=True),
 )
 
 
@@ -65,13 +72,16 @@ def describe(config: ml_collections.ConfigDict, **overrides: int | None) -> Desc
             tile_size=dataset.tile_size,
             seasons=len(dataset.source[0]["labels"]),
             features=dataset.features,
+            legend=dataset.legend,
+            bands=dataset.bands,
         )
     given = {name: value for name, value in overrides.items() if value is not None}
     found = dataclasses.replace(found, **given)
-    coarsest = max(sensors.S2_BANDS_BY_RESOLUTION) // 10
+    metres = max(band.metres for band in found.bands)
+    coarsest = metres // 10
     if found.tile_size % coarsest:
         raise input_pipeline.DataError(
-            f"the tile size is {found.tile_size} pixels; bands at 60 m need a multiple of "
+            f"the tile size is {found.tile_size} pixels; bands at {metres} m need a multiple of "
             f"{coarsest}, such as {max(found.tile_size // coarsest, 1) * coarsest}"
         )
     return found
@@ -82,15 +92,11 @@ def record_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch that `input_pipeline.read_batch` reads from the data set."""
     size = described.tile_size
-    shapes = {
-        "s1": (size, size, len(sensors.S1_BANDS)),
-        "s2": (size, size, len(sensors.S2_BANDS)),
-        "labels": (described.seasons, size, size),
-        "truth": (size, size),
-    }
-    for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
-        side = size * 10 // metres
-        shapes[f"s2_{metres}m"] = (side, side, len(bands))
+    shapes = {"labels": (described.seasons, size, size), "truth": (size, size)}
+    metres = {band.array: band.metres for band in described.bands}
+    for array, names in sensors.arrays_of(described.bands).items():
+        side = size * 10 // metres[array]
+        shapes[array] = (side, side, len(names))
     names = [name for m in modalities for name in input_pipeline.IMAGE_FEATURES[m]] + [
         "labels",
         "truth",

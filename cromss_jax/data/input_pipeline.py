@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -19,7 +20,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cromss_jax import files, sensors
+from cromss_jax import files, presets, sensors
+from cromss_jax.legend import Legend, LegendError
 
 # The features of a record that the device needs (see preprocess.py), by modality. A data set has S2
 # either as one array at 10 m or as one array per native resolution.
@@ -42,10 +44,12 @@ class TileDataset:
     Attributes:
       source: random access to records; a record maps feature names to arrays, numbers or bytes.
       features: names of a record's features.
-      tile_size: T, pixels at 10 m.
+      tile_size: T, pixels at 10 m; smaller records are padded to it at the bottom and the right,
+        images by repeating their edge, labels by 255.
       season_counts: [locations] int, number of seasons of each location.
       has_truth: whether records hold the true classes in addition to the noisy labels.
-      legend: the classes in label order, each with its colour.
+      legend: the classes.
+      bands: of the imagery, with their scaling, in the order of the records' arrays.
     """
 
     source: Sequence[dict]
@@ -53,7 +57,8 @@ class TileDataset:
     tile_size: int
     season_counts: np.ndarray
     has_truth: bool
-    legend: sensors.Legend
+    legend: Legend
+    bands: tuple[sensors.Band, ...]
 
     @property
     def num_locations(self) -> int:
@@ -64,6 +69,11 @@ class TileDataset:
     def starts(self) -> np.ndarray:
         """Index of each location's first record, [locations] int."""
         return np.concatenate([[0], np.cumsum(self.season_counts)[:-1]])
+
+    def padded_to(self, size: int) -> "TileDataset":
+        """The same data set with tiles of at least `size` pixels, whole numbers in all bands."""
+        step = math.lcm(*(band.metres // 10 for band in self.bands))
+        return dataclasses.replace(self, tile_size=max(self.tile_size, -(-size // step) * step))
 
     @property
     def by_record(self) -> "TileDataset":
@@ -171,6 +181,43 @@ class _Records(Sequence):
         return record
 
 
+def legend_of(metadata: Mapping) -> Legend:
+    """The legend in the metadata of a data set; Dynamic World's where there is none.
+
+    Raises:
+      DataError: if it is damaged.
+    """
+    saved = metadata.get("legend")
+    try:
+        return presets.DYNAMIC_WORLD if saved is None else Legend.from_dict(saved)
+    except LegendError as error:
+        raise DataError(f"the legend in metadata.json is damaged: {error}") from error
+
+
+def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, ...]:
+    """The bands in the metadata of a data set; SSL4EO-S12's of L1C where there are none.
+
+    Args:
+      metadata: of the data set.
+      features: names of a record's features.
+
+    Raises:
+      DataError: if they are damaged.
+    """
+    saved = metadata.get("bands")
+    if saved is None:
+        modalities = [m for m, names in IMAGE_FEATURES.items() if {*names} & {*features}]
+        return sensors.preset_bands(modalities, is_native="s2" not in features)
+    try:
+        bands = sensors.bands_of_rows(saved)
+        known = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
+        if not all(b.name in known[b.modality] and b.array in features for b in bands):
+            raise ValueError(f"{[(b.array, b.name) for b in bands]} are not in the records")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"the bands in metadata.json are damaged: {error}") from error
+    return bands
+
+
 def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
     """Opens a split of the newest version of a data set written by `data_prep.build`.
 
@@ -211,7 +258,8 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
         tile_size=int(metadata["tile_size"]),
         season_counts=np.asarray(metadata["season_counts"][split]),
         has_truth=bool(metadata["has_truth"]),
-        legend=dict(metadata["legend"]),
+        legend=legend_of(metadata),
+        bands=bands_of(metadata, tuple(builder.info.features)),
     )
 
 
@@ -241,6 +289,16 @@ def split_locations(
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
+def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:
+    """An array of a record, padded so that its sides are `factor` times as long."""
+    if name in ("labels", "truth"):
+        missing = round(value.shape[-1] * factor) - value.shape[-1]
+        padding = ((0, 0),) * (value.ndim - 2) + ((0, missing),) * 2
+        return np.pad(value, padding, constant_values=sensors.IGNORE_LABEL)
+    missing = round(value.shape[0] * factor) - value.shape[0]
+    return np.pad(value, ((0, missing), (0, missing), (0, 0)), mode="edge")
+
+
 def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndarray) -> dict:
     """Reads and stacks records.
 
@@ -262,8 +320,11 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
     # system on new memory pages.
     for row, record in enumerate(np.where(is_real, records, max(records[0], 0)).tolist()):
         decoded = dataset.source[record]
+        stored_size = decoded["labels"].shape[-1]
         for name in names:
             value = np.asarray(decoded[name])
+            if stored_size < dataset.tile_size and value.ndim:
+                value = _pad(name, value, dataset.tile_size / stored_size)
             if row == 0:
                 batch[name] = np.empty((len(records), *value.shape), value.dtype)
             batch[name][row] = value

@@ -4,6 +4,7 @@ A batch of records is the dict that the host prepares, uint8 arrays at native re
     s1 [B, T, T, 2], s2_10m [B, T, T, 4], s2_20m [B, T/2, T/2, 6], s2_60m [B, T/6, T/6, 3] (or
     s2 [B, T, T, 13] if a data set has all bands at 10 m), labels [B, S, T, T] of all seasons,
     season [B] int32, and truth [B, T, T] if it is known.
+Which bands an array has, and in which order, the data set says (`sensors.Band`).
 A batch of examples is the result: imagery in [0, 1], labels and prior, cropped and augmented.
 
 Upsampling, the prior's filter, crop and flips work along each axis separately. Together they are
@@ -88,22 +89,26 @@ def stack_bands(
     s2_bands: Sequence[str],
     crop: smoothing.Crop = None,
     dtype: jnp.dtype = jnp.float32,
+    bands: Sequence[sensors.Band] | None = None,
 ) -> jax.Array:
     """Pixel values of a modality at 10 m, [B, H, W, K], with the S2 bands in the given order.
 
     Integer values in 0..255; `examples` divides them by 255. `crop` and `dtype` are as for
-    `upsample`.
+    `upsample`. `bands` are those of the records; None stands for the bands of SSL4EO-S12.
     """
     if modality == "s1":
         return upsample(records["s1"], 1, crop, dtype)
+    if bands is None:
+        bands = sensors.preset_bands(("s2",), is_native="s2" not in records)
+    arrays, metres = sensors.arrays_of(bands), {band.array: band.metres for band in bands}
     if "s2" in records:
-        return upsample(_take(records["s2"], sensors.S2_BANDS, s2_bands), 1, crop, dtype)
+        return upsample(_take(records["s2"], arrays["s2"], s2_bands), 1, crop, dtype)
     stacked, names = [], []
-    for resolution, group in sensors.S2_BANDS_BY_RESOLUTION.items():
+    for array, group in arrays.items():
         used = [band for band in group if band in s2_bands]
         if used:
-            chosen = _take(records[f"s2_{resolution}m"], group, used)
-            stacked.append(upsample(chosen, resolution // 10, crop, dtype))
+            chosen = _take(records[array], group, used)
+            stacked.append(upsample(chosen, metres[array] // 10, crop, dtype))
             names += used
     return _take(jnp.concatenate(stacked, axis=-1), names, s2_bands)
 
@@ -365,6 +370,7 @@ def examples(
     cell: int = 1,
     gathers: bool = False,
     dtype: jnp.dtype = jnp.float32,
+    bands: Sequence[sensors.Band] | None = None,
 ) -> dict[str, jax.Array]:
     """Makes a batch of examples, the input of a training or validation step.
 
@@ -382,6 +388,7 @@ def examples(
         `packing.planes`.
       gathers: whether pixels are cropped, flipped and rotated by `gather_crop`; `cell` is then 1.
       dtype: dtype of images and prior; the networks' dtype.
+      bands: those of the records; None stands for the bands of SSL4EO-S12.
 
     Returns:
       For each modality an image [B, H, W, K] in [0, 1]; `labels` [B, H, W] uint8, 255 at ignored
@@ -391,7 +398,7 @@ def examples(
     """
     crop = None if gathers else geometry.crop(crop_size, cell)
     drawn = drawn_labels(records)
-    images = {m: stack_bands(records, m, s2_bands, crop, dtype) for m in modalities}
+    images = {m: stack_bands(records, m, s2_bands, crop, dtype, bands) for m in modalities}
     if prior_kind is not None:
         prior = smoothing.smoothing_prior(
             records["labels"], drawn, num_classes, prior_kind, crop, dtype

@@ -8,6 +8,7 @@ import rasterio.io
 from etils import epath
 
 from cromss_jax import files, sensors
+from cromss_jax.legend import Legend
 
 
 def write_map(
@@ -15,7 +16,7 @@ def write_map(
     classes: np.ndarray,
     crs: str,
     transform: Sequence[float],
-    legend: sensors.Legend,
+    legend: Legend,
 ) -> None:
     """Writes a class map as a GeoTIFF. A killed process leaves no partial file.
 
@@ -36,7 +37,7 @@ def _write(
     classes: np.ndarray,
     crs: str,
     transform: Sequence[float],
-    legend: sensors.Legend,
+    legend: Legend,
 ) -> None:
     height, width = classes.shape
     with memory.open(
@@ -51,7 +52,6 @@ def _write(
         compress="deflate",
     ) as file:
         file.write(classes, 1)
-        # Legend colours are strings "#rrggbb".
-        colours = {i: (*bytes.fromhex(c[1:]), 255) for i, c in enumerate(legend.values())}
+        colours = {i: (*rgb, 255) for i, rgb in enumerate(legend.colours_rgb().tolist())}
         file.write_colormap(1, colours)
-        file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend)})
+        file.update_tags(**{f"class_{i}": name for i, name in enumerate(legend.names)})

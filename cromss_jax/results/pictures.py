@@ -15,18 +15,18 @@ import numpy as np
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cromss_jax import files, sensors
+from cromss_jax import files
+from cromss_jax.legend import Legend
 
-_COLOURS = np.array([matplotlib.colors.to_rgb(c) for c in sensors.CLASS_COLOURS])
 TITLES = {"s1": "Sentinel-1", "s2": "Sentinel-2", "labels": "Noisy label", "prior": "Prior"}
 TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "Label confidence"}
 TITLES |= {"selection_weights": "Selection weights"}
 
 
-def class_colours(labels: np.ndarray) -> np.ndarray:
-    """Dynamic World's colours for [H, W] labels, ignored pixels black: [H, W, 3] in [0, 1]."""
+def class_colours(labels: np.ndarray, legend: Legend) -> np.ndarray:
+    """The legend's colours for [H, W] labels, ignored pixels black: [H, W, 3] in [0, 1]."""
     table = np.zeros((256, 3))
-    table[: len(_COLOURS)] = _COLOURS
+    table[: len(legend)] = [matplotlib.colors.to_rgb(c) for c in legend.colours]
     return table[np.asarray(labels, np.uint8)]
 
 
@@ -36,7 +36,9 @@ def _stretch(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1)
 
 
-def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.ndarray:
+def _drawable(
+    name: str, values: np.ndarray, s2_bands: tuple[str, ...], legend: Legend
+) -> np.ndarray:
     if name == "s1":
         return _stretch(values[..., [0, 1, 0]])
     if name == "s2":
@@ -45,15 +47,18 @@ def _drawable(name: str, values: np.ndarray, s2_bands: tuple[str, ...]) -> np.nd
         return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
     if name.startswith(("label_confidence", "selection_weights")):
         return values
-    return class_colours(values)
+    return class_colours(values, legend)
 
 
-def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> np.ndarray:
+def draw_samples(
+    shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...], legend: Legend
+) -> np.ndarray:
     """Draws one row per sample, with a column for each of its maps.
 
     Args:
       shown: the result of the picture step, [n, H, W] or [n, H, W, K] by name.
       s2_bands: names of the bands in `shown["s2"]`.
+      legend: the classes.
 
     Returns:
       [H, W, 3] uint8.
@@ -62,20 +67,23 @@ def draw_samples(shown: Mapping[str, np.ndarray], s2_bands: tuple[str, ...]) -> 
     order = [name for name in order if name in shown]
     order += sorted(name for name in shown if "/" in name)
     count = len(shown["labels"])
-    figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), 1.72 * count + 0.75), dpi=100)
+    # Below the samples, nine classes a line.
+    bottom = 0.4 + 0.2 * ((len(legend) - 1) // 9)
+    height = 1.72 * count + 0.35 + bottom
+    figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), height), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(count, len(order), squeeze=False)
     for row in range(count):
         for axis, name in zip(axes[row], order, strict=True):
-            drawn = _drawable(name, shown[name][row], s2_bands)
+            drawn = _drawable(name, shown[name][row], s2_bands, legend)
             axis.imshow(drawn, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
             axis.set_axis_off()
             if row == 0:
                 kind, _, modality = name.partition("/")
                 axis.set_title(f"{TITLES[kind]} {modality.upper()}".strip(), fontsize=8)
-    handles = [matplotlib.patches.Patch(color=c) for c in sensors.CLASS_COLOURS]
-    figure.legend(handles, sensors.CLASS_NAMES, loc="lower center", ncols=9, fontsize=8)
-    figure.subplots_adjust(0.005, 0.4 / (1.72 * count + 0.75), 0.995, 0.95, 0.03, 0.03)
+    handles = [matplotlib.patches.Patch(color=c) for c in legend.colours]
+    figure.legend(handles, legend.names, loc="lower center", ncols=9, fontsize=8)
+    figure.subplots_adjust(0.005, bottom / height, 0.995, 0.95, 0.03, 0.03)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -87,7 +95,7 @@ def save_picture(path: epath.Path, pixels: np.ndarray) -> None:
     files.write_whole(path, buffer.getvalue())
 
 
-def draw_confusion(confusion: np.ndarray, legend: sensors.Legend) -> np.ndarray:
+def draw_confusion(confusion: np.ndarray, legend: Legend) -> np.ndarray:
     """Draws a confusion matrix in percent of each row, with the classes in their colours.
 
     Args:
@@ -99,20 +107,23 @@ def draw_confusion(confusion: np.ndarray, legend: sensors.Legend) -> np.ndarray:
     """
     count = len(legend)
     shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure = matplotlib.figure.Figure(figsize=(0.62 * count + 2.6, 0.5 * count + 2.2), dpi=100)
+    # Many classes are drawn smaller, without numbers, so that the picture stays below 3000 pixels.
+    shrink = min(1.0, 40 / count)
+    size = (0.62 * shrink * count + 2.6, 0.5 * shrink * count + 2.2)
+    figure = matplotlib.figure.Figure(figsize=size, dpi=100)
     canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.imshow(shares, vmin=0, vmax=100, cmap="Greys", aspect="auto")
-    for row, column in np.ndindex(count, count):
+    for row, column in np.ndindex(count, count) if shrink == 1 else ():
         share = shares[row, column]
         colour = "white" if share > 55 else "black"
         axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    for i, colour in enumerate(legend.values()):
+    for i, colour in enumerate(legend.colours):
         patch = {"color": colour, "clip_on": False, "lw": 0}
         axis.add_patch(matplotlib.patches.Rectangle((-0.78, i - 0.5), 0.28, 1, **patch))
         axis.add_patch(matplotlib.patches.Rectangle((i - 0.5, count - 0.5), 1, 0.28, **patch))
-    axis.set_xticks(range(count), legend, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(count), legend, fontsize=8)
+    axis.set_xticks(range(count), legend.names, rotation=45, ha="right", fontsize=8 * shrink)
+    axis.set_yticks(range(count), legend.names, fontsize=8 * shrink)
     axis.tick_params(length=0, pad=12)
     axis.set_xlabel("predicted")
     axis.set_ylabel("labelled (rows in percent)")

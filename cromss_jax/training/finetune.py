@@ -32,9 +32,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     dataset = input_pipeline.open_dataset(
         config.data.dir, config.data.name, config.data.train_split
     )
-    run.check_sizes(
-        config.data.crop_size, dataset.tile_size, decoders.STRIDES[config.network.decoder]
-    )
+    stride = decoders.STRIDES[config.network.decoder]
+    dataset = dataset.padded_to(stride)
+    run.check_sizes(config.data.crop_size, dataset.tile_size, stride)
     run.check_same_everywhere(data=str(dataset.identity))
     num_tiles = _num_tiles(config, len(dataset.source))
     forms = platforms.forms_for(task.mesh, can_pack=False)

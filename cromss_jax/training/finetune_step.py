@@ -17,7 +17,7 @@ from cromss_jax import platforms, sensors
 from cromss_jax.data import preprocess
 from cromss_jax.method import losses, metrics, schedules
 from cromss_jax.networks import decoders, fusion
-from cromss_jax.training import optimizers, pretrain_step
+from cromss_jax.training import objective, optimizers, pretrain_step
 from cromss_jax.training.state import Maps, Metrics, TrainState, first_bad_step
 
 ENCODERS = ("frozen", "trained", "late")
@@ -222,7 +222,8 @@ def make_eval_step(
         state: TrainState, counts: jax.Array, records: Maps
     ) -> tuple[jax.Array, jax.Array]:
         labels = preprocess.drawn_labels(records)
-        image = preprocess.stack_bands(records, modality, config.s2_bands) / 255.0
+        bands = objective.stored_bands(config)
+        image = preprocess.stack_bands(records, modality, config.s2_bands, bands=bands) / 255.0
         size = labels.shape[-1]
         image = decoders.pad_to_stride(image, stride)
         network = nnx.merge(definition, state.params, state.batch_stats)

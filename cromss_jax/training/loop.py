@@ -275,6 +275,7 @@ def _begin(
                 replicated,
                 training.init_parts,
                 training.init_bands,
+                training.dataset.legend.names,
             )
         return state, 0, train_steps
     # A run that is complete takes no step.

@@ -8,11 +8,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.training.state import Maps, Metrics
 
-NUM_CLASSES = sensors.NUM_CLASSES
+
+def num_classes(config: ml_collections.ConfigDict) -> int:
+    """C, which `run.describe_data` takes from the data set; without it, Dynamic World's."""
+    return config.network.get("num_classes", len(presets.DYNAMIC_WORLD))
+
+
+def stored_bands(config: ml_collections.ConfigDict) -> tuple[sensors.Band, ...] | None:
+    """The bands of the records, which `run.describe_data` takes from the data set, if it did."""
+    return sensors.bands_of_rows(config.imagery) if "imagery" in config else None
 
 
 def others(modality: str, maps: Maps) -> jax.Array | None:
@@ -49,14 +57,14 @@ def selection_weights(
 ) -> dict[str, jax.Array]:
     """Weights of the segmentation loss by modality, [B, H, W], 0 at ignored pixels."""
     if not config.selection.enabled:
-        return dict.fromkeys(confidences, (labels < NUM_CLASSES).astype(jnp.float32))
+        return dict.fromkeys(confidences, (labels < num_classes(config)).astype(jnp.float32))
     keep = selection.keep_fraction(ramp, config.selection.final_keep_fraction)
     return {
         modality: selection.selection_weights(
             confidence,
             labels,
             keep,
-            num_classes=NUM_CLASSES,
+            num_classes=num_classes(config),
             num_scopes=num_scopes,
         )
         for modality, confidence in entangled(confidences).items()
@@ -143,7 +151,7 @@ def training_loss(
     parts |= consistency_losses(config, log_probs, teachers)
     loss = total_loss(config, parts)
 
-    valid = (labels < NUM_CLASSES).astype(jnp.float32)
+    valid = (labels < num_classes(config)).astype(jnp.float32)
     report = {"loss": loss, "ramp": ramp, **parts}
     for m, x in log_probs.items():
         hits = (losses.argmax(x) == labels).astype(jnp.float32)
@@ -152,7 +160,7 @@ def training_loss(
         report[f"selection_weight/{m}"] = losses.weighted_mean(weights[m], valid)
         if "truth" in batch:
             wrong = (labels != batch["truth"]).astype(jnp.float32)
-            known = valid * (batch["truth"] < NUM_CLASSES)
+            known = valid * (batch["truth"] < num_classes(config))
             report[f"wrong_labels_selected/{m}"] = losses.weighted_mean(wrong, known * weights[m])
     return loss, report
 
@@ -160,7 +168,7 @@ def training_loss(
 def smoothed_targets(config: ml_collections.ConfigDict, batch: Maps) -> jax.Array:
     """Targets y' of a batch, [B, H, W, C]; one-hot labels if the batch has no prior."""
     if "prior" not in batch:
-        return jax.nn.one_hot(batch["labels"], NUM_CLASSES, dtype=jnp.float32)
+        return jax.nn.one_hot(batch["labels"], num_classes(config), dtype=jnp.float32)
     return smoothing.smoothed_targets(
         batch["labels"], batch["prior"], config.loss.prior_weight, config.loss.uniform_weight
     )

@@ -109,8 +109,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
 
     # ---------------------------------------------------------------- data
     dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
+    dataset = dataset.padded_to(decoders.STRIDES[config.network.decoder])
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
+    config = run.describe_data(config, dataset)
     locations, held_back = input_pipeline.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
@@ -155,5 +157,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
         # A run that was complete already took no step, and validated nothing.
         evaluation = validator.latest or validator.evaluate(state)
         if jax.process_index() == 0:
-            _log.info("results\n\n%s", validation.write_results(evaluation, folder))
+            _log.info(
+                "results\n\n%s", validation.write_results(evaluation, dataset.legend.names, folder)
+            )
     return state

@@ -21,8 +21,6 @@ from cromss_jax.networks import fusion
 from cromss_jax.training import gradients, objective, optimizers, sharding
 from cromss_jax.training.state import Maps, Metrics, TrainState, first_bad_step
 
-NUM_CLASSES = sensors.NUM_CLASSES
-
 
 def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
     """The plateau schedule of the configuration."""
@@ -38,7 +36,7 @@ def make_network(
         config.network.fusion,
         config.network.depth,
         {modality: num_channels[modality] for modality in config.modalities},
-        NUM_CLASSES,
+        objective.num_classes(config),
         jnp.dtype(config.network.dtype),
         rngs,
         decoder=config.network.get("decoder", "unet"),
@@ -199,11 +197,12 @@ def make_examples(
         modalities=config.modalities,
         s2_bands=config.s2_bands,
         crop_size=config.data.crop_size,
-        num_classes=NUM_CLASSES,
+        num_classes=objective.num_classes(config),
         prior_kind=kind,
         cell=fusion.PACKED_CELL if forms.packs else 1,
         gathers=forms.gathers,
         dtype=jnp.dtype(config.network.dtype),
+        bands=objective.stored_bands(config),
     )
     if mesh is not None:
         # `shard_map`, because the number of rotated samples differs between devices.
@@ -238,11 +237,11 @@ def make_eval_step(
         is_real = records["is_real"]
         geometry = preprocess.centre_geometry(is_real.shape[0], margin)
         batch = make_examples(config, records, geometry, None)
-        labels = batch["labels"]
+        labels, num_classes = batch["labels"], objective.num_classes(config)
         log_probs = predict(config, definition, state, batch)
 
         weights = is_real.astype(jnp.float32).reshape(-1, 1, 1) * jnp.ones(labels.shape)
-        valid = jnp.where(labels < NUM_CLASSES, weights, 0.0)
+        valid = jnp.where(labels < num_classes, weights, 0.0)
         targets = objective.smoothed_targets(config, batch)
         parts = {
             f"segmentation/{m}": losses.segmentation_loss(
@@ -255,18 +254,18 @@ def make_eval_step(
 
         predictions = {m: jnp.argmax(x, axis=-1) for m, x in log_probs.items()}
         for m, prediction in predictions.items():
-            sums[f"confusion/{m}"] = metrics.confusion_matrix(labels, prediction, NUM_CLASSES)
+            sums[f"confusion/{m}"] = metrics.confusion_matrix(labels, prediction, num_classes)
         if "truth" not in batch:
             return sums
         truth = batch["truth"]
-        known = (truth < NUM_CLASSES) & (labels < NUM_CLASSES)
+        known = (truth < num_classes) & (labels < num_classes)
         sums["confusion_truth/labels"] = metrics.confusion_matrix(
-            jnp.where(known, truth, sensors.IGNORE_LABEL), labels, NUM_CLASSES
+            jnp.where(known, truth, sensors.IGNORE_LABEL), labels, num_classes
         )
         confidences = objective.label_confidences(log_probs, labels)
         for m, prediction in predictions.items():
             sums[f"confusion_truth/{m}"] = metrics.confusion_matrix(
-                jnp.where(known, truth, sensors.IGNORE_LABEL), prediction, NUM_CLASSES
+                jnp.where(known, truth, sensors.IGNORE_LABEL), prediction, num_classes
             )
             sums[f"confidence/{m}"] = metrics.confidence_counts(
                 confidences[m], known & (labels == truth), known & (labels != truth)

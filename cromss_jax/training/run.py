@@ -6,6 +6,7 @@ import json
 import platform
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import ml_collections
@@ -13,7 +14,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import files, package
+from cromss_jax import files, package, presets, sensors
+from cromss_jax.legend import Legend
 from cromss_jax.training import devices as accelerators
 from cromss_jax.training import sharding
 from cromss_jax.weights.layouts import name_bands
@@ -25,6 +27,8 @@ _FREE_TO_CHANGE += ("seeds", "weights_name")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 # Fields that runs of earlier versions lack, with the values that they ran with.
 _ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False, "deterministic": False}
+_ADDED |= {"network.num_classes": len(presets.DYNAMIC_WORLD)}
+_ADDED |= {"legend": [list(pair) for pair in presets.DYNAMIC_WORLD.pairs()]}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -66,6 +70,60 @@ def check_fields(
             raise ConfigError(
                 f"config.{name} is {value!r}; choose from {', '.join(map(str, known))}"
             )
+
+
+class DataSays(Protocol):
+    """What of a data set determines networks and losses: a `TileDataset` or a `Description`.
+
+    Attributes:
+      legend: the classes.
+      bands: of the imagery, with their scaling.
+    """
+
+    legend: Legend
+    bands: tuple[sensors.Band, ...]
+
+
+def describe_data(
+    config: ml_collections.ConfigDict, data: DataSays
+) -> ml_collections.FrozenConfigDict:
+    """The configuration with what its data set says: classes, legend and bands.
+
+    Args:
+      config: the configuration.
+      data: the data set.
+
+    Returns:
+      The configuration with `network.num_classes`, `legend` (name and colour of each class) and
+      `imagery` (rows of `sensors.Band`).
+
+    Raises:
+      ConfigError: if the data set lacks a modality or band that the configuration asks for.
+    """
+    name, asked = config.data.name, {m: sensors.S1_BANDS for m in config.modalities}
+    if "s2" in asked:
+        asked["s2"] = tuple(config.s2_bands)
+    for modality, wanted in asked.items():
+        found = [band.name for band in data.bands if band.modality == modality]
+        if not found:
+            other = data.bands[0].modality
+            variant = "modality" if config.mode == "pretrain" else "input"
+            raise ConfigError(
+                f"the data set {name} has no {modality.upper()}, only {other.upper()}: choose "
+                f"{variant}={other}"
+            )
+        missing = [band for band in wanted if band not in found]
+        if missing:
+            raise ConfigError(
+                f"the data set {name} has no {modality.upper()} band {', '.join(missing)}, only "
+                f"{', '.join(found)}: set config.s2_bands to some of these"
+            )
+    described = ml_collections.ConfigDict(config)
+    with described.unlocked():
+        described.network.num_classes = len(data.legend)
+        described.legend = data.legend.pairs()
+        described.imagery = tuple(band.to_row() for band in data.bands)
+    return ml_collections.FrozenConfigDict(described)
 
 
 def init_bands(config: ml_collections.ConfigDict) -> dict[str, tuple[str, ...]] | None:
@@ -154,6 +212,12 @@ def _flat(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def _short(value: object) -> str:
+    """The beginning of a value that may be a legend of many classes."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def check_same_everywhere(**found: str) -> None:
     """Checks that all processes found the same, such as the data.
 
@@ -183,9 +247,12 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     resolved = json.loads(config.to_json())
     # Before its first checkpoint a run has nothing that a change could spoil.
     if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
-        before, now = _ADDED | _flat(json.loads(path.read_text())), _ADDED | _flat(resolved)
+        now = _ADDED | _flat(resolved)
+        # Runs of earlier versions do not say their bands; the digest of their records decides.
+        added = _ADDED | {"imagery": now.get("imagery")}
+        before = added | _flat(json.loads(path.read_text()))
         changed = [
-            f"{name} from {before.get(name)} to {now.get(name)}"
+            f"{name} from {_short(before.get(name))} to {_short(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
             and name not in _FREE_TO_CHANGE

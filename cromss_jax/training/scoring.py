@@ -82,11 +82,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
             f"config.modalities is {config.modalities}; fine-tuning takes one, as in input=s2"
         )
     test = input_pipeline.open_dataset(config.data.dir, config.data.name, config.data.test_split)
-    config = ml_collections.ConfigDict(config)
-    with config.unlocked():
-        config.network.num_classes = len(test.legend)
-        config.legend = tuple(test.legend.items())
-    config = ml_collections.FrozenConfigDict(config)
+    config = run.describe_data(config, test)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     run.check_same_everywhere(configuration=config.to_json(), test_data=str(test.identity))
     folder = files.absolute(workdir)
@@ -187,6 +183,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         raise WeightsError(
             f"{config.init_from} is a {network}; the configuration describes a {task.network}"
         )
+    names, classes = task.test.legend.names, source.card.get("classes")
+    if classes and tuple(classes) != names:
+        raise WeightsError(
+            f"the classes of {config.init_from} are {', '.join(classes)}; those of "
+            f"{config.data.name} are {', '.join(names)}: score on a data set of the same legend, "
+            "or fine-tune"
+        )
     state = put_weights(
         Weights(network, arrays), init_state(task, 0), sharding.replicated(task.mesh)
     )
@@ -212,7 +215,7 @@ def write_results(
         "num_bands": len(config.s2_bands) if config.modalities == ("s2",) else 2,
         "num_train_tiles": num_tiles,
         "seeds": list(seeds),
-        "classes": list(task.test.legend),
+        "classes": list(task.test.legend.names),
         "confusions": [confusion.tolist() for confusion in confusions],
     }
     files.write_whole(task.folder / "results.json", (json.dumps(results) + "\n").encode())

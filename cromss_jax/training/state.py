@@ -68,6 +68,7 @@ def start_from(
     placement: jax.sharding.NamedSharding,
     parts: Sequence[str] = PARTS,
     bands: Mapping[str, tuple[str, ...]] | None = None,
+    classes: Sequence[str] = (),
 ) -> TrainState:
     """Copies existing weights to the parts of a network that they fit, and logs which.
 
@@ -78,6 +79,7 @@ def start_from(
       placement: sharding of the copied weights.
       parts: the `PARTS` that may be copied.
       bands: names of a file's bands by modality, if they are known.
+      classes: names of the network's classes, if they are known.
 
     Returns:
       The state with the copied weights.
@@ -88,7 +90,9 @@ def start_from(
     groups = (state.params, state.batch_stats)
     initial = {k: v for group in groups for k, v in torch_keys.to_torch_state(group).items()}
     source = weight_files.load(path, bands)
-    started, sentences = transfer(source, Weights(network, initial), parts)
+    started, sentences = transfer(
+        source, Weights(network, initial, card={"classes": list(classes)}), parts
+    )
     _log.info("starting from %s, a %s", path, source.network)
     for sentence in (*source.notes, *sentences):
         _log.info("  %s", sentence)

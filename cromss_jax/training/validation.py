@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import ml_collections
@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from cromss_jax import files, sensors
+from cromss_jax import files
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.results import report
@@ -36,8 +36,8 @@ class Evaluation:
     confusions: dict[str, np.ndarray]
     aurocs: dict[str, float]
 
-    def scalars(self) -> dict[str, float]:
-        """Every score by name, classes included."""
+    def scalars(self, class_names: Sequence[str]) -> dict[str, float]:
+        """Every score by name, those of the C classes included."""
         values = {"loss": self.loss}
         values |= {f"label_confidence_auroc/{m}": v for m, v in self.aurocs.items()}
         for name, confusion in self.confusions.items():
@@ -45,7 +45,7 @@ class Evaluation:
                 if np.ndim(score) == 0:
                     values[f"{name}/{key}"] = score
                     continue
-                for class_name, value in zip(sensors.CLASS_NAMES, score, strict=True):
+                for class_name, value in zip(class_names, score, strict=True):
                     values[f"{name}/{key}/{class_name}"] = value
         return values
 
@@ -80,14 +80,14 @@ def evaluate(
     return Evaluation(loss, confusions, aurocs)
 
 
-def write_results(evaluation: Evaluation, workdir: epath.Path) -> str:
-    """Writes `results.md` and returns its text."""
+def write_results(evaluation: Evaluation, class_names: Sequence[str], workdir: epath.Path) -> str:
+    """Writes `results.md` with the scores of C classes, and returns its text."""
     scores = {}
     for name, confusion in evaluation.confusions.items():
         reference, _, subject = name.rpartition("/")
         subject = "noisy labels" if subject == "labels" else subject.upper()
         scores[f"{subject} against {reference or 'noisy labels'}"] = [metrics.scores(confusion)]
-    table = report.scores_table(scores, sensors.CLASS_NAMES)
+    table = report.scores_table(scores, class_names)
     table += "\nIn percent; the classes' columns are IoU. Held-back locations, all seasons.\n"
     for modality, value in evaluation.aurocs.items():
         table += (
@@ -169,8 +169,10 @@ class Validator:
         batch = sharding.to_devices(self._read(self._shown), self._mesh)
         shown = jax.device_get(self._picture_step(state, batch))
         if log:
-            log.scalars(number, "validation", evaluation.scalars())
-            picture = pictures.draw_samples(shown, tuple(self._config.s2_bands))
+            log.scalars(number, "validation", evaluation.scalars(self._dataset.legend.names))
+            picture = pictures.draw_samples(
+                shown, tuple(self._config.s2_bands), self._dataset.legend
+            )
             log.picture(number, "samples", picture)
             pictures.save_picture(self._folder / "samples.png", picture)
         _log.info("step %d, validation loss %.4f", number, evaluation.loss)

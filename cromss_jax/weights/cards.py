@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from cromss_jax import files, package, sensors
+from cromss_jax import files, package, presets, sensors
+from cromss_jax.legend import Legend
 from cromss_jax.networks import decoders
 from cromss_jax.weights.network import Network, Weights
 
@@ -26,15 +27,22 @@ def of_run(step: epath.Path, network: Network) -> dict:
     run = step.parent.parent
     recipe = json.loads((run / "config.json").read_text())
     versions = run / "versions.json"
-    legend = recipe.get("legend") or list(sensors.DYNAMIC_WORLD.items())
-    bands = [band for names in network.bands.values() for band in names]
+    # Runs of earlier versions do not say them: they were trained on Dynamic World's classes, and on
+    # bands with the statistics of SSL4EO-S12.
+    saved = recipe.get("legend")
+    legend = Legend.from_dict(saved) if saved else presets.DYNAMIC_WORLD
+    rows = recipe.get("imagery")
+    known = sensors.bands_of_rows(rows) if rows else sensors.preset_bands()
+    by_name = {band.name: band for band in known}
+    bands = [by_name[band] for names in network.bands.values() for band in names]
     return {
         "input": {
             "formula": "floor(clip((x - low) / (high - low) * 255, 0, 255)) / 255",
             "resolution": "every band at 10 m, coarser ones upsampled bicubically (a = -0.5)",
-            "by_band": {band: _scaling(band) for band in bands},
+            "by_band": {band.name: _scaling(band) for band in bands},
         },
-        "classes": [name for name, _ in legend],
+        "classes": list(legend.names),
+        "colours": list(legend.colours),
         "recipe": recipe,
         "metrics": _metrics(run, int(step.name) if step.name.isdigit() else None),
         "source": str(step),
@@ -47,11 +55,15 @@ def of_run(step: epath.Path, network: Network) -> dict:
     }
 
 
-def _scaling(band: str) -> dict[str, float | str]:
+def _scaling(band: sensors.Band) -> dict[str, float | str]:
     """The values of one band for the card's formula, which scales raw values x to network input."""
-    mean, std = sensors.BAND_STATISTICS[band]
-    unit = "dB" if band in sensors.S1_BANDS else "reflectance * 10000 (L1C)"
-    return {"mean": mean, "std": std, "low": mean - 2 * std, "high": mean + 2 * std, "unit": unit}
+    return {
+        "mean": band.mean,
+        "std": band.std,
+        "low": band.low,
+        "high": band.high,
+        "unit": band.unit,
+    }
 
 
 def _metrics(run: epath.Path, step: int | None) -> dict:
@@ -72,12 +84,23 @@ def make(found: Weights, network: Network, layout: str) -> dict:
       layout: layout of the file's keys.
     """
     unknown = dict.fromkeys(
-        ("input", "classes", "recipe", "metrics", "source", "versions", "licence", "method")
+        (
+            "input",
+            "classes",
+            "colours",
+            "recipe",
+            "metrics",
+            "source",
+            "versions",
+            "licence",
+            "method",
+        )
     )
     return {
         **unknown,
         **found.card,
         "classes": found.card.get("classes") if network.num_classes else None,
+        "colours": found.card.get("colours") if network.num_classes else None,
         "format": FORMAT,
         "layout": layout,
         "network": {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.networks import resnet
 from cromss_jax.networks.fusion import make_network
 from cromss_jax.weights import torch_keys
@@ -80,8 +80,8 @@ class Network:
             fusion=config["network"]["fusion"],
             depth=config["network"]["depth"],
             bands={modality: bands[modality] for modality in config["modalities"]},
-            # Only finetuning sets num_classes, from its data set.
-            num_classes=config["network"].get("num_classes", sensors.NUM_CLASSES),
+            # From the data set. Runs of earlier versions without it have Dynamic World's.
+            num_classes=config["network"].get("num_classes", len(presets.DYNAMIC_WORLD)),
             decoder=config["network"].get("decoder", "unet"),
         )
 

@@ -15,11 +15,13 @@ def transfer(
     An encoder is copied to the encoder of its modality. A decoder or head is copied to that of its
     modality or to the shared one. The first convolution is copied band by band. A part of the
     target keeps its initial values if the source does not have it, has two candidates for it, or
-    has another decoder or number of classes.
+    has another decoder. A head is copied only if the classes are the same: the names in their order
+    if both cards say them, else their number.
 
     Args:
       source: the weights to copy from.
-      target: randomly initialised weights of the wanted network.
+      target: randomly initialised weights of the wanted network; `classes` in its card are the
+        names of its classes.
       parts: the `PARTS` that may be copied.
 
     Returns:
@@ -52,13 +54,15 @@ def transfer(
         if kind != "encoder" and ours.decoder != theirs.decoder:
             report.append(f"{name}: randomly initialised, the weights are a {theirs}")
             continue
-        if kind == "segmentation_head" and ours.num_classes != theirs.num_classes:
-            report.append(
-                f"{name}: randomly initialised, the weights have {theirs.num_classes} classes"
-            )
-            continue
-        taken += 1
         how = "from the weights"
+        if kind == "segmentation_head":
+            difference = _other_classes(source, target)
+            if difference:
+                report.append(f"{name}: randomly initialised, {difference}")
+                continue
+            if not source.card.get("classes"):
+                how += ", which do not name their classes: their number is the same"
+        taken += 1
         if kind == "encoder" and ours.bands[modality] != theirs.bands[modality]:
             part["conv1.weight"], how = _adapt(
                 part["conv1.weight"],
@@ -74,6 +78,18 @@ def transfer(
             "weights"
         )
     return Weights(ours, arrays), report
+
+
+def _other_classes(source: Weights, target: Weights) -> str:
+    """How the classes of two networks differ, as a clause; empty if they are the same."""
+    ours, theirs = target.network.num_classes, source.network.num_classes
+    if ours != theirs:
+        return f"the weights have {theirs} classes"
+    names = source.card.get("classes") or (), target.card.get("classes") or ()
+    for index, (their_name, our_name) in enumerate(zip(*names, strict=False)):
+        if their_name != our_name:
+            return f"class {index} of the weights is {their_name!r}, not {our_name!r}"
+    return ""
 
 
 def _adapt(

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import presets
+from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.datasets import tile_files, tile_layouts, tiles
 from data_prep.finding import file_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import geotiff
-from data_prep.reading.labels import LabelMap
 from data_prep.report import Finding
 from data_prep.writing import builder
 
@@ -112,11 +112,11 @@ def _split_cities(
 
 
 def _measure(tile: tile_files.Tile, source: file_tree.FileTree) -> tile_files.Tile:
-    """Adds the size of its S2 file to a tile. Files that cannot be opened are reported later."""
+    """Adds the size of its image to a tile. Files that cannot be opened are reported later."""
     if tile.fault:
         return tile
     try:
-        size = geotiff.read_size(source.read(tile.paths["s2"]))
+        size = geotiff.read_size(source.read(tile.paths.get("s2") or tile.paths["s1"]))
     except (sources.UnreadableError, geotiff.GeotiffError):
         return tile
     return dataclasses.replace(tile, size=size)
@@ -127,14 +127,12 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
 
     Attributes:
       LAYOUT: where the files are.
-      LABEL_MAP: from values of label files to classes.
-      LEGEND: the classes.
+      LEGEND: the classes, and the values of the label files.
       SAMPLE_FORMAT: the name of the layout in the sample command.
     """
 
     LAYOUT: tile_layouts.Layout
-    LABEL_MAP: LabelMap
-    LEGEND: sensors.Legend
+    LEGEND: Legend
     SAMPLE_FORMAT: str
 
     def __init__(
@@ -162,9 +160,11 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
           errors.BuildError: if too many tiles are skipped, or patches are larger than any tile.
         """
         data_dir = sources.absolute(data_dir)
-        source, splits, found = self._find_tiles(source_dir, data_dir, options)
+        layout, legends = self._labels(options)
+        source, splits, found = self._find_tiles(source_dir, data_dir, options, layout)
+        described = options.described_bands(is_native=False)
         read = functools.partial(
-            tiles.read_records, source=source, label_map=self.LABEL_MAP, options=options
+            tiles.read_records, source=source, legends=legends, options=options
         )
         # The first that can be read is the largest. A damaged file does not decide the size.
         example = builder.first_readable(
@@ -186,33 +186,41 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             data_dir=data_dir,
             splits=splits,
             read=functools.partial(read, tile_size=tile_size, patch_size=patch_size),
-            features=tiles.features(side),
+            features=tiles.features(side, described, "truth" in legends),
             metadata={
                 "tile_size": side,
-                "has_truth": False,
+                "has_truth": "truth" in legends,
                 **options.metadata(),
                 "patch_size": patch_size,
                 "num_empty_patches": {split: 0 for split in splits},
-                # Pairs: an object's order is not kept.
-                "legend": [list(pair) for pair in self.LEGEND.items()],
+                "legend": legends["labels"].to_dict(),
+                "bands": [list(band.to_row()) for band in described],
+                "origin": f"{self.name} in {source_dir}",
+                **({"labels": options.labels} if "truth" in legends else {}),
             },
             location_bytes=tiles.num_patches((tile_size, tile_size), patch_size)
             * side**2
-            * (len(sensors.S1_BANDS) + len(sensors.S2_BANDS) + 1),
+            * (len(described) + len(legends)),
             num_workers=num_workers,
             findings=findings,
         )
+
+    def _labels(self, options: Options) -> tuple[tile_layouts.Layout, dict[str, Legend]]:
+        """Where the files are, and the legends of the labels and of the truth if there is one."""
+        kinds = (*options.modalities, "labels")
+        return self.LAYOUT.of_kinds(kinds), {"labels": options.legend or self.LEGEND}
 
     def _find_tiles(
         self,
         source_dir: str | os.PathLike,
         data_dir: epath.Path,
         options: Options,
+        layout: tile_layouts.Layout,
     ) -> tuple[file_tree.FileTree, dict[str, list[tile_files.Tile]], list[Finding]]:
         """Finds the tiles of each split, and what is not read."""
         index_path = data_dir / f"{self.name}.archives.sqlite"
         source, files, unread = find_files(
-            source_dir, self.LAYOUT, self.SAMPLE_FORMAT, index_path, options.test_cities
+            source_dir, layout, self.SAMPLE_FORMAT, index_path, options.test_cities
         )
         splits = {}
         findings = [
@@ -221,7 +229,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         ]
         for split, split_files in files.items():
             found, unpaired = tile_files.find_tiles(
-                split_files, unread, self.LAYOUT, split, options.max_days
+                split_files, unread, layout, split, options.max_days
             )
             splits[split] = [_measure(tile, source) for tile in found]
             findings += unpaired
@@ -240,8 +248,7 @@ class Ssl4eoS12Dw(TileBuilder):
     VERSION = tfds.core.Version("1.0.0")
     LAYOUT = tile_layouts.SSL4EO_S12_DW
     # 0 is unmarked, 10 is cloud.
-    LABEL_MAP = LabelMap({value: value - 1 for value in range(1, 10)}, ignored=(0, 10))
-    LEGEND = sensors.DYNAMIC_WORLD
+    LEGEND = presets.DYNAMIC_WORLD.with_values({v: v - 1 for v in range(1, 10)}, ignored=(0, 10))
     SAMPLE_FORMAT = "dw"
 
 
@@ -250,9 +257,7 @@ class Ssl4eoS12Osm(TileBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     LAYOUT = tile_layouts.SSL4EO_S12_OSM
-    # 0 is unmarked.
-    LABEL_MAP = LabelMap({value: value - 1 for value in range(1, 14)}, ignored=(0,))
-    LEGEND = sensors.OSM
+    LEGEND = presets.OSM
     SAMPLE_FORMAT = "osm"
 
 
@@ -261,6 +266,18 @@ class Dfc2020(TileBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     LAYOUT = tile_layouts.DFC2020
-    LABEL_MAP = LabelMap({1: 1, 2: 5, 4: 2, 5: 3, 6: 4, 7: 6, 9: 7, 10: 0}, ignored=None)
-    LEGEND = sensors.DFC2020
+    LEGEND = presets.DFC2020
     SAMPLE_FORMAT = "dfc2020"
+
+    def _labels(self, options: Options) -> tuple[tile_layouts.Layout, dict[str, Legend]]:
+        """With --labels=lc, MODIS land cover are the labels and the contest's labels the truth."""
+        if options.labels != "lc":
+            return super()._labels(options)
+        if options.legend:
+            raise errors.BuildError(
+                "--legend and --labels=lc were given, but MODIS land cover has a legend of its own "
+                "(IGBP): remove --legend"
+            )
+        kinds = (*options.modalities, "labels", "truth")
+        legends = {"labels": presets.DFC2020_OF_IGBP, "truth": presets.DFC2020}
+        return tile_layouts.DFC2020_LC.of_kinds(kinds), legends

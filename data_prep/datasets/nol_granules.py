@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from data_prep import errors
 from data_prep.datasets.nol_table import TABLE, Location
 from data_prep.finding import component_tree
+from data_prep.options import Options
 from data_prep.reading import bands, geotiff, pairing
 from data_prep.report import Finding
 
@@ -91,15 +92,20 @@ def read_granule(
 
 
 def pair_granules(
-    location: Location, source: component_tree.ComponentTree, max_days: float
+    location: Location, source: component_tree.ComponentTree, options: Options
 ) -> tuple[list[tuple[str, str]], tuple[Finding, ...]]:
-    """(S1 granule, S2 granule) of each season of the table, by date, and what was not used."""
+    """(S1 granule, S2 granule) of each season of the table, by date, and what was not used.
+
+    Without S1 its granules are "". Labels are those of the S2 granule, also without its images.
+    """
     s1_folder = f"s1/{location.location_id}"
     s1_granules = source.folders(s1_folder)
     if not location.granules:
         raise errors.BadFileError(TABLE, "no season listed for this location")
     if len(set(location.granules)) < len(location.granules):
         raise errors.BadFileError(TABLE, "a season of this location is listed twice")
+    if "s1" not in options.modalities:
+        s1_granules = list(location.granules)
     if len(s1_granules) < len(location.granules):
         raise errors.BadFileError(
             s1_folder,
@@ -112,20 +118,24 @@ def pair_granules(
         except ValueError as error:
             raise errors.BadFileError(folder, str(error)) from error
     s1, s2 = dated
-    nearest = pairing.nearest([time for time, _ in s2], [time for time, _ in s1], max_days)
+    nearest = pairing.nearest([time for time, _ in s2], [time for time, _ in s1], options.max_days)
     for (time, granule), index in zip(s2, nearest, strict=True):
         if index is None:
             days = min(pairing.days_between(time, other) for other, _ in s1)
             raise errors.BadFileError(
                 s1_folder,
-                f"no S1 granule of its own within {max_days:g} days of {granule}, the nearest is "
-                f"{days:.0f} days away: raise --max_days to pair them",
+                f"no S1 granule of its own within {options.max_days:g} days of {granule}, the "
+                f"nearest is {days:.0f} days away: raise --max_days to pair them",
             )
     unused = [granule for i, (_, granule) in enumerate(s1) if i not in nearest]
     found = [Finding("not paired", f"{s1_folder}/{granule}", "no season") for granule in unused]
+    has_s1 = "s1" in options.modalities
     other = set(source.folders(f"s2c/{location.location_id}")) - set(location.granules)
     found += [
         Finding("not read", f"s2c/{location.location_id}/{granule}", f"not in {TABLE}")
         for granule in sorted(other)
     ]
-    return [(s1[i][1], granule) for i, (_, granule) in zip(nearest, s2, strict=True)], tuple(found)
+    pairs = [
+        (s1[i][1] if has_s1 else "", granule) for i, (_, granule) in zip(nearest, s2, strict=True)
+    ]
+    return pairs, tuple(found)

@@ -12,12 +12,13 @@ Files that are uint8 are already scaled; others go through `sensors.scale_to_uin
 
 import functools
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from data_prep import report
 from data_prep.datasets import nol_locations
 from data_prep.datasets.nol_table import TABLE, Location, read_table
@@ -36,13 +37,16 @@ COMPONENTS = {
 
 
 def find_source(
-    source_dir: str | os.PathLike, index_path: epath.Path | None = None
+    source_dir: str | os.PathLike,
+    index_path: epath.Path | None = None,
+    modalities: Sequence[str] = sensors.MODALITIES,
 ) -> tuple[component_tree.ComponentTree, list[Location], tuple[Finding, ...]]:
     """Finds the tree, and indexes its archives.
 
     Args:
       source_dir: see `component_tree.ComponentTree`.
       index_path: the file that keeps the index of archives; None for a temporary one.
+      modalities: the imagery that is needed.
 
     Returns:
       The tree, the locations of its table, and what of it was not read.
@@ -51,17 +55,20 @@ def find_source(
       sources.SourceError: if a component is missing.
       errors.BuildError: if the table is wrong.
     """
-    missing = list(COMPONENTS)
+    folders = {"s1": "s1", "s2": "s2c"}
+    left = {folders[m] for m in sensors.MODALITIES if m not in modalities}
+    components = {name: names for name, names in COMPONENTS.items() if name not in left}
+    missing = list(components)
     unread = ()
     if sources.absolute(source_dir).exists():
-        source = component_tree.ComponentTree(source_dir, COMPONENTS)
+        source = component_tree.ComponentTree(source_dir, components)
         # The table says which locations to index. It is a file, or in the zip of the labels.
         if TABLE not in source.found:
             source.index(only_zip=True)
         locations = read_table(source.read(TABLE)) if TABLE in source.found else None
         ids = None if locations is None else [location.location_id for location in locations]
         source.index(index_path, ids)
-        missing = [component for component in COMPONENTS if component not in source.found]
+        missing = [component for component in components if component not in source.found]
         unread = source.unread
     if missing:
         raise sources.not_found(
@@ -128,7 +135,7 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         """
         data_dir = sources.absolute(data_dir)
         index_path = data_dir / f"{self.name}.archives.sqlite"
-        source, locations, unread = find_source(source_dir, index_path)
+        source, locations, unread = find_source(source_dir, index_path, options.modalities)
         max_seasons = max(1, *(len(location.granules) for location in locations))
         read = functools.partial(
             nol_locations.read_location, source=source, max_seasons=max_seasons, options=options
@@ -138,20 +145,24 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         )
         findings = report.Report(data_dir, self.name, max_bad_locations)
         findings.add(unread)
-        tile_size = example["s1"].shape[0]
-        has_truth = "truth" in example
+        tile_size = example["labels"].shape[-1]
+        has_truth, is_native = "truth" in example, "s2" not in example
+        described = options.described_bands(is_native)
         super().__init__(
             data_dir=data_dir,
             splits={"train": locations},
-            read=functools.partial(read, tile_size=tile_size, has_truth=has_truth),
-            features=nol_locations.features(tile_size, max_seasons, has_truth),
+            read=functools.partial(
+                read, tile_size=tile_size, has_truth=has_truth, is_native=is_native
+            ),
+            features=nol_locations.features(tile_size, max_seasons, has_truth, described),
             metadata={
                 "tile_size": tile_size,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
                 **options.metadata(),
-                # Pairs: an object's order is not kept.
-                "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
+                "legend": (options.legend or presets.DYNAMIC_WORLD).to_dict(),
+                "bands": [list(band.to_row()) for band in described],
+                "origin": f"{self.name} in {source_dir}",
             },
             location_bytes=max_seasons
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),

@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep.datasets.tile_layouts import KINDS, Layout, TileFile
+from data_prep.datasets.tile_layouts import Layout, TileFile
 from data_prep.reading import pairing
 from data_prep.report import Finding
 
@@ -19,7 +19,7 @@ class Tile:
 
     Attributes:
       location_id: its name, unique in its split.
-      paths: of its file of each of `KINDS`; empty if there is a fault.
+      paths: of its file of each kind (`Layout.paths`); empty if there is a fault.
       fault: the file, and the reason why it cannot be used; empty if there is none.
       size: height and width in pixels, 0 where unknown.
     """
@@ -40,7 +40,7 @@ def sort_files(paths: Iterable[str], layout: Layout) -> tuple[dict[str, list[Til
     unread = []
     for path in paths:
         file = layout.recognise(path)
-        if file is None:
+        if file is None or file.kind not in layout.paths:
             unread.append(path)
         else:
             found[file.split].append(file)
@@ -87,7 +87,8 @@ def find_tiles(
     tiles = []
     for path in unread:
         folder, _, name = path.rpartition("/")
-        if folder in folders and _GEOTIFF.fullmatch(name):
+        is_known = layout.recognise(path) is not None
+        if folder in folders and _GEOTIFF.fullmatch(name) and not is_known:
             known = [file.kind for file in files if file.path.rpartition("/")[0] == folder]
             expected = " or ".join(
                 layout.paths[kind].rpartition("/")[2].replace("{split}", layout.splits[split])
@@ -101,34 +102,41 @@ def find_tiles(
         locations[(file.order, file.location_id)].append(file)
     findings = []
     for key in sorted(locations):
-        found, unpaired = _tiles_of_location(locations[key], shown, max_days)
+        found, unpaired = _tiles_of_location(locations[key], shown, tuple(layout.paths), max_days)
         tiles += found
         findings += unpaired
     return tiles, findings
 
 
 def _tiles_of_location(
-    files: Sequence[TileFile], shown: Mapping[str, TileFile], max_days: float
+    files: Sequence[TileFile],
+    shown: Mapping[str, TileFile],
+    names: Sequence[str],
+    max_days: float,
 ) -> tuple[list[Tile], list[Finding]]:
-    """The tiles of one location, or one with the reason why there are none."""
+    """The tiles of one location with files of these kinds, or the reason why there are none."""
     location_id = files[0].location_id
-    kinds = {kind: _sorted_by_date(files, kind) for kind in KINDS}
+    kinds = {kind: _sorted_by_date(files, kind) for kind in names}
     if fault := _fault_of_location(kinds, shown):
         return [Tile(location_id, {}, fault)], []
     labels = kinds["labels"]
     pairs: dict[str, list[int | None]] = {"labels": list(range(len(labels)))}
-    days = {kind: _dates(kinds[kind]) for kind in KINDS}
-    pairs["s2"] = pairing.nearest(days["labels"], days["s2"], max_days)
-    # The date of the Sentinel-2 file counts: it is the image that the labels were drawn on.
-    imaged = [
-        days["labels"][row] if index is None else days["s2"][index]
-        for row, index in enumerate(pairs["s2"])
-    ]
-    pairs["s1"] = pairing.nearest(imaged, days["s1"], max_days)
+    days = {kind: _dates(kinds[kind]) for kind in names}
+    imaged = days["labels"]
+    for kind in ("truth", "s2", "s1"):
+        if kind not in names:
+            continue
+        pairs[kind] = pairing.nearest(imaged, days[kind], max_days)
+        if kind == "s2":
+            # The date of the Sentinel-2 file counts: it is the image that the labels were drawn on.
+            imaged = [
+                days["labels"][row] if index is None else days["s2"][index]
+                for row, index in enumerate(pairs["s2"])
+            ]
     tiles, used = [], set()
     for row in range(len(labels)):
-        indexes = {kind: pairs[kind][row] for kind in KINDS}
-        far = [kind for kind in ("s2", "s1") if indexes[kind] is None]
+        indexes = {kind: pairs[kind][row] for kind in names}
+        far = [kind for kind in ("s2", "s1", "truth") if indexes.get(kind, 0) is None]
         if far:
             reason = (
                 f"no {far[0]} file of its own within {max_days:g} days: found "
@@ -138,7 +146,8 @@ def _tiles_of_location(
             continue
         paths = {kind: kinds[kind][index].path for kind, index in indexes.items()}
         used |= set(paths.values())
-        date = kinds["s2"][indexes["s2"]].date
+        dated = "s2" if "s2" in names else "s1"
+        date = kinds[dated][indexes[dated]].date
         tiles.append(Tile(f"{location_id}-{date}" if date else location_id, paths))
     unpaired = [
         Finding("not paired", file.path, "no label file of a near date")
@@ -152,7 +161,7 @@ def _fault_of_location(
     kinds: Mapping[str, Sequence[TileFile]], shown: Mapping[str, TileFile]
 ) -> tuple[str, str] | tuple[()]:
     """A file that is missing or found twice, and the reason; empty if there is none."""
-    for kind in KINDS:
+    for kind in kinds:
         if not kinds[kind]:
             sibling = next(file for files in kinds.values() for file in files).sibling
             folder = shown[kind].path.rpartition("/")[0]
@@ -163,7 +172,7 @@ def _fault_of_location(
             if first.date == second.date:
                 return second.path, f"was found twice, also as {first.path}: remove one of them"
         if len(kinds[kind]) < len(kinds["labels"]):
-            counts = ", ".join(f"{len(kinds[other])} of {other}" for other in KINDS)
+            counts = ", ".join(f"{len(kinds[other])} of {other}" for other in kinds)
             return kinds["labels"][0].path, f"the files cannot be paired: {counts}"
     return ()
 

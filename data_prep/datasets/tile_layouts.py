@@ -6,12 +6,11 @@ of the same data set in other ones, or leave them out of their zip files.
 
 import dataclasses
 import datetime
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.finding import archives
-
-KINDS = ("s1", "s2", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class TileFile:
     Attributes:
       path: its path.
       split: the split by our names, or a city for data sets that are split by city.
-      kind: of `KINDS`.
+      kind: of `Layout.paths`.
       location_id: the name of its location.
       order: by which locations are sorted.
       date: as in its name; empty for data sets without dates.
@@ -48,8 +47,8 @@ class Layout:
     Attributes:
       splits: the name in the data set of each of our splits.
       optional_splits: our splits that may be absent.
-      paths: for each of `KINDS`, the path of a tile's file as it is usually published, with fields
-        such as `{split}` and `{lon}`.
+      paths: for each kind of file ("s1", "s2", "labels", "truth"), the path of a tile's file as it
+        is usually published, with fields such as `{split}` and `{lon}`.
       recognise: from a path to a `TileFile`, or None if the file is no part of a tile.
       forms: one sentence for people on other forms that are read.
     """
@@ -59,6 +58,11 @@ class Layout:
     paths: Mapping[str, str]
     recognise: Callable[[str], TileFile | None]
     forms: str
+
+    def of_kinds(self, kinds: Sequence[str]) -> "Layout":
+        """The layout of a data set that needs these kinds of files only."""
+        paths = {kind: path for kind, path in self.paths.items() if kind in kinds}
+        return dataclasses.replace(self, paths=paths)
 
     def folders(self, split: str) -> dict[str, str]:
         """The usual folder of each kind of file in one of our splits."""
@@ -132,13 +136,15 @@ class _ByCoordinates:
         )
 
 
-def _dfc2020(path: str) -> TileFile | None:
+def _dfc2020(path: str, kinds: Mapping[str, str] | None = None) -> TileFile | None:
     """Recognises `ROIs0000_test_s1_0_p7.tif`, and `ROIs0000_autumn_s1_CITY_p7.tif`.
 
-    The latter is of the public bundle, whose split is a city.
+    The latter is of the public bundle, whose split is a city. `kinds` says what files of other
+    names than the kinds are; by default those called dfc are the labels.
     """
+    kinds = {"dfc": "labels"} if kinds is None else kinds
     match = re.fullmatch(
-        r"ROIs0000_(?P<part>[a-z]+)_(?P<kind>s1|s2|dfc)_(?P<scene>[a-z0-9]+)_p(?P<number>\d+)\.tiff?",
+        r"ROIs0000_(?P<part>[a-z]+)_(?P<kind>s1|s2|dfc|lc)_(?P<scene>[a-z0-9]+)_p(?P<number>\d+)\.tiff?",
         path.rpartition("/")[2],
         re.IGNORECASE,
     )
@@ -146,7 +152,7 @@ def _dfc2020(path: str) -> TileFile | None:
         return None
     part, kind, scene, number = (match[name] for name in ("part", "kind", "scene", "number"))
     token = kind.lower()
-    kind = "labels" if token == "dfc" else token
+    kind = kinds.get(token, token)
     splits = {"validation": "train", "test": "test"}
     split = splits.get(part.lower(), scene)
     name = part if scene == "0" else f"{part}_{scene}"
@@ -185,4 +191,14 @@ DFC2020 = Layout(
         "Folders may have other names. The public bundle by season and city is read with "
         "--test_cities."
     ),
+)
+# MODIS land cover is the noisy label, the contest's labels are the truth.
+DFC2020_LC = dataclasses.replace(
+    DFC2020,
+    paths={
+        **DFC2020.paths,
+        "labels": "lc_{split}/ROIs0000_{split}_lc_0_p{number}.tif",
+        "truth": DFC2020.paths["labels"],
+    },
+    recognise=functools.partial(_dfc2020, kinds={"lc": "labels", "dfc": "truth"}),
 )

@@ -1,36 +1,42 @@
 """Reads tiles of one date, and cuts them into patches."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cromss_jax import sensors
+from cromss_jax.legend import Legend
 from data_prep import errors
 from data_prep.datasets import tile_files
 from data_prep.options import Options
 from data_prep.reading import bands, geotiff, grids, nodata, offsets
-from data_prep.reading.labels import LabelMap, read_labels
+from data_prep.reading.labels import read_labels
 from data_prep.report import Finding
 from data_prep.writing import records
 
 
 def read_tile(
-    tile: tile_files.Tile, *, source: bands.Reader, label_map: LabelMap, options: Options
+    tile: tile_files.Tile,
+    *,
+    source: bands.Reader,
+    legends: Mapping[str, Legend],
+    options: Options,
 ) -> tuple[records.Example | None, tuple[Finding, ...]]:
     """Reads, checks and scales one tile of H x W pixels.
 
     Args:
       tile: the tile.
       source: where its files are.
-      label_map: of its labels.
+      legends: of its labels and, if it has one, of its truth: by "labels" and "truth".
       options: see `Options`.
 
     Returns:
-      s1 (H,W,2), s2 (H,W,13) in the order of `sensors.S2_BANDS`, labels (1,H,W), 255 also where one
-      of the sensors has no valid pixel, all uint8; `season` 0; `location_id`; `height` and `width`;
-      `crs` and `transform` (6,) of the S2 file. None in place of it if too many pixels are invalid.
-      Besides, findings.
+      s1 (H,W,2), s2 (H,W,K) with the bands of `options`, labels (1,H,W), 255 also where one of the
+      sensors has no valid pixel, truth (H,W) if there is one, all uint8; `season` 0; `location_id`;
+      `height` and `width`; `crs` and `transform` (6,) of the S2 file, or of S1 without it. None in
+      place of it if too many pixels are invalid. Besides, findings.
 
     Raises:
       errors.BadFileError: if the files do not belong together, or one of them is missing,
@@ -39,97 +45,118 @@ def read_tile(
     """
     if tile.fault:
         raise errors.BadFileError(*tile.fault)
-    s1, found = _read_image(source, tile.paths["s1"], sensors.S1_BANDS)
-    s2, s2_found = _read_image(source, tile.paths["s2"], sensors.S2_BANDS)
-    found += s2_found
-    labels, label_found = _read_labels(tile.paths["labels"], source, label_map, s2, tile)
-    found += label_found
-    for kind, image in (("s1", s1), ("s2", s2)):
-        bands.check_size(tile.paths[kind], image, labels.shape)
-    found += grids.compare(s2, tile.paths["s1"], s1, tile.paths["s2"])
-    s1_values = bands.s1_values(tile.paths["s1"], s1)
-    s2_values = _mark_zeros(bands.s2_values(tile.paths["s2"], s2))
-    found += s1_values.findings + s2_values.findings
-    offset = options.s2_offset
-    if offset is None:
-        evidence = {
-            name: (s2_values.pixels[i], s2_values.valid[i])
-            for i, name in enumerate(sensors.S2_BANDS)
-        }
-        texts = [f"{name}: {value}" for name, value in s2.tags.items()]
-        offset, offset_found = offsets.detect(tile.paths["s2"], evidence, texts)
-        found += offset_found
-    valid, share_found = _valid_pixels(tile, s1_values, s2_values, options.max_invalid)
-    found += share_found
-    if any(finding.kind == "tile skipped" for finding in share_found):
-        return None, found
-    return {
-        "s1": np.stack(
-            [
-                bands.scale(name, s1_values.pixels[i], s1_values.valid[i])
-                for i, name in enumerate(sensors.S1_BANDS)
-            ],
-            axis=-1,
-        ),
-        "s2": np.stack(
-            [
-                bands.scale_s2(name, s2_values.pixels[i], s2_values.valid[i], offset)
-                for i, name in enumerate(sensors.S2_BANDS)
-            ],
-            axis=-1,
-        ),
+    images: dict[str, geotiff.Image] = {}
+    found: tuple[Finding, ...] = ()
+    for modality, names in options.bands.items():
+        product = {"s1": (), "s2": tuple(sensors.S2_STATISTICS[options.s2_level])}[modality]
+        file = bands.read_bands(source, tile.paths[modality])
+        images[modality], image_found = bands.pick_bands(tile.paths[modality], file, names, product)
+        found += image_found
+    # The image that the others are compared with.
+    main = "s2" if "s2" in images else "s1"
+    maps = {}
+    for kind, legend in legends.items():
+        # Files of more than one band have the labels in the second, those of MODIS in the first.
+        band = 0 if kind == "labels" and options.labels == "lc" else 1
+        maps[kind], map_found = _read_labels(
+            tile.paths[kind], source, legend, images[main], tile.paths[main], band
+        )
+        found += map_found
+    labels = maps["labels"]
+    for modality, image in images.items():
+        bands.check_size(tile.paths[modality], image, labels.shape)
+        found += grids.compare(images[main], tile.paths[modality], image, tile.paths[main])
+    scaled, valid, scale_found = _scale(tile, images, options)
+    found += scale_found
+    share = 1 - float(valid.mean())
+    if share > options.max_invalid:
+        detail = f"{share:.1%} of the pixels are invalid"
+        return None, (*found, Finding("tile skipped", tile.paths[main], detail, share))
+    example = {
+        **scaled,
         "labels": nodata.ignore(labels, valid)[None],
         "season": 0,
         "height": labels.shape[0],
         "width": labels.shape[1],
         "location_id": tile.location_id,
-        "crs": s2.crs,
-        "transform": np.array(s2.transform[:6], np.float64),
-    }, found
+        "crs": images[main].crs,
+        "transform": np.array(images[main].transform[:6], np.float64),
+    }
+    if "truth" in maps:
+        example["truth"] = maps["truth"]
+    return example, found
 
 
-def _mark_zeros(values: bands.Values) -> bands.Values:
+def _scale(
+    tile: tile_files.Tile, images: Mapping[str, geotiff.Image], options: Options
+) -> tuple[records.Example, np.ndarray, tuple[Finding, ...]]:
+    """The images of a tile as uint8, where all are valid (H,W), and findings."""
+    found: tuple[Finding, ...] = ()
+    scaled, seen = {}, []
+    values: dict[str, bands.Values] = {}
+    if "s1" in images:
+        values["s1"] = bands.s1_values(tile.paths["s1"], images["s1"])
+    if "s2" in images:
+        values["s2"] = _mark_zeros(
+            bands.s2_values(tile.paths["s2"], images["s2"]), options.bands["s2"]
+        )
+    for value in values.values():
+        found += value.findings
+    offset, offset_found = _s2_offset(tile, images, values, options)
+    found += offset_found
+    statistics = sensors.S2_STATISTICS[options.s2_level]
+    for modality, value in values.items():
+        stack = []
+        for i, name in enumerate(options.bands[modality]):
+            pixels, valid = value.pixels[i], value.valid[i]
+            if modality == "s1":
+                stack.append(bands.scale(name, pixels, valid))
+            else:
+                stack.append(bands.scale_s2(name, pixels, valid, offset, statistics))
+        scaled[modality] = np.stack(stack, axis=-1)
+        seen.append(value.valid.all(axis=0))
+        kind = f"{modality.upper()} invalid"
+        found += nodata.findings(tile.paths[modality], kind, seen[-1])
+    return scaled, np.logical_and.reduce(seen), found
+
+
+def _s2_offset(
+    tile: tile_files.Tile,
+    images: Mapping[str, geotiff.Image],
+    values: Mapping[str, bands.Values],
+    options: Options,
+) -> tuple[int, tuple[Finding, ...]]:
+    """What to subtract from raw S2 pixels, and findings."""
+    if "s2" not in values or options.s2_offset is not None:
+        return options.s2_offset or 0, ()
+    evidence = {
+        name: (values["s2"].pixels[i], values["s2"].valid[i])
+        for i, name in enumerate(options.bands["s2"])
+    }
+    texts = [f"{name}: {value}" for name, value in images["s2"].tags.items()]
+    return offsets.detect(tile.paths["s2"], evidence, texts)
+
+
+def _mark_zeros(values: bands.Values, names: Sequence[str]) -> bands.Values:
     """Marks the zeros of S2 that are nodata; see `nodata.mark_zeros`."""
-    zero = dict(zip(sensors.S2_BANDS, values.zero, strict=True))
-    valid = nodata.mark_zeros(zero, dict(zip(sensors.S2_BANDS, values.valid, strict=True)))
-    return dataclasses.replace(values, valid=np.stack([valid[n] for n in sensors.S2_BANDS]))
-
-
-def _valid_pixels(
-    tile: tile_files.Tile, s1: bands.Values, s2: bands.Values, max_invalid: float
-) -> tuple[np.ndarray, tuple[Finding, ...]]:
-    """Where both sensors have valid pixels (H,W), and findings."""
-    s1_valid, s2_valid = s1.valid.all(axis=0), s2.valid.all(axis=0)
-    found = nodata.findings(tile.paths["s1"], "S1 invalid", s1_valid)
-    found += nodata.findings(tile.paths["s2"], "S2 invalid", s2_valid)
-    valid = s1_valid & s2_valid
-    share = 1 - float(valid.mean())
-    if share > max_invalid:
-        detail = f"{share:.1%} of the pixels are invalid"
-        found += (Finding("tile skipped", tile.paths["s2"], detail, share),)
-    return valid, found
+    zero = dict(zip(names, values.zero, strict=True))
+    valid = nodata.mark_zeros(zero, dict(zip(names, values.valid, strict=True)))
+    return dataclasses.replace(values, valid=np.stack([valid[n] for n in names]))
 
 
 def _read_labels(
     path: str,
     source: bands.Reader,
-    label_map: LabelMap,
-    s2: geotiff.Image,
-    tile: tile_files.Tile,
+    legend: Legend,
+    image: geotiff.Image,
+    image_path: str,
+    band: int,
 ) -> tuple[np.ndarray, tuple[Finding, ...]]:
-    """Labels (H,W) on the grid of the S2 image, and findings."""
-    image = bands.read_bands(source, path)
-    # Files of more than one band have the labels in the second.
-    image = image.bands([0 if len(image.pixels) == 1 else 1])
-    labels, found = read_labels(path, image, label_map, s2.size)
-    return labels, (*found, *grids.compare(s2, path, image, tile.paths["s2"]))
-
-
-def _read_image(
-    source: bands.Reader, path: str, names: tuple[str, ...]
-) -> tuple[geotiff.Image, tuple[Finding, ...]]:
-    """Reads an image with its bands in the usual order, and findings."""
-    return bands.pick_bands(path, bands.read_bands(source, path), names)
+    """Labels (H,W) on the grid of an image, and findings."""
+    file = bands.read_bands(source, path)
+    file = file.bands([band if len(file.pixels) > 1 else 0])
+    labels, found = read_labels(path, file, legend, image.size)
+    return labels, (*found, *grids.compare(image, path, file, image_path))
 
 
 def _window(example: records.Example, row: int, column: int, side: int) -> records.Example:
@@ -142,13 +169,17 @@ def _window(example: records.Example, row: int, column: int, side: int) -> recor
     rows, columns = slice(row, row + height), slice(column, column + width)
     padding = ((0, side - height), (0, side - width))
     window = dict(example, height=height, width=width)
-    for name in ("s1", "s2"):
+    for name in {"s1", "s2"} & example.keys():
         window[name] = np.pad(example[name][rows, columns], (*padding, (0, 0)), mode="edge")
     window["labels"] = np.pad(
         example["labels"][:, rows, columns],
         ((0, 0), *padding),
         constant_values=sensors.IGNORE_LABEL,
     )
+    if "truth" in example:
+        window["truth"] = np.pad(
+            example["truth"][rows, columns], padding, constant_values=sensors.IGNORE_LABEL
+        )
     a, b, c, d, e, f = example["transform"]
     corner = (a * column + b * row + c, d * column + e * row + f)
     window["transform"] = np.array([a, b, corner[0], d, e, corner[1]], np.float64)
@@ -167,7 +198,7 @@ def read_records(
     tile: tile_files.Tile,
     *,
     source: bands.Reader,
-    label_map: LabelMap,
+    legends: Mapping[str, Legend],
     options: Options,
     tile_size: int,
     patch_size: int,
@@ -177,7 +208,7 @@ def read_records(
     Args:
       tile: the tile.
       source: where its files are.
-      label_map: of its labels.
+      legends: see `read_tile`.
       options: see `Options`.
       tile_size: T, to which tiles are padded at the bottom and the right; 0 takes the tile's.
       patch_size: side of the patches, padded likewise; 0 does not cut tiles.
@@ -189,7 +220,7 @@ def read_records(
     Raises:
       errors.BadFileError: see `read_tile`.
     """
-    example, findings = read_tile(tile, source=source, label_map=label_map, options=options)
+    example, findings = read_tile(tile, source=source, legends=legends, options=options)
     if example is None:
         return records.Reading([], findings)
     if not patch_size:
@@ -205,13 +236,19 @@ def read_records(
     return records.Reading(patches, findings)
 
 
-def features(side: int) -> tfds.features.FeaturesDict:
-    """The features of a record of `side` x `side` pixels; see `read_tile`."""
+def features(
+    side: int, described: Sequence[sensors.Band], has_truth: bool = False
+) -> tfds.features.FeaturesDict:
+    """The features of a record of `side` x `side` pixels with these bands; see `read_tile`."""
     array = records.array_feature
+    images = {
+        name: array(side, side, len(names)) for name, names in sensors.arrays_of(described).items()
+    }
+    truth = {"truth": array(side, side)} if has_truth else {}
     return tfds.features.FeaturesDict(
-        {
-            "s1": array(side, side, len(sensors.S1_BANDS)),
-            "s2": array(side, side, len(sensors.S2_BANDS)),
+        images
+        | truth
+        | {
             "labels": array(1, side, side),
             "season": np.int32,
             "height": np.int32,

@@ -12,7 +12,7 @@ files that are not uint8, these are invalid, too:
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -186,34 +186,55 @@ def s2_values(path: str, image: geotiff.Image) -> Values:
     return Values(pixels.astype(np.int32), valid, zero, findings)
 
 
-def scale(name: str, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def scale(
+    name: str,
+    values: np.ndarray,
+    valid: np.ndarray,
+    statistics: Mapping[str, tuple[float, float]] = sensors.BAND_STATISTICS,
+) -> np.ndarray:
     """Scales one band to uint8; invalid pixels become `NEUTRAL`.
 
     Args:
       name: a name of `sensors.S1_BANDS` or `sensors.S2_BANDS`.
       values: (H, W), of `Values.pixels`.
       valid: (H, W) bool.
+      statistics: mean and standard deviation by band.
 
     Returns:
       (H, W) uint8.
     """
-    scaled = values if values.dtype == np.uint8 else sensors.scale_to_uint8(values, name)
+    if values.dtype == np.uint8:
+        scaled = values
+    else:
+        scaled = sensors.scale_to_uint8(values, name, statistics)
     return scaled if valid.all() else np.where(valid, scaled, np.uint8(NEUTRAL))
 
 
-def scale_s2(name: str, values: np.ndarray, valid: np.ndarray, offset: int) -> np.ndarray:
+def scale_s2(
+    name: str,
+    values: np.ndarray,
+    valid: np.ndarray,
+    offset: int,
+    statistics: Mapping[str, tuple[float, float]] = sensors.BAND_STATISTICS,
+) -> np.ndarray:
     """Subtracts the offset from values that are not scaled (floor 0), and scales; see `scale`."""
     if values.dtype != np.uint8 and offset:
         values = np.maximum(values - offset, 0)
-    return scale(name, values, valid)
+    return scale(name, values, valid, statistics)
 
 
 def pick_bands(
-    path: str, image: geotiff.Image, names: tuple[str, ...]
+    path: str, image: geotiff.Image, names: Sequence[str], product: Sequence[str] = ()
 ) -> tuple[geotiff.Image, tuple[Finding, ...]]:
     """The bands of a file in the usual order, by their descriptions if it has any.
 
     Earth Engine exports VV, VH and angle, other software VH before VV.
+
+    Args:
+      path: of the file, for errors.
+      image: all its bands.
+      names: those that are needed.
+      product: the bands of a whole product in order, for files without descriptions.
 
     Raises:
       errors.BadFileError: if their number is wrong, and descriptions do not tell which are needed.
@@ -227,9 +248,15 @@ def pick_bands(
         return image.bands(indexes), (Finding("bands reordered", path, detail),)
     if len(image.pixels) == len(names):
         return image, ()
+    if len(image.pixels) == len(product):
+        return image.bands([product.index(name) for name in names]), ()
     reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
     if len(image.pixels) == 12 and len(names) == 13:
-        reason += ": B10 is missing, as in L2A products, whose values differ; L1C is needed"
+        reason += (
+            ": B10 is missing, as in L2A products, whose values differ; of L2A, give --s2_level=L2A"
+        )
+    elif len(image.pixels) < len(names) and "B2" in names:
+        reason += ": name those that it has by --s2_bands"
     raise errors.BadFileError(path, reason)
 
 

@@ -88,6 +88,14 @@ class Image:
             descriptions=tuple(self.descriptions[i] for i in indexes),
         )
 
+    def window(self, height: int, width: int) -> "Image":
+        """The upper left part of that many pixels."""
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[:, :height, :width],
+            valid=None if self.valid is None else self.valid[:, :height, :width],
+        )
+
 
 def read_band(data: bytes) -> Image:
     """Reads the one band of a GeoTIFF; an alpha band is its mask and does not count.

@@ -1,11 +1,9 @@
 """Label maps: from the values of a file to classes, on the grid of the imagery."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 from cromss_jax import sensors
+from cromss_jax.legend import Legend
 from data_prep import errors
 from data_prep.reading import geotiff, nodata
 from data_prep.report import Finding
@@ -14,45 +12,20 @@ from data_prep.report import Finding
 MARGIN = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelMap:
-    """The classes of the values of a label file.
+def classes(path: str, pixels: np.ndarray, legend: Legend) -> np.ndarray:
+    """Values of any shape and dtype to labels, uint8, 255 where ignored.
 
-    Attributes:
-      classes: the class of each value that has one.
-      ignored: values without a class; None means all other values.
+    Raises:
+      errors.BadFileError: if there are values that the legend does not have, or fractions.
     """
-
-    classes: Mapping[int, int]
-    ignored: tuple[int, ...] | None
-
-    def apply(self, path: str, pixels: np.ndarray) -> np.ndarray:
-        """Values (H, W) of any dtype to classes, uint8, 255 where ignored.
-
-        Raises:
-          errors.BadFileError: if there are values that are neither, or fractions.
-        """
-        if np.issubdtype(pixels.dtype, np.floating):
-            check_whole(path, pixels)
-        labels = np.full(pixels.shape, sensors.IGNORE_LABEL, np.uint8)
-        known = np.full(pixels.shape, self.ignored is None)
-        for value in self.ignored or ():
-            known |= pixels == value
-        for value, label in self.classes.items():
-            here = pixels == value
-            labels[here] = label
-            known |= here
-        if not known.all():
-            needed = _ranges(sorted({*self.classes, *(self.ignored or ())}))
-            shown = values_text(pixels[~known])
-            raise errors.BadFileError(path, f"labels {shown} are not {needed}")
-        return labels
-
-
-# Labels that are classes of Dynamic World already.
-DYNAMIC_WORLD = LabelMap(
-    {value: value for value in range(sensors.NUM_CLASSES)}, ignored=(sensors.IGNORE_LABEL,)
-)
+    if np.issubdtype(pixels.dtype, np.floating):
+        check_whole(path, pixels)
+    labels, unknown = legend.classes_of(pixels)
+    if unknown.size:
+        raise errors.BadFileError(
+            path, f"labels {values_text(unknown)} are not {legend.values_text()}"
+        )
+    return labels
 
 
 def check_whole(path: str, pixels: np.ndarray) -> None:
@@ -70,16 +43,6 @@ def check_whole(path: str, pixels: np.ndarray) -> None:
         )
 
 
-def _ranges(values: Sequence[int]) -> str:
-    """Sorted values as text: 0..8, 255."""
-    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1] + 1]
-    ends = [*(start - 1 for start in starts[1:]), len(values) - 1]
-    return ", ".join(
-        str(values[start]) if start == end else f"{values[start]}..{values[end]}"
-        for start, end in zip(starts, ends, strict=True)
-    )
-
-
 def values_text(values: np.ndarray) -> str:
     """Some of the different values."""
     values = np.unique(values)
@@ -87,14 +50,14 @@ def values_text(values: np.ndarray) -> str:
 
 
 def read_labels(
-    path: str, image: geotiff.Image, label_map: LabelMap, size: tuple[int, int]
+    path: str, image: geotiff.Image, legend: Legend, size: tuple[int, int]
 ) -> tuple[np.ndarray, tuple[Finding, ...]]:
     """Labels on the grid of the imagery.
 
     Args:
       path: of the label file.
       image: of one band.
-      label_map: from values to classes.
+      legend: of its values.
       size: height and width of the imagery.
 
     Returns:
@@ -105,10 +68,8 @@ def read_labels(
     """
     found = (Finding("turned", path, "rows from south to north"),) if image.is_turned else ()
     valid = np.ones(image.size, bool) if image.valid is None else image.valid[0]
-    # Of the first known value, which is replaced below.
-    known = next(iter(label_map.classes))
-    labels = label_map.apply(path, np.where(valid, image.pixels[0], image.pixels.dtype.type(known)))
-    labels = nodata.ignore(labels, valid)
+    labels = np.full(valid.shape, sensors.IGNORE_LABEL, np.uint8)
+    labels[valid] = classes(path, image.pixels[0][valid], legend)
     found += nodata.findings(path, "labels invalid", valid)
     if image.size == size:
         return labels, found

@@ -14,14 +14,17 @@ def mark_zeros(
     """Marks pixels invalid that are 0 in all Sentinel-2 bands of one resolution.
 
     Args:
-      zero: (H, W) bool of each band of `sensors.S2_BANDS`, see `bands.Values`.
+      zero: (H, W) bool of each Sentinel-2 band, see `bands.Values`.
       valid: (H, W) bool of each band.
 
     Returns:
       What `valid` is then.
     """
     marked = dict(valid)
-    for names in sensors.S2_BANDS_BY_RESOLUTION.values():
+    for group in sensors.S2_BANDS_BY_RESOLUTION.values():
+        names = [name for name in group if name in zero]
+        if not names:
+            continue
         everywhere = np.logical_and.reduce([zero[name] for name in names])
         if everywhere.any():
             marked |= {name: marked[name] & ~everywhere for name in names}

@@ -3,7 +3,8 @@
 import numpy as np
 from scipy import ndimage, special
 
-from cromss_jax.sensors import NUM_CLASSES, S2_BANDS, S2_BANDS_BY_RESOLUTION
+from cromss_jax.presets import DYNAMIC_WORLD
+from cromss_jax.sensors import S2_BANDS, S2_BANDS_BY_RESOLUTION
 from data_prep.sample.fields import gaussian_field
 from data_prep.sample.geography import COVER, Geography, Season
 from data_prep.sample.land import BARE, BUILT, CROPS, IS_OPEN, SNOW, TREES, WATER, Land
@@ -194,7 +195,7 @@ def s1_image(
     wind = rng.uniform(0, 5) * (1 + 0.2 * patches)
     mean += np.where(truth == WATER, wind, 0) * np.array([1, 0.5], np.float32)[:, None, None]
     # Moist soil is brighter under thin cover, leafless trees are darker in VH, wet snow absorbs.
-    shift = np.zeros((2, NUM_CLASSES))
+    shift = np.zeros((2, len(DYNAMIC_WORLD)))
     shift[:, IS_OPEN] = rng.normal(0, 0.8)
     shift[1, TREES] = -0.8 * (season.warmth < -0.4)
     shift[:, SNOW] = -2.5 * (season.warmth > -0.5)

@@ -9,12 +9,14 @@ the images and for each season, so that no image predicts them.
 import numpy as np
 from scipy import ndimage
 
-from cromss_jax.sensors import IGNORE_LABEL, NUM_CLASSES
+from cromss_jax.presets import DYNAMIC_WORLD
+from cromss_jax.sensors import IGNORE_LABEL
 from data_prep.sample.fields import gaussian_field, pixel_grid, uniform_field
 from data_prep.sample.land import BARE, BUILT, CROPS, GRASS, MARSH, SHRUB, SNOW, TREES, WATER
 
 # What made a label wrong.
 NOISE_KINDS = ("right", "confused", "displaced", "smoothed away", "season gone wrong", "cloud")
+_NUM_CLASSES = len(DYNAMIC_WORLD)
 _RIGHT, _CONFUSED, _DISPLACED, _SMOOTHED, _WRONG_SEASON, _CLOUD = range(len(NOISE_KINDS))
 
 # By true class: the share of its pixels that a season's labels confuse, and with what (weights).
@@ -35,7 +37,7 @@ _CONFUSED_BY_PARCEL = np.array([0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0], np.float
 
 def _confusion_tables() -> tuple[np.ndarray, np.ndarray]:
     """By true class: the confused share [9], and the cumulative odds of each other class [9,9]."""
-    shares, odds = np.zeros(NUM_CLASSES), np.zeros((NUM_CLASSES, NUM_CLASSES))
+    shares, odds = np.zeros(_NUM_CLASSES), np.zeros((_NUM_CLASSES, _NUM_CLASSES))
     for true_class, (share, weights) in _CONFUSIONS.items():
         shares[true_class] = share
         for other, weight in weights.items():
@@ -110,7 +112,7 @@ def noisy_labels(
     kind = np.where(displaced != truth[at], _CONFUSED, _DISPLACED).astype(np.uint8)
     kind[labels != displaced] = _SMOOTHED
     if season_wrong:
-        common = np.bincount(truth.ravel(), minlength=NUM_CLASSES).argmax()
+        common = np.bincount(truth.ravel(), minlength=_NUM_CLASSES).argmax()
         others = [c for c in (GRASS, CROPS, SHRUB, BUILT, BARE, SNOW) if c != common]
         pair = rng.choice(np.array(others, np.uint8), 2, replace=False)
         swath = gaussian_field(rng, size, size / 4) > -0.7

@@ -8,12 +8,12 @@ import dataclasses
 import numpy as np
 from scipy import ndimage
 
-from cromss_jax.sensors import CLASS_NAMES
+from cromss_jax.presets import DYNAMIC_WORLD
 from data_prep.sample.fields import gaussian_field, pixel_grid
 
-WATER, TREES, GRASS, MARSH, CROPS, SHRUB, BUILT, BARE, SNOW = range(len(CLASS_NAMES))
+WATER, TREES, GRASS, MARSH, CROPS, SHRUB, BUILT, BARE, SNOW = range(len(DYNAMIC_WORLD))
 # By class: lies open under the sky, so that snow covers it and moist soil shows through.
-IS_OPEN = np.isin(range(len(CLASS_NAMES)), (GRASS, CROPS, SHRUB, BARE))
+IS_OPEN = np.isin(range(len(DYNAMIC_WORLD)), (GRASS, CROPS, SHRUB, BARE))
 
 
 @dataclasses.dataclass

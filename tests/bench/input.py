@@ -25,7 +25,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import memory
 from tests import runs
@@ -112,11 +112,13 @@ class PublishedDataset:
         rng = np.random.default_rng(index)
         season = rng.integers(len(labels))
         # Ignored labels, which the published code does not know, as one more class left out.
-        classes = torch.from_numpy(labels.copy()).long().clamp(max=sensors.NUM_CLASSES)
-        one_hot = F.one_hot(classes, sensors.NUM_CLASSES + 1)[..., :-1].numpy().astype(np.float32)
+        classes = torch.from_numpy(labels.copy()).long().clamp(max=len(presets.DYNAMIC_WORLD))
+        one_hot = (
+            F.one_hot(classes, len(presets.DYNAMIC_WORLD) + 1)[..., :-1].numpy().astype(np.float32)
+        )
 
         def smoothed(maps: np.ndarray) -> np.ndarray:
-            planes = range(sensors.NUM_CLASSES)
+            planes = range(len(presets.DYNAMIC_WORLD))
             found = np.stack([gaussian_filter(maps[..., c], sigma=3, truncate=4) for c in planes])
             return found / found.sum(0, keepdims=True)
 
@@ -142,9 +144,9 @@ class PublishedDataset:
             pixels = F.grid_sample(pixels[None], grid, mode="bilinear", **how)[0]
             target = F.grid_sample(target[None], grid, mode="nearest", **how)[0]
         return {
-            "img": pixels[sensors.NUM_CLASSES :],
+            "img": pixels[len(presets.DYNAMIC_WORLD) :],
             "ns": target[0].long(),
-            "smooth_prior": pixels[: sensors.NUM_CLASSES],
+            "smooth_prior": pixels[: len(presets.DYNAMIC_WORLD)],
         }
 
 

@@ -9,7 +9,7 @@ import scipy.ndimage
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from data_prep import report
 from data_prep.writing import builder, records
 
@@ -26,11 +26,13 @@ def make_records(batch_size: int, crop: int) -> dict[str, np.ndarray]:
     """Parcels of classes, a fifth of the labels wrong, and noise for images."""
     rng = np.random.default_rng(0)
     size = tile_size(crop)
-    fields = rng.normal(size=(batch_size, sensors.NUM_CLASSES, size, size)).astype(np.float32)
+    fields = rng.normal(size=(batch_size, len(presets.DYNAMIC_WORLD), size, size)).astype(
+        np.float32
+    )
     truth = scipy.ndimage.gaussian_filter(fields, (0, 0, 5, 5)).argmax(1)
     labels = np.repeat(truth[:, None], SEASONS, 1).astype(np.uint8)
     wrong = rng.random(labels.shape) < 0.2
-    labels[wrong] = rng.integers(0, sensors.NUM_CLASSES, wrong.sum())
+    labels[wrong] = rng.integers(0, len(presets.DYNAMIC_WORLD), wrong.sum())
 
     def image(metres: int, num_bands: int) -> np.ndarray:
         side = size * 10 // metres
@@ -55,7 +57,7 @@ def _read(location: Location, crop: int, num_seasons: int) -> records.Reading:
     """Records of smooth fields with noise of 5 bits, which compress about as real tiles do."""
     rng = np.random.default_rng(int(location.location_id))
     size = tile_size(crop)
-    fields = rng.normal(size=(sensors.NUM_CLASSES, size, size)).astype(np.float32)
+    fields = rng.normal(size=(len(presets.DYNAMIC_WORLD), size, size)).astype(np.float32)
     labels = scipy.ndimage.gaussian_filter(fields, (0, 5, 5)).argmax(0).astype(np.uint8)
 
     def image(metres: int, num_bands: int) -> np.ndarray:
@@ -117,7 +119,7 @@ def write_dataset(
             "tile_size": size,
             "max_seasons": num_seasons,
             "has_truth": False,
-            "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
+            "legend": presets.DYNAMIC_WORLD.to_dict(),
         },
         location_bytes=num_seasons * 20 * size**2,
         num_workers=num_workers,

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from absl import app, flags
 from flax import nnx
 
-from cromss_jax import sensors
+from cromss_jax import presets
 from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import fusion as networks
@@ -106,7 +106,7 @@ def whole_step(fusion: str, depth: int, size: str) -> dict[str, Runner]:
     config = make_config(fusion, depth, size)
     batch = make_batch(config)
     network = torch_parity.torch_network(
-        fusion, depth, NUM_CHANNELS, sensors.NUM_CLASSES, seed=0
+        fusion, depth, NUM_CHANNELS, len(presets.DYNAMIC_WORLD), seed=0
     ).train()
     start = torch_parity.torch_arrays(network)
 
@@ -155,10 +155,15 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
     """Encoder or decoder of a ResNet-50 U-Net: the loss is a random combination of its outputs."""
     batch_size, crop = SIZES[size]
     rng = np.random.default_rng(1)
-    theirs = torch_parity.torch_model(50, NUM_CHANNELS["s2"], sensors.NUM_CLASSES).train()
+    theirs = torch_parity.torch_model(50, NUM_CHANNELS["s2"], len(presets.DYNAMIC_WORLD)).train()
     definition, params, stats = nnx.split(
         networks.make_network(
-            "none", 50, {"s2": NUM_CHANNELS["s2"]}, sensors.NUM_CLASSES, "float32", nnx.Rngs(0)
+            "none",
+            50,
+            {"s2": NUM_CHANNELS["s2"]},
+            len(presets.DYNAMIC_WORLD),
+            "float32",
+            nnx.Rngs(0),
         ),
         nnx.Param,
         nnx.BatchStat,
@@ -175,7 +180,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
     whole = torch.empty(batch_size, NUM_CHANNELS["s2"], crop, crop)
     features = [torch_parity.from_torch_image(x) for x in features[1:]]
     inputs = [image] if part == "encoder" else features
-    classes = (batch_size, crop, crop, sensors.NUM_CLASSES)
+    classes = (batch_size, crop, crop, len(presets.DYNAMIC_WORLD))
     shapes = [x.shape for x in features] if part == "encoder" else [classes]
     slopes = [rng.random(shape, np.float32) for shape in shapes]
 
@@ -221,7 +226,7 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
 
 def torch_priors(season_labels: torch.Tensor, season: torch.Tensor) -> torch.Tensor:
     """`torch_oracle.prior` of a batch [B, S, T, T] by separable convolutions, [B, C, T, T]."""
-    one_hot = F.one_hot(season_labels, sensors.NUM_CLASSES).permute(0, 1, 4, 2, 3).float()
+    one_hot = F.one_hot(season_labels, len(presets.DYNAMIC_WORLD)).permute(0, 1, 4, 2, 3).float()
     drawn = one_hot[torch.arange(len(season), device=season.device), season]
     maps = torch.stack([one_hot.mean(1), drawn])
     radius = smoothing.RADIUS
@@ -247,12 +252,12 @@ def selection_losses_priors(size: str) -> dict[str, Runner]:
     inside = (slice(top, top + crop),) * 2
     rng = np.random.default_rng(2)
     labels = records["labels"][np.arange(config.batch_size), records["season"]]
-    shape = (config.batch_size, crop, crop, sensors.NUM_CLASSES)
+    shape = (config.batch_size, crop, crop, len(presets.DYNAMIC_WORLD))
     logits = {m: rng.normal(0, 2, shape).astype(np.float32) for m in NUM_CHANNELS}
 
     @jax.jit
     def differentiate(logits, season_labels, labels):
-        prior = smoothing.smoothing_prior(season_labels, labels, sensors.NUM_CLASSES, "ts")
+        prior = smoothing.smoothing_prior(season_labels, labels, len(presets.DYNAMIC_WORLD), "ts")
         batch = {"labels": labels[:, *inside], "prior": prior[:, *inside]}
         loss_of = lambda x: objective.training_loss(config, x, batch, EPOCH)[0]
         return jax.value_and_grad(loss_of)(logits)

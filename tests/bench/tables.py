@@ -7,7 +7,7 @@ Markdown. It shows the rows and columns of which there are figures.
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from tests.bench import parts
 
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
@@ -73,13 +73,16 @@ def sample(figures: Mapping) -> str:
     rows = [
         [label]
         + [percent(figures[f"{name}/{score}"]) for score in SCORES]
-        + [percent(figures[f"{name}/iou/{class_name}"]) for class_name in sensors.CLASS_NAMES]
+        + [
+            percent(figures[f"{name}/iou/{class_name}"])
+            for class_name in presets.DYNAMIC_WORLD.names
+        ]
         for name, label in SAMPLE_ROWS.items()
     ]
     aurocs = " and ".join(
         f"{figures[f'label_confidence_auroc/{m}']:.3f} ({m.upper()})" for m in sensors.MODALITIES
     )
-    scores = table(["scored", *SCORES.values(), *sensors.CLASS_NAMES], rows)
+    scores = table(["scored", *SCORES.values(), *presets.DYNAMIC_WORLD.names], rows)
     return f"{scores}\n\nLabel confidence tells wrong labels from right ones with AUROC {aurocs}."
 
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from tests import runs
 
@@ -28,10 +28,36 @@ def dataset():
             (location, season) for location, n in enumerate(COUNTS) for season in range(n)
         )
     ]
-    legend = sensors.DYNAMIC_WORLD
     return input_pipeline.TileDataset(
-        records, tuple(records[0]), 6, COUNTS, has_truth=False, legend=legend
+        records,
+        tuple(records[0]),
+        6,
+        COUNTS,
+        has_truth=False,
+        legend=presets.DYNAMIC_WORLD,
+        bands=sensors.preset_bands(is_native=True),
     )
+
+
+def test_small_tiles_are_padded(dataset):
+    """Images by their edge, labels by 255, at native sizes and to whole pixels of 60 m."""
+    rng = np.random.default_rng(0)
+    for record in dataset.source:
+        for name, value in record.items():
+            if getattr(value, "ndim", 0):
+                record[name] = rng.integers(0, 9, value.shape, np.uint8)
+    padded = dataset.padded_to(10)
+    assert (dataset.padded_to(6).tile_size, padded.tile_size) == (6, 12)
+    plain = input_pipeline.read_batch(dataset, ("s1", "s2"), np.arange(3))
+    batch = input_pipeline.read_batch(padded, ("s1", "s2"), np.arange(3))
+    assert batch["labels"].shape == (3, 4, 12, 12)
+    np.testing.assert_array_equal(batch["labels"][..., :6, :6], plain["labels"])
+    assert (batch["labels"][..., 6:, :] == 255).all()
+    assert (batch["labels"][..., 6:] == 255).all()
+    for name, side in (("s1", 6), ("s2_10m", 6), ("s2_20m", 3), ("s2_60m", 1)):
+        assert batch[name].shape[1:3] == (2 * side, 2 * side)
+        rows = np.minimum(np.arange(2 * side), side - 1)
+        np.testing.assert_array_equal(batch[name], plain[name][:, rows][:, :, rows])
 
 
 def test_an_epoch_visits_each_location_once_with_a_drawn_season(dataset):

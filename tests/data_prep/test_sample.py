@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import rasterio
 
+from cromss_jax.presets import DYNAMIC_WORLD
 from cromss_jax.sensors import (
-    CLASS_NAMES,
     IGNORE_LABEL,
     S1_BANDS,
     S2_BANDS,
@@ -19,7 +19,7 @@ from cromss_jax.sensors import (
 from data_prep.sample import imagery, nol, world
 
 WATER, TREES, BARE, SNOW = (
-    CLASS_NAMES.index(name) for name in ("water", "trees", "bare ground", "snow & ice")
+    DYNAMIC_WORLD.names.index(name) for name in ("water", "trees", "bare ground", "snow & ice")
 )
 
 CLOUD = world.NOISE_KINDS.index("cloud")
@@ -122,11 +122,11 @@ def test_about_a_third_of_the_labels_is_wrong(locations):
     truth = np.stack([location.truth for location in locations])
     labels = np.stack([location.labels for location in locations])
     valid = labels != IGNORE_LABEL
-    assert labels[valid].max() < len(CLASS_NAMES)
-    assert truth.max() < len(CLASS_NAMES)
+    assert labels[valid].max() < len(DYNAMIC_WORLD)
+    assert truth.max() < len(DYNAMIC_WORLD)
     assert 0.27 <= (labels != truth)[valid].mean() <= 0.40
     # Every true class keeps its own label more often than all others together.
-    for c, name in enumerate(CLASS_NAMES):
+    for c, name in enumerate(DYNAMIC_WORLD.names):
         share = (
             np.bincount(labels[valid & (truth == c)], minlength=9) / (valid & (truth == c)).sum()
         )
@@ -153,8 +153,8 @@ def test_noise_is_independent_between_seasons(locations):
 
 
 def test_spectra_and_backscatter_tell_the_classes_apart(locations):
-    s1 = {c: [] for c in range(len(CLASS_NAMES))}
-    s2 = {c: [] for c in range(len(CLASS_NAMES))}
+    s1 = {c: [] for c in range(len(DYNAMIC_WORLD))}
+    s2 = {c: [] for c in range(len(DYNAMIC_WORLD))}
     for location in locations:
         coarse = location.s2_20m.repeat(2, axis=1).repeat(2, axis=2)
         swir = coarse[..., S2_BANDS_BY_RESOLUTION[20].index("B11")]
@@ -175,7 +175,7 @@ def test_spectra_and_backscatter_tell_the_classes_apart(locations):
     assert blue.argmax() == SNOW
     assert vv.argmin() == WATER
     assert vh.argmin() == WATER
-    assert vv.argmax() == CLASS_NAMES.index("built area")
+    assert vv.argmax() == DYNAMIC_WORLD.names.index("built area")
 
 
 def test_values_are_those_of_real_products(locations):

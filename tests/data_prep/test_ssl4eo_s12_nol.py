@@ -14,7 +14,7 @@ import pytest
 import rasterio
 import tensorflow_datasets as tfds
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from data_prep import errors
 from data_prep.datasets import ssl4eo_s12_nol
@@ -151,7 +151,10 @@ def test_records(template, tmp_path):
         "tile_size": 24, "max_seasons": 4, "has_truth": False,
         "season_counts": {"train": [4, 4, 2]},
         "num_bad_locations": 0, "s2_offset": "auto", "max_invalid": 0.5, "max_days": 60,
-        "legend": [list(pair) for pair in sensors.DYNAMIC_WORLD.items()],
+        "modalities": ["s1", "s2"], "s2_level": "L1C", "s2_bands": list(sensors.S2_BANDS),
+        "legend": presets.DYNAMIC_WORLD.to_dict(),
+        "bands": [list(band.to_row()) for band in sensors.preset_bands(is_native=True)],
+        "origin": f"ssl4eo_s12_nol in {template}",
     }  # fmt: skip
     assert builder.info.features["season"].np_dtype == np.int32
     assert reported(tmp_path) == []
@@ -386,8 +389,29 @@ def test_record_file_without_records_is_readable(tree, tmp_path, monkeypatch):
 
 
 def test_tile_that_does_not_fit_60_metres(tmp_path):
+    """It is cropped to whole pixels of all bands, from the upper left corner."""
     tree = write_tree(tmp_path / "tree", (1,), tile=20)
-    with pytest.raises(errors.BuildError, match="20 pixels a side.*multiple of 6"):
+    (record,) = build(tree, tmp_path / "data").as_data_source("train")
+    shapes = {name: record[name].shape for name in ARRAYS}
+    assert shapes == {
+        "s1": (18, 18, 2), "s2_10m": (18, 18, 4), "s2_20m": (9, 9, 6), "s2_60m": (3, 3, 3),
+        "labels": (1, 18, 18),
+    }  # fmt: skip
+    (path,) = tree.glob("s2c/*/*/B2.tif")
+    expected = sensors.scale_to_uint8(read_tif(path), "B2")[:18, :18]
+    np.testing.assert_array_equal(record["s2_10m"][..., 0], expected)
+    (path,) = tree.glob("dw_noisy_labels/*/*/label.tif")
+    np.testing.assert_array_equal(record["labels"][0], read_tif(path)[:18, :18])
+    assert "20 to 18 pixels" in (tmp_path / "data" / "ssl4eo_s12_nol.report.md").read_text()
+
+
+def test_tile_smaller_than_a_pixel_of_60_metres(tmp_path):
+    tree = write_tree(tmp_path / "tree", (1,), tile=6)
+    for path in tree.rglob("B*.tif"):
+        pixels = read_tif(path)
+        path.unlink()
+        write_band(path, pixels[:5, :5] if PIXEL_SIZE[path.stem] == 10 else pixels, 10)
+    with pytest.raises(errors.BuildError, match="5 pixels a side, but bands at 60 m need at lea"):
         build(tree, tmp_path / "data")
 
 

@@ -11,8 +11,9 @@ import rasterio
 from flax import nnx
 
 from configs import finetune as finetune_config
-from cromss_jax import compare, files, sensors
+from cromss_jax import compare, files, presets
 from cromss_jax.data import input_pipeline
+from cromss_jax.legend import Legend
 from cromss_jax.method import metrics, schedules
 from cromss_jax.results import pictures
 from cromss_jax.training import finetune, finetune_step, run, scoring, sharding
@@ -78,7 +79,7 @@ def saved_results(workdir) -> dict:
 def test_a_run_leaves_its_results(finished):
     results = saved_results(finished)
     assert results["seeds"] == [0, 1]
-    assert results["classes"] == list(sensors.DFC2020)
+    assert results["classes"] == list(presets.DFC2020.names)
     text = (finished / "results.md").read_text()
     for part in ("| seed 0 |", "| seed 1 |", "| mean ± standard deviation |", "weights random",
                  "6 test tiles"):  # fmt: skip
@@ -319,7 +320,13 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
 
 
 def test_a_confusion_matrix_is_drawn_in_its_colours():
-    picture = pictures.draw_confusion(np.eye(8, dtype=int) * 5, sensors.DFC2020)
+    picture = pictures.draw_confusion(np.eye(8, dtype=int) * 5, presets.DFC2020)
     colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
-    for colour in sensors.DFC2020.values():
+    for colour in presets.DFC2020.colours:
         assert tuple(bytes.fromhex(colour[1:])) in colours
+
+
+def test_a_confusion_matrix_of_many_classes_is_no_huge_picture():
+    colours = {f"class {i}": f"#{i:02x}00{255 - i:02x}" for i in range(250)}
+    picture = pictures.draw_confusion(np.eye(250, dtype=int), Legend.of(colours))
+    assert max(picture.shape) < 3000

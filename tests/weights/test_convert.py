@@ -18,7 +18,7 @@ from etils import epath
 from flax import nnx
 
 from configs import pretrain
-from cromss_jax import convert, sensors
+from cromss_jax import convert, presets, sensors
 from cromss_jax.networks import resnet
 from cromss_jax.training import pretrain_step
 from cromss_jax.training.state import start_from
@@ -499,7 +499,7 @@ def test_cards_of_runs(tmp_path):
     network = Network.of_config(json.loads((run_folder / "config.json").read_text()))
     card = cards.of_run(epath.Path(step_folder), network)
     assert card["metrics"] == {"step": 7, "split": "validation", "loss": 0.7}
-    assert card["classes"] == list(sensors.CLASS_NAMES)
+    assert card["classes"] == list(presets.DYNAMIC_WORLD.names)
     assert card["recipe"]["network"]["depth"] == 18
 
 
@@ -605,6 +605,24 @@ def test_transfer_refuses_what_does_not_fit(mid):
     head = "segmentation_head.0.weight"
     np.testing.assert_array_equal(started.arrays[head], mid.arrays[head])
     assert any("the weights have 8 classes" in sentence for sentence in report)
+
+
+def test_a_head_moves_where_the_classes_are_the_same(mid):
+    """Same names in the same order; an unnamed head by its number of classes."""
+    target = random_weights("mid", 10, {"s1": S1, "s2": S2}, seed=4)
+    names = list(presets.DYNAMIC_WORLD.names)
+    head, encoder = "segmentation_head.0.weight", "encoder.layer1.0.conv1.weight"
+    for theirs, ours, is_taken, said in (
+        (names, names, True, "segmentation_head of S1 and S2: from the weights"),
+        (names, names[::-1], False, "class 0 of the weights is 'water', not 'snow & ice'"),
+        ([], names, True, "which do not name their classes: their number is the same"),
+    ):
+        source = dataclasses.replace(mid, card={"classes": theirs})
+        started, report = transfer(source, dataclasses.replace(target, card={"classes": ours}))
+        expected = mid if is_taken else target
+        np.testing.assert_array_equal(started.arrays[head], expected.arrays[head])
+        np.testing.assert_array_equal(started.arrays[encoder], mid.arrays[encoder])
+        assert said in report[-1]
 
 
 def test_a_run_starts_from_weights(folder, mid):
