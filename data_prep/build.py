@@ -2,6 +2,7 @@
 
 python -m data_prep.build --dataset=ssl4eo_s12_nol --source_dir=DIR --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR
+python -m data_prep.build --dataset=scenes --table=scenes.csv --legend=worldcover --data_dir=DIR
 python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --beam -- BEAM OPTIONS
 """
 
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
@@ -19,7 +21,7 @@ from etils import epath
 from cromss_jax import presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
-from data_prep.datasets import downstream, ssl4eo_s12_nol
+from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
 from data_prep.finding import sources
 from data_prep.reading import legends, proj
 from data_prep.writing import records
@@ -32,6 +34,9 @@ BUILDERS = {
         downstream.Ssl4eoS12Dw,
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
+        scenes.Scenes,
+        terramesh.Terramesh,
+        terramesh.Ssl4eoS12V11,
     )
 }
 
@@ -42,9 +47,57 @@ _SOURCE_DIR = flags.DEFINE_string(
     "source_dir",
     None,
     "Folder with the source tree, extracted or as .zip, .tar or .tar.gz archives in any "
-    "mixture, or the path of one such archive. Nothing is unpacked.",
-    required=True,
+    "mixture, or the path of one such archive. Nothing is unpacked. Not for scenes.",
 )
+_TABLE = flags.DEFINE_string(
+    "table",
+    None,
+    "scenes only: a CSV file with the columns scene,date,s2,s1,labels[,truth][,mask], one row an "
+    "acquisition; files are paths or patterns, relative to the table.",
+)
+_TILE_SIZE = flags.DEFINE_integer(
+    "tile_size", scenes.Cutting.tile_size, "scenes only: pixels along a side.", lower_bound=32
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 0, "scenes only: pixels from a tile to the next; 0 for the tile size.", lower_bound=0
+)
+_GRID = flags.DEFINE_enum(
+    "grid",
+    scenes.Cutting.grid,
+    ["s2", "labels"],
+    "scenes only: tiles have the grid of Sentinel-2 at --resolution, or that of the label map.",
+)
+_RESOLUTION = flags.DEFINE_float(
+    "resolution", scenes.Cutting.resolution, "scenes only: metres of a pixel.", lower_bound=0.1
+)
+_MIN_LABELLED = flags.DEFINE_float(
+    "min_labelled",
+    scenes.Cutting.min_labelled,
+    "scenes only: seasons of tiles with a smaller share of labelled pixels are skipped.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_TEST_FRACTION = flags.DEFINE_float(
+    "test_fraction",
+    scenes.Cutting.test_fraction,
+    "scenes only: share of the tiles that is held back, by blocks, as the split test.",
+    lower_bound=0,
+    upper_bound=0.9,
+)
+_BLOCK_SIZE = flags.DEFINE_float(
+    "block_size",
+    scenes.Cutting.block_size,
+    "scenes only: side of a block in metres; 0 for 2 to 8 tiles, by their number.",
+    0,
+)
+_BLOCK_GAP = flags.DEFINE_float(
+    "block_gap",
+    scenes.Cutting.block_gap,
+    "scenes only: metres that tiles of the two splits are apart at least; those that touch always "
+    "count as too close.",
+    0,
+)
+_SPLIT_SEED = flags.DEFINE_integer("split_seed", 0, "scenes only: of the draw of blocks.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "The folder that data sets are written to.", required=True
 )
@@ -116,12 +169,23 @@ _PATCH_SIZE = flags.DEFINE_integer(
     "labels are omitted. 0 does not cut tiles.",
     lower_bound=0,
 )
+_IGNORE_CLOUDS = flags.DEFINE_boolean(
+    "ignore_clouds",
+    False,
+    "terramesh and ssl4eo_s12_v1_1 only: what their cloud_mask calls cloud or shadow has no label.",
+)
 _BEAM = flags.DEFINE_boolean(
     "beam",
     False,
     "Build in an Apache Beam pipeline. Its options follow after --, for instance "
     "-- --runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=8.",
 )
+
+
+_SCENES_FLAGS = (
+    "table", "tile_size", "stride", "grid", "resolution", "min_labelled",
+    "test_fraction", "block_size", "block_gap", "split_seed",
+)  # fmt: skip
 
 
 def _options() -> options.Options:
@@ -177,6 +241,14 @@ def build(beam_args: Sequence[str] = ()) -> str:
         )
     build_options = _options()
     special = {"patch_size": _PATCH_SIZE.value} if is_tiles else {}
+    if issubclass(builder_class, terramesh.ZarrBuilder):
+        special["ignore_clouds"] = _IGNORE_CLOUDS.value
+    elif _IGNORE_CLOUDS.value:
+        raise errors.BuildError(
+            f"--ignore_clouds is for terramesh and ssl4eo_s12_v1_1, not for {builder_class.name}: "
+            "leave it out"
+        )
+    source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = sources.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
@@ -184,8 +256,8 @@ def build(beam_args: Sequence[str] = ()) -> str:
         return _existing(final_dir, build_options, special)
     start = time.monotonic()
     builder = builder_class(
-        source_dir=_SOURCE_DIR.value,
         data_dir=data_dir,
+        **source,
         num_workers=_NUM_WORKERS.value,
         max_bad_locations=_MAX_BAD_LOCATIONS.value,
         options=build_options,
@@ -193,6 +265,55 @@ def build(beam_args: Sequence[str] = ()) -> str:
     )
     builder.build(write)
     return f"{_summary(builder, final_dir, is_tiles)}, {time.monotonic() - start:.0f} s."
+
+
+def _tree_source() -> dict[str, Any]:
+    """The builder's arguments on a tree of files.
+
+    Raises:
+      errors.BuildError: if flags are missing, or are for scenes.
+    """
+    given = [name for name in _SCENES_FLAGS if flags.FLAGS[name].present]
+    if given:
+        raise errors.BuildError(
+            f"--{given[0]} is for --dataset=scenes, not for {_DATASET.value}: leave it out"
+        )
+    if _SOURCE_DIR.value is None:
+        raise errors.BuildError(f"--dataset={_DATASET.value} needs --source_dir, its tree of files")
+    return {"source_dir": _SOURCE_DIR.value}
+
+
+def _scenes_source() -> dict[str, Any]:
+    """The builder's arguments on scenes.
+
+    Raises:
+      errors.BuildError: if flags are missing, or are for trees.
+    """
+    if _TABLE.value is None or _LEGEND.value is None or _SOURCE_DIR.value is not None:
+        raise errors.BuildError(
+            "--dataset=scenes needs --table, a CSV file with a row for each acquisition, and "
+            "--legend, what the values of the label maps mean; --source_dir is for other data sets"
+        )
+    if _STRIDE.value > _TILE_SIZE.value:
+        raise errors.BuildError(
+            f"--stride={_STRIDE.value} would leave gaps between tiles of --tile_size="
+            f"{_TILE_SIZE.value}: choose no more than the tile size"
+        )
+    cutting = scenes.Cutting(
+        tile_size=_TILE_SIZE.value,
+        stride=_STRIDE.value or _TILE_SIZE.value,
+        grid=_GRID.value,
+        resolution=_RESOLUTION.value,
+        min_labelled=_MIN_LABELLED.value,
+        test_fraction=_TEST_FRACTION.value,
+        block_size=_BLOCK_SIZE.value,
+        block_gap=_BLOCK_GAP.value,
+        seed=_SPLIT_SEED.value,
+    )
+    return {
+        "table": _TABLE.value,
+        "cutting": cutting,
+    }
 
 
 def _existing(

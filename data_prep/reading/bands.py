@@ -239,7 +239,7 @@ def pick_bands(
     Raises:
       errors.BadFileError: if their number is wrong, and descriptions do not tell which are needed.
     """
-    found = [_plain(description) for description in image.descriptions]
+    found = [band_name(description) for description in image.descriptions]
     if set(names) <= set(found):
         indexes = [found.index(name) for name in names]
         if indexes == list(range(len(found))):
@@ -260,8 +260,8 @@ def pick_bands(
     raise errors.BadFileError(path, reason)
 
 
-def _plain(description: str) -> str:
-    """The name of a band in its description: B02 is B2, Sigma0_VV_db is VV."""
+def band_name(description: str) -> str:
+    """The name of a band in its description: B02 is B2, Sigma0_VV_db is VV; empty if none."""
     match = re.search(r"(?<![A-Z0-9])(VV|VH|B)(?:0?([1-9]\d?A?))?(?![A-Z0-9])", description.upper())
     if match is None:
         return ""

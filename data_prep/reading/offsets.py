@@ -68,17 +68,59 @@ def find(
     return seen
 
 
-def detect(
-    path: str, bands: Mapping[str, tuple[np.ndarray, np.ndarray]], metadata: Iterable[str]
-) -> tuple[int, tuple[Finding, ...]]:
-    """The offset to subtract, and what to report; see `find`."""
-    offset = find(path, bands, metadata)
+def from_l1c(
+    l2a: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    l1c: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    l1c_offset: int,
+) -> Offset | None:
+    """Finds the offset of an L2A image by the L1C image of the same acquisition.
+
+    The atmosphere changes the bands of short-wave infrared little, and dark pixels least: the two
+    levels differ by much less than the offset there.
+
+    Args:
+      l2a: values and valid pixels of each band.
+      l1c: of the same pixels.
+      l1c_offset: of the L1C image.
+
+    Returns:
+      None if the difference is neither near 0 nor near the offset.
+    """
+    names = [name for name in ("B11", "B12") if name in l2a and name in l1c]
+    differences = []
+    for name in names:
+        valid = l2a[name][1] & l1c[name][1]
+        if valid.any():
+            below = l1c[name][0][valid] - float(l1c_offset)
+            dark = below <= np.percentile(below, 25)
+            differences.append(np.median(l2a[name][0][valid][dark] - below[dark]))
+    if not differences:
+        return None
+    difference = float(np.mean(differences))
+    evidence = f"dark pixels of short-wave infrared {difference:+.0f} from those of L1C"
+    if abs(difference) < 0.4 * OFFSET:
+        return Offset(0, evidence)
+    if abs(difference - OFFSET) < 0.4 * OFFSET:
+        return Offset(OFFSET, evidence)
+    return None
+
+
+def findings(path: str, offset: Offset) -> tuple[Finding, ...]:
+    """What to report of an offset that was found."""
     found = ()
     if offset.value:
         found = (Finding("offset subtracted", path, f"{offset.value}: {offset.evidence}"),)
     if offset.disagreement:
         found += (Finding("offset disagrees", path, offset.disagreement),)
-    return offset.value, found
+    return found
+
+
+def detect(
+    path: str, bands: Mapping[str, tuple[np.ndarray, np.ndarray]], metadata: Iterable[str]
+) -> tuple[int, tuple[Finding, ...]]:
+    """The offset to subtract, and what to report; see `find`."""
+    offset = find(path, bands, metadata)
+    return offset.value, findings(path, offset)
 
 
 def _first(found: Iterable[Offset | None]) -> Offset | None:

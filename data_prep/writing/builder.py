@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
+from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.errors import BadFileError
 from data_prep.finding import sources
@@ -87,6 +88,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         self._locations_per_shard = max(1, records.SHARD_BYTES // location_bytes)
         self._write = functools.partial(records.write_here, num_workers=num_workers)
         self.report = findings
+        self.report.class_names = Legend.from_dict(metadata["legend"]).names
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def build(
@@ -186,6 +188,8 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         else:
             self._count(split, location, outcome.num_records)
             self.report.add(outcome.findings)
+            self.report.count_classes(split, outcome.num_records, outcome.classes)
+            self.report.add_measures(outcome.measures)
         locations = self._splits[split]
         # After the last location: a split without records cannot be opened.
         if location is locations[-1] and not any(self._metadata["season_counts"][split]):

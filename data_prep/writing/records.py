@@ -47,10 +47,12 @@ class Reading:
     Attributes:
       examples: its records; none if too many of its pixels are invalid.
       findings: what a user should know about its files.
+      measures: names and values for the report, such as ("days between S1 and S2", 2.0).
     """
 
     examples: list[Example]
     findings: tuple[Finding, ...] = ()
+    measures: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,16 @@ class Written:
       num_records: how many.
       findings: see `Reading`.
       digest: SHA-256 of the records, as they are stored.
+      classes: (2, 256) int64, for each label the number of its pixels, and of the records that have
+        any of them.
+      measures: see `Reading`.
     """
 
     num_records: int
     findings: tuple[Finding, ...]
     digest: bytes
+    classes: np.ndarray
+    measures: tuple[tuple[str, float], ...] = ()
 
 
 # The result of a location, or why it has none.
@@ -162,15 +169,20 @@ def write_shard(
                 yield result
                 continue
             digest = hashlib.sha256()
+            classes = np.zeros((2, 256), np.int64)
             for example in result.examples:
                 serialized = serializer.serialize_example(features.encode_example(example))
                 # TFDS gives the features in another order in each process.
                 message = tf_example_pb2.Example.FromString(serialized)
                 stored = message.SerializeToString(deterministic=True)
                 digest.update(stored)
+                pixels = np.bincount(example["labels"][example["season"]].ravel(), minlength=256)
+                classes += np.stack([pixels, pixels > 0])
                 with _write_errors():
                     writer.write(stored)
-            yield Written(len(result.examples), result.findings, digest.digest())
+            yield Written(
+                len(result.examples), result.findings, digest.digest(), classes, result.measures
+            )
         with _write_errors():
             writer.close()
 

@@ -116,6 +116,7 @@ def test_too_many_bad_locations_leave_nothing_but_the_report(trees, tmp_path, na
     name = BUILDERS[name].name
     assert sorted(path.name for path in (tmp_path / "beam").rglob("*")) == [
         f"{name}.bad_locations.csv",
+        f"{name}.report.json",
         f"{name}.report.md",
     ]
 
@@ -152,6 +153,7 @@ def test_failed_pipeline_gives_one_line(templates, tmp_path, monkeypatch):
     assert str(error.value).count("\n") == 0
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.json",
         "ssl4eo_s12_nol.report.md",
     ]
 
@@ -165,6 +167,7 @@ def test_pipeline_that_does_not_wait_is_an_error(templates, tmp_path, monkeypatc
         build("nol", templates["nol"], tmp_path, ONE_WORKER)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "ssl4eo_s12_nol.bad_locations.csv",
+        "ssl4eo_s12_nol.report.json",
         "ssl4eo_s12_nol.report.md",
     ]
 

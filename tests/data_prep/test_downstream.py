@@ -555,7 +555,7 @@ def test_split_without_records_is_an_error(trees, tmp_path):
     with pytest.raises(errors.BuildError, match="split test is left without records: its 2"):
         build("dw", trees["dw"], tmp_path / "data", max_bad_locations=9)
     left = sorted(file.name for file in (tmp_path / "data").rglob("*"))
-    assert left == ["ssl4eo_s12_dw.bad_locations.csv", "ssl4eo_s12_dw.report.md"]
+    assert left == [f"ssl4eo_s12_dw.{n}" for n in ("bad_locations.csv", "report.json", "report.md")]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from data_prep.writing import records
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}
 DATES = ("20200315T100000", "20200615T100000", "20200915T100000", "20201215T100000")
-REPORTS = ["ssl4eo_s12_nol.bad_locations.csv", "ssl4eo_s12_nol.report.md"]
+REPORTS = [f"ssl4eo_s12_nol.{n}" for n in ("bad_locations.csv", "report.json", "report.md")]
 ARRAYS = ("s1", "s2_10m", "s2_20m", "s2_60m", "labels")
 
 
