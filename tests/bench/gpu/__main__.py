@@ -97,6 +97,8 @@ def run_part(name: str, seconds: float, environment: Mapping[str, str]) -> tuple
     part = PARTS[name]
     line = [sys.executable, "-m", f"tests.bench.gpu.{part.arguments[0]}", *part.arguments[1:]]
     line += ["--tiny", "--batch_size=4"] if _TINY.value else []
+    if name == "tests":  # it then has time to show the failures
+        line += [f"--seconds={max(seconds - 20, 10)}"]
     more = {} if _TINY.value and name == "tests" else part.environment
     process = subprocess.Popen(
         line,
