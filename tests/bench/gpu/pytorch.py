@@ -13,6 +13,7 @@ losses.
 
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -187,6 +188,8 @@ def time_steps(step: Callable[[], torch.Tensor], count: int, device: torch.devic
 def main(_) -> None:
     """Prints the figures, the last line as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not recipe.TINY.value:
+        sys.exit("PyTorch finds no GPU; --tiny tries this bench on a CPU")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     config = recipe.make_config()
     print(f"{name}, torch {torch.__version__}, batch {config.batch_size}", flush=True)

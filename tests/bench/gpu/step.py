@@ -69,6 +69,8 @@ def main(_) -> None:
     config = recipe.make_config()
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     device = mesh.devices.flat[0]
+    if device.platform == "cpu" and not recipe.TINY.value:
+        sys.exit("JAX finds no GPU, only the CPU; --tiny tries this bench on a CPU")
     print(f"{device.device_kind}, jax {jax.__version__}, batch {config.batch_size}", flush=True)
     figures = {"device": device.device_kind, "jax": jax.__version__}
 
