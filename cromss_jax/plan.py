@@ -436,6 +436,8 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
     settings.use_default_numbers()
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is needed
+    # Programs for GPUs that are not there cannot be read back from a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         figures = make_plan(
             _CONFIG.value,

@@ -211,7 +211,7 @@ def test_what_does_not_fit_says_what_would(too_large):
     assert lines[-3] == "Does not fit: a chip needs 22.50 GiB and has 15.75."
     assert lines[-2].endswith("is config.batch_size 22, 11 images per chip (found by compiling).")
     assert lines[-1] == (
-        "The same batch takes less memory with more config.microbatches or with "
+        "The same batch takes less memory with more config.microbatches, or "
         "config.rematerialise=True."
     )
     assert len(tried) <= 2 + 5 + 1
@@ -300,8 +300,8 @@ def test_the_share_of_memory_is_that_of_jax(monkeypatch):
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    """The sample's state and records with a step that adds; two devices, of whatever topology.
+def toy_step(monkeypatch):
+    """The sample's state and records with a step that adds, for two devices.
 
     The real step is that of `pretrain.jit_train_step`; `tests.bench.scaling` compiles it.
     """
@@ -315,8 +315,14 @@ def toy(monkeypatch):
         return sharding.jit_step(add, mesh, donate_state=True)
 
     monkeypatch.setattr(plan.pretrain, "jit_train_step", jit_train_step)
-    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
     return runs.tiny_config("absent", batch_size=6, num_devices=2)
+
+
+@pytest.fixture
+def toy(toy_step, monkeypatch):
+    """The toy on simulated devices, of whatever topology."""
+    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
+    return toy_step
 
 
 SMALL = {"per_core": 285.0, "num_locations": 64, "tile_size": 36, "seasons": 2}
@@ -400,6 +406,25 @@ def test_a_gpu_that_is_too_small(toy_gpus, monkeypatch):
     text = table.markdown(figures)
     assert "Does not fit: a GPU needs" in text
     assert "Not even the smallest batch fits" in text
-    assert text.endswith("or with config.rematerialise=True.")
+    assert text.endswith("or crop, or config.rematerialise=True.")
     toy_gpus.rematerialise = True
     assert table.markdown(plan.make_plan(toy_gpus, "l40s:2", **SMALL)).endswith("or crop.")
+
+
+def test_a_plan_compiled_for_gpus(gpu_compiler, toy_step, monkeypatch):
+    """On two hosts, with the compiler for GPUs; then in less memory than it needs."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    figures = plan.make_plan(toy_step, "a100:2x1", **SMALL)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state(toy_step)))
+    assert figures["memory"]["arguments"] > state
+    # The toy reads and writes its state.
+    assert 2 * state < figures["hbm_bytes"] < 2.1 * state
+    # The seven sums, which the compiler may add before they are sent; twice half of their bytes.
+    reduced = figures["collectives"]["all-reduce"]["bytes"]
+    assert reduced in (4, 28)
+    assert figures["network_bytes"] == reduced
+    assert figures["sent_bytes"] == 0  # within hosts of one GPU
+    assert figures["launches"] > len(jax.tree.leaves(plan.abstract_state(toy_step)))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.0001")
+    figures = plan.make_plan(toy_step, "a100:2x1", **SMALL)
+    assert not figures["fits"]

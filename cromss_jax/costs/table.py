@@ -26,7 +26,7 @@ def _memory_limit(figures: Mapping[str, object], chip: Chip) -> str:
     """One sentence about the memory that a step may take of a GPU."""
     share, total = figures["memory_fraction"], chip.memory / GIB
     return (
-        f"JAX takes {share:.0%} of a GPU's {total:.1f} GiB, {share * total:.1f} GiB; "
+        f"JAX takes {100 * share:g}% of a GPU's {total:.1f} GiB, {share * total:.1f} GiB; "
         "XLA_PYTHON_CLIENT_MEM_FRACTION sets another share."
     )
 
@@ -48,7 +48,7 @@ def _too_large(figures: Mapping[str, object], word: str) -> list[str]:
         lines.append("The same batch takes less memory with more config.microbatches")
     else:
         lines.append("Not even the smallest batch fits: use a smaller network or crop")
-    lines[-1] += "." if figures["rematerialised"] else " or with config.rematerialise=True."
+    lines[-1] += "." if figures["rematerialised"] else ", or config.rematerialise=True."
     return lines
 
 

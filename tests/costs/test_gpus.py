@@ -1,8 +1,5 @@
 """Small programs compiled for GPUs without any, where JAX's CUDA plugin is installed."""
 
-import functools
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +8,6 @@ import pytest
 from cromss_jax import plan
 from cromss_jax.costs import chips, costs
 from cromss_jax.training import sharding
-
-PLUGIN = pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda12_plugin"),
-    reason="needs JAX's CUDA plugin and nvcc: pip install -e .[plan-gpu]",
-)
 
 
 def test_descriptions_of_gpus():
@@ -60,16 +52,10 @@ def compile_for(device, function, shapes):
     return jax.jit(function).lower(*shapes).compile()
 
 
-@functools.cache
-def gpu():
-    return plan.find_devices("h100:1")[0]
-
-
-@PLUGIN
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_arithmetic_is_that_of_the_compiler_for_cpus(name):
+def test_arithmetic_is_that_of_the_compiler_for_cpus(gpu_compiler, name):
     expected = compile_for(jax.devices("cpu")[0], *FUNCTIONS[name]).cost_analysis()["flops"]
-    compiled = compile_for(gpu(), *FUNCTIONS[name])
+    compiled = compile_for(plan.find_devices("h100:1")[0], *FUNCTIONS[name])
     cost = costs.measure(compiled, platform="gpu")
     assert cost.flops == pytest.approx(expected, rel=1e-12)
     shapes = FUNCTIONS[name][1]
@@ -80,9 +66,8 @@ def test_arithmetic_is_that_of_the_compiler_for_cpus(name):
     assert cost.launches >= 1
 
 
-@PLUGIN
 @pytest.mark.parametrize("topology", [*(f"{kind}:8" for kind in chips.GPUS), "h100:2x4"])
-def test_every_gpu_compiles(topology):
+def test_every_gpu_compiles(gpu_compiler, topology):
     devices = plan.find_devices(topology)
     assert (len(devices), devices[0].platform) == (8, "gpu")
     assert devices[0].device_kind == chips.GPUS[topology[:4]].processor.name
