@@ -1,9 +1,10 @@
-"""Convolution that is also fast on CPUs.
+"""Convolution in the form that is fast on the device it runs on.
 
 XLA's CPU backend computes the gradients of a convolution as convolutions with windows as large as
 the image, at a third of the speed of its matrix products. On CPUs, this module therefore computes
 convolutions of many channels as matrix products: the same sums in another order. On other devices
-they stay convolutions.
+they stay convolutions, on GPUs with their channels padded to what the matrix units take. What comes
+after upsampling by two is there the transpose of a strided convolution.
 """
 
 import functools
@@ -301,7 +302,7 @@ def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """3x3 convolution after nearest-neighbour upsampling by two, without the upsampled image.
 
     An input pixel becomes four output pixels. Each of these depends on 2x2 input pixels, through
-    sums of the kernel's taps. On CPUs this takes 16 products per input pixel instead of 36.
+    sums of the kernel's taps. On CPUs and GPUs this takes 16 products per input pixel instead of 36.
 
     Args:
       x: [B, H, W, in_channels].
