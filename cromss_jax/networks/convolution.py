@@ -302,7 +302,7 @@ def convolve_upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """3x3 convolution after nearest-neighbour upsampling by two, without the upsampled image.
 
     An input pixel becomes four output pixels. Each of these depends on 2x2 input pixels, through
-    sums of the kernel's taps. On CPUs and GPUs this takes 16 products per input pixel instead of 36.
+    sums of the taps. On CPUs and GPUs this takes 16 products per input pixel instead of 36.
 
     Args:
       x: [B, H, W, in_channels].
