@@ -30,7 +30,7 @@ _VARIANTS = {
     "task": tuple(_TASKS),
     "input": sensors.MODALITIES,
     "encoder": ("frozen", "trained", "late"),
-    "bands": tuple(str(count) for count in sensors.S2_BAND_SUBSETS),
+    "bands": tuple(str(count) for count in sensors.S2_BAND_CHOICES),
     "mode": ("finetune", "evaluate"),
 }
 
@@ -92,7 +92,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.augmentation.max_angle = 90.0  # degrees
 
     config.modalities = (chosen.get("input", "s2"),)
-    config.s2_bands = sensors.S2_BAND_SUBSETS[int(chosen.get("bands", 13))]
+    config.s2_bands = sensors.S2_BAND_CHOICES[int(chosen.get("bands", 13))]
 
     config.network = ml_collections.ConfigDict()
     config.network.fusion = "none"
