@@ -291,7 +291,8 @@ def _begin(
         # Even a program from the compilation cache takes seconds to load: the state is restored
         # meanwhile.
         compiling = thread.submit(lowered.compile) if compiles else None
-        state, host_state = checkpoints.restore(abstract)
+        # An older one where the arrays of this one are damaged.
+        done, state, host_state = checkpoints.restore(abstract)
     if compiling:
         train_steps[first] = compiling.result()
     _check_same_data(training, host_state["data"])
