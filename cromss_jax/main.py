@@ -3,32 +3,18 @@
 import logging
 import sys
 
-import jax
 from absl import app, flags
 
-from cromss_jax import command_line, files
-from cromss_jax.data import input_pipeline
-from cromss_jax.training import (
-    checkpoint,
-    devices,
-    distributed,
-    finetune,
-    loop,
-    memory,
-    pretrain,
-    run,
-    scoring,
-    settings,
-)
-from cromss_jax.training.preemption import Preempted
-from cromss_jax.weights.network import WeightsError
+from cromss_jax import command_line
+from cromss_jax.training import preemption
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
 _PREEMPTION_STATUS = flags.DEFINE_integer(
     "preemption_status",
     0,
-    "Exit status after a signal; schedulers that start again what failed want another than 0",
+    "Exit status after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, in every phase of the run; schedulers "
+    "that start again what failed want another than 0. A second Ctrl-C ends at once, with 130",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
@@ -48,6 +34,25 @@ def main(arguments: list[str]) -> None:
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    # Imported here, as signals are noticed by now.
+    import jax
+
+    from cromss_jax import files
+    from cromss_jax.data import input_pipeline
+    from cromss_jax.training import (
+        checkpoint,
+        devices,
+        distributed,
+        finetune,
+        loop,
+        memory,
+        pretrain,
+        run,
+        scoring,
+        settings,
+    )
+    from cromss_jax.weights.network import WeightsError
+
     memory.keep_freed_memory()
     try:
         workdir = str(files.absolute(_WORKDIR.value))
@@ -63,8 +68,9 @@ def main(arguments: list[str]) -> None:
             raise run.ConfigError(
                 f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
             )
-        modes[_CONFIG.value.mode](_CONFIG.value, workdir)
-    except Preempted as interruption:
+        with distributed.only_writer(files.absolute(workdir)):
+            modes[_CONFIG.value.mode](_CONFIG.value, workdir)
+    except preemption.Preempted as interruption:
         logging.getLogger("cromss_jax").info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
     except jax.errors.JaxRuntimeError as error:
@@ -86,4 +92,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
+    preemption.watch(lambda: flags.FLAGS["preemption_status"].value)
     app.run(main, flags_parser=command_line.parse)

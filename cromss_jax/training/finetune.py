@@ -12,7 +12,6 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
 from cromss_jax.training import finetune_step, loop, run, scoring, sharding
-from cromss_jax.training.preemption import Preemption
 from cromss_jax.weights.network import WeightsError
 
 _log = logging.getLogger(__name__)
@@ -48,13 +47,12 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         for train_encoder in (False, True)
     )
     confusions = []
-    with Preemption() as preemption:
-        for index, seed in enumerate(config.seeds):
-            training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
-            state = loop.fit(training, preemption)
-            folder = training.folder / "predictions" if config.save_predictions else None
-            confusions.append(scoring.score(task, state, folder))
-            _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
+    for index, seed in enumerate(config.seeds):
+        training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
+        state = loop.fit(training)
+        folder = training.folder / "predictions" if config.save_predictions else None
+        confusions.append(scoring.score(task, state, folder))
+        _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
     scoring.write_results(task, num_tiles, config.seeds, confusions)
 
 
@@ -144,5 +142,4 @@ def _training(
         identity={**tiles.identity, "num_tiles": num_tiles},
         sample_name="tiles",
         prefix=f"seed {seed}, ",
-        steps_before=index * schedule.num_steps,
     )

@@ -12,7 +12,6 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
-from cromss_jax.training.preemption import Preemption
 from cromss_jax.training.state import TrainState
 from cromss_jax.weights.network import PARTS
 
@@ -145,8 +144,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
         identity={**dataset.identity, "scopes": count_scopes(config, mesh)},
         validate=validator and validator.validate,
     )
-    with Preemption() as preemption:
-        state = loop.fit(training, preemption)
+    state = loop.fit(training)
 
     # ---------------------------------------------------------------- results
     if validator:
