@@ -135,7 +135,7 @@ class Report:
             more = self._counts[kind] - len(self._findings[kind])
             if more:
                 lines.append(f"- and {more} more")
-        self.summary_path.write_text("\n".join(lines) + "\n")
+        _write_whole(self.summary_path, "\n".join(lines) + "\n")
 
     def _row(self, kind: str) -> str:
         shares: Sequence[float] = self._shares.get(kind, ())
@@ -145,4 +145,14 @@ class Report:
     def _write(self, row: list[str]) -> None:
         csv.writer(self._text).writerow(row)
         # The whole file each time: a file in a bucket cannot be appended to.
-        self.path.write_bytes(self._text.getvalue().encode())
+        _write_whole(self.path, self._text.getvalue())
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all, also on a disk that becomes full."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        unfinished.write_bytes(text.encode())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ checkpoint gets its final name.
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -71,6 +72,26 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def check_space(self, state: Any) -> None:
+        """Checks that the disk can hold two checkpoints: one is removed when the next is complete.
+
+        Args:
+          state: shapes and dtypes of what will be saved.
+
+        Raises:
+          CheckpointError: if it cannot. Not every quota is seen before it is reached.
+        """
+        if files.in_bucket(self._directory):
+            return
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        needed = size * (2 if self.latest_step is None else 1)
+        free = shutil.disk_usage(self._directory).free
+        if any(_of_process_0(free < needed)):
+            raise CheckpointError(
+                f"{self._directory} has {free / 1e6:.0f} MB left, and two checkpoints of "
+                f"{size / 1e6:.0f} MB must fit: make room there, or use another --workdir"
+            )
 
     def save(self, step: int, state: Any, host_state: Mapping) -> None:
         """Saves in the background; does nothing if `step` is the newest checkpoint already.

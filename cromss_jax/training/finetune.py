@@ -29,7 +29,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = task.config
     _check_config(config)
     dataset = input_pipeline.open_dataset(
-        config.data.dir, config.data.name, config.data.train_split
+        config.data.dir, config.data.name, config.data.train_split, config.data.max_bad_records
     )
     run.check_sizes(
         config.data.crop_size, dataset.tile_size, decoders.STRIDES[config.network.decoder]

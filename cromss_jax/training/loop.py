@@ -132,6 +132,7 @@ def fit(training: Training) -> TrainState:
     # The context of `checkpoints` waits for what is being saved, whatever happens; signals are
     # deferred until then.
     with contextlib.ExitStack() as deferring, checkpoints:
+        checkpoints.check_space(jax.eval_shape(training.init, training.key))
         batches = input_pipeline.training_batches(
             training.dataset,
             config.modalities,

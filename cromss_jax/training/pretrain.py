@@ -105,7 +105,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     folder = files.absolute(workdir)
 
     # ---------------------------------------------------------------- data
-    dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
+    dataset = input_pipeline.open_dataset(
+        config.data.dir, config.data.name, max_bad_records=config.data.max_bad_records
+    )
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     locations, held_back = input_pipeline.split_locations(

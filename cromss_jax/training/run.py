@@ -21,10 +21,11 @@ from cromss_jax.weights.network import WeightsError
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
-_FREE_TO_CHANGE += ("seeds", "weights_name")
+_FREE_TO_CHANGE += ("seeds", "weights_name", "data.max_bad_records")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 # Fields that runs of earlier versions lack, with the values that they ran with.
 _ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False}
+_ADDED |= {"data.max_bad_records": 0}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -183,7 +184,14 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     resolved = json.loads(config.to_json())
     # Before its first checkpoint a run has nothing that a change could spoil.
     if path.exists() and any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
-        before, now = _ADDED | _flat(json.loads(path.read_text())), _ADDED | _flat(resolved)
+        try:
+            before = json.loads(path.read_bytes())
+            before, now = _ADDED | _flat(before), _ADDED | _flat(resolved)
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}): restore it, or delete it if the configuration is "
+                "still that which the run began with"
+            ) from error
         changed = [
             f"{name} from {before.get(name)} to {now.get(name)}"
             for name in sorted(before.keys() | now.keys())
