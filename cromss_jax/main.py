@@ -33,8 +33,7 @@ def main(arguments: list[str]) -> None:
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
-    # Orbax logs in pages what it then raises, which is printed as a sentence.
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    command_line.quieten_orbax()
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
     # Imported here, as signals are noticed by now.
     import jax

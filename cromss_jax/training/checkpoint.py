@@ -89,8 +89,9 @@ class Checkpoints:
         free = shutil.disk_usage(self._directory).free
         if any(_of_process_0(free < needed)):
             raise CheckpointError(
-                f"{self._directory} has {free / 1e6:.0f} MB left, and two checkpoints of "
-                f"{size / 1e6:.0f} MB must fit: make room there, or use another --workdir"
+                f"{self._directory} has {free / 1e6:.1f} MB left, but needs {needed / 1e6:.1f} MB: "
+                f"two checkpoints of {size / 1e6:.1f} MB must fit; make room there, or use another "
+                "--workdir"
             )
 
     def save(self, step: int, state: Any, host_state: Mapping) -> None:
@@ -106,6 +107,8 @@ class Checkpoints:
         """
         if step == self.latest_step:
             return
+        if not files.in_bucket(self._directory) and not self._directory.is_dir():
+            raise CheckpointError(f"step {step} could not be saved: {self._directory} has vanished")
         with self._saving_errors():
             self._finish()
             self._saving = step
@@ -269,8 +272,9 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # of the libraries below Orbax, from its thread
+            step, self._saving = self._saving, None
             raise CheckpointError(
-                f"step {self._saving} could not be saved in {self._directory} "
+                f"step {step} could not be saved in {self._directory} "
                 f"({first_line(error)}); the checkpoints before it are whole: make room there or "
                 "restore the folder, then the same command continues"
             ) from error

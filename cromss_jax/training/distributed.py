@@ -163,14 +163,16 @@ def only_writer(folder: epath.Path) -> Iterator[None]:
 def leave(sentence: str, status: int) -> NoReturn:
     """Ends the command early: prints the reason and waits only briefly for the other processes.
 
+    It waits for no thread: Orbax has some that wait for minutes after an error.
+
     Args:
       sentence: the reason, a message for the user.
       status: exit status.
     """
-    if not jax.distributed.is_initialized():
-        print(sentence, file=sys.stderr)
-        sys.exit(status)
+    sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized():
+        os._exit(status)
     # JAX would wait up to 300 s for processes that have ended or that are waiting for this one. If
     # all processes end for the same reason, the shutdown succeeds at once.
     shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)

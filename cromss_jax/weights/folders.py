@@ -108,6 +108,8 @@ def write_folder(folder: epath.Path, found: Weights) -> None:
         (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
         manifest.write(temporary)
         temporary.rename(folder)
+    except ValueError as error:  # of TensorStore, such as for a full disk
+        raise WeightsError(f"{folder} cannot be written ({first_line(error)})") from error
     finally:
         if temporary.exists():
             temporary.rmtree()

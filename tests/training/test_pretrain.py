@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import checkpoint, loop, memory, preemption, pretrain, run, validation
+from cromss_jax.training import loop, memory, preemption, pretrain, run, validation
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
@@ -268,7 +268,8 @@ def test_a_run_saved_without_a_digest_of_the_records_continues_unverified(
     workdir = shutil.copytree(finished, tmp_path / "run")
     (path,) = (workdir / "checkpoints" / "7" / "host").glob("metadata")
     content = json.loads(path.read_text())
-    del content["data"]["records"]
+    del content["data"]["records"], content["array_sums"]
+    (workdir / "checkpoints" / "7" / "manifest.json").unlink()
     path.write_text(json.dumps(content))
     train_here(tiny_config(data_dir), workdir)
     assert f"unverified data: the run in {workdir}" in caplog.text
@@ -279,12 +280,12 @@ def test_a_run_saved_without_a_digest_of_the_records_continues_unverified(
         train_here(tiny_config(data_dir), workdir)
 
 
-def test_a_stray_folder_is_named(finished, data_dir):
-    stray = finished / "checkpoints" / "9"
-    stray.mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="9 is named like a checkpoint but does"):
-        train_here(tiny_config(data_dir), finished)
-    stray.rmdir()
+def test_a_stray_folder_is_passed_over(finished, data_dir, tmp_path, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / "9999").mkdir()
+    train_here(tiny_config(data_dir), workdir)
+    assert "9999 is damaged, renamed to damaged_9999: " in caplog.text
+    assert runs.saved_steps(workdir) == [7]
 
 
 def test_garbage_is_looked_for_again_whatever_happened():
