@@ -1,5 +1,6 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
+import argparse
 import logging
 import sys
 
@@ -22,6 +23,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0", lower_bound=0)
+
+
+def _find_preemption_status() -> int:
+    """The flag --preemption_status, which may not have been parsed yet."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--preemption_status", "-preemption_status", type=int, default=_PREEMPTION_STATUS.default
+    )
+    return parser.parse_known_args()[0].preemption_status
 
 
 def main(arguments: list[str]) -> None:
@@ -93,5 +103,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    preemption.watch(lambda: flags.FLAGS["preemption_status"].value)
+    preemption.watch(_find_preemption_status)
     app.run(main, flags_parser=command_line.parse)

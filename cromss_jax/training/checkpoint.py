@@ -172,12 +172,11 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
         """Renames damaged checkpoints, and says what is lost."""
-        for step, reason in damaged.items():
+        for step, reason in damaged.items() if jax.process_index() == 0 else ():
             # Another one of that step may have been damaged before.
             names = [f"damaged_{step}", *(f"damaged_{step}_{n}" for n in range(2, 100))]
             free = next(name for name in names if not (self._directory / name).exists())
-            if jax.process_index() == 0:
-                (self._directory / str(step)).rename(self._directory / free)
+            (self._directory / str(step)).rename(self._directory / free)
             _log.warning("checkpoint %d is damaged, renamed to %s: %s", step, free, reason)
         _log.warning(
             "continuing from the newest whole checkpoint, step %d: the steps up to %d are lost and "
