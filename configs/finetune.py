@@ -85,6 +85,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.crop_size = crop_size
     config.data.num_train_tiles = 0  # 0: all; otherwise this number, drawn by the seed
     config.data.num_threads = 2
+    config.data.max_bad_records = 0  # damaged ones that the run goes on without
 
     config.augmentation = ml_collections.ConfigDict()
     config.augmentation.flip_probability = 0.5

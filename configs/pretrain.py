@@ -65,8 +65,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.dir = "data"
     config.data.name = "ssl4eo_s12_nol"
     config.data.crop_size = 256
-    # Fraction of locations for validation; all their seasons are scored.
-    config.data.validation_fraction = 0.01
+    config.data.validation_fraction = 0.01  # of the locations; all their seasons are scored
+    config.data.max_bad_records = 0  # damaged ones that the run goes on without
     config.data.num_threads = 2
 
     config.augmentation = ml_collections.ConfigDict()

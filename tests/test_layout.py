@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # the commands alone. A module at the top level that is not in GROUND is a command, or `pretrained`,
 # the Python API.
 ROOMS = ("commands", "training", "weights", "results", "data", "networks", "method", "ground")
-GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
+GROUND = {"sensors", "legend", "presets", "files", "lock", "package", "platforms"}
 BESIDE = "costs"
 
 
@@ -99,7 +99,8 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    for name in ("data.input_pipeline", "sensors", "legend", "presets", "files", "package"):
+    host = ("data.input_pipeline", "sensors", "legend", "presets", "files", "lock", "package")
+    for name in host:
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
         assert not foreign, f"{name} imports {foreign}"
@@ -112,12 +113,12 @@ def test_torch_and_tensorflow_stay_outside():
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
-def test_nothing_imports_data_prep_and_it_knows_the_constants_only():
+def test_nothing_imports_data_prep_and_it_knows_constants_and_the_lock_only():
     for path in [*modules("cromss_jax").values(), *modules("configs").values()]:
         assert not inner(path, "data_prep"), path
     for path in modules("data_prep").values():
-        constants = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets")}
-        assert inner(path, "cromss_jax") <= constants, path
+        shared = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets", "lock")}
+        assert inner(path, "cromss_jax") <= shared, path
 
 
 # Rooms of data_prep, as those of cromss_jax, below the command `build`.

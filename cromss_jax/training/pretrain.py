@@ -12,7 +12,6 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
-from cromss_jax.training.preemption import Preemption
 from cromss_jax.training.state import TrainState
 from cromss_jax.weights.network import PARTS
 
@@ -108,8 +107,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     folder = files.absolute(workdir)
 
     # ---------------------------------------------------------------- data
-    dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
-    dataset = dataset.padded_to(decoders.STRIDES[config.network.decoder])
+    dataset = input_pipeline.open_dataset(
+        config.data.dir, config.data.name, max_bad_records=config.data.max_bad_records
+    ).padded_to(decoders.STRIDES[config.network.decoder])
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)
@@ -149,8 +149,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
         identity={**dataset.identity, "scopes": count_scopes(config, mesh)},
         validate=validator and validator.validate,
     )
-    with Preemption() as preemption:
-        state = loop.fit(training, preemption)
+    state = loop.fit(training)
 
     # ---------------------------------------------------------------- results
     if validator:

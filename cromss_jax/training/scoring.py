@@ -81,7 +81,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
         raise run.ConfigError(
             f"config.modalities is {config.modalities}; fine-tuning takes one, as in input=s2"
         )
-    test = input_pipeline.open_dataset(config.data.dir, config.data.name, config.data.test_split)
+    test = input_pipeline.open_dataset(
+        config.data.dir, config.data.name, config.data.test_split, config.data.max_bad_records
+    )
     config = run.describe_data(config, test)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     run.check_same_everywhere(configuration=config.to_json(), test_data=str(test.identity))
@@ -132,7 +134,8 @@ def score(task: Task, state: TrainState, maps_folder: epath.Path | None) -> np.n
         if len(waiting) > _WAITING:
             sharding.wait(waiting.pop(0))
         if maps_folder:
-            _write_maps(task, maps_folder, rows, predictions)
+            real = np.where(records["is_real"], rows, -1)
+            _write_maps(task, maps_folder, real, predictions)
     return metrics.counted(jax.device_get(counts))
 
 

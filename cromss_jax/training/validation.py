@@ -15,7 +15,7 @@ from cromss_jax import files
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.results import report
-from cromss_jax.training import pretrain_step, sharding
+from cromss_jax.training import preemption, pretrain_step, sharding
 from cromss_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -53,9 +53,14 @@ class Evaluation:
 def evaluate(
     eval_step: Callable, state: TrainState, batches: Iterable[dict], mesh: jax.sharding.Mesh
 ) -> Evaluation:
-    """Scores the state on batches of host arrays, without waiting between them."""
+    """Scores the state on batches of host arrays, without waiting between them.
+
+    Raises:
+      Preempted: between two batches, after a signal.
+    """
     sums = []
     for batch in batches:
+        preemption.check()
         sums.append(eval_step(state, sharding.to_devices(batch, mesh)))
         if len(sums) > 2:  # waiting batches must not fill the device's memory
             sharding.wait(sums[-3]["loss"])

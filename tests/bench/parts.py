@@ -73,6 +73,11 @@ PARTS = {
         ("tests.bench.processes",),
     ),
     "kills": Part("runs killed at random moments", "half an hour or more", ("tests.bench.kills",)),
+    "faults": Part(
+        "flipped bits, kills, cut files, full disks, two writers",
+        "half an hour",
+        ("tests.bench.faults",),
+    ),
     "parity": Part(
         "all networks against smp's", "three quarters of an hour", ("tests.bench.parity",), True
     ),

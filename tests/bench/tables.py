@@ -259,6 +259,19 @@ def kills(figures: Mapping) -> str:
     return table(["runs killed", "of which end with the same bits and logs"], [row])
 
 
+def faults(figures: Mapping) -> str:
+    """What happened at each kind of fault, and how often."""
+    rows = [
+        [
+            name.replace("_", " "),
+            str(sum(happened.values())),
+            ", ".join(f"{outcome}: {number}" for outcome, number in happened.items()),
+        ]
+        for name, happened in figures.items()
+    ]
+    return table(["fault", "injected", "what happened"], rows)
+
+
 def parity(figures: Mapping) -> str:
     """The largest errors."""
     rows = [
@@ -280,6 +293,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "scaling": scaling,
     "processes": processes,
     "kills": kills,
+    "faults": faults,
     "parity": parity,
 }
 # Of the first page, which has no captions: by name, the part and its table.
