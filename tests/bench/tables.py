@@ -210,6 +210,35 @@ def tpu(figures: Mapping) -> str:
     return table(header, rows)
 
 
+def gpu(figures: Mapping) -> str:
+    """Our step and PyTorch's, then where the time of ours goes."""
+    speeds = {}
+    for ours, theirs, images in (("step", "torch", 64), ("step128", "torch128", 128)):
+        speeds[f"ours, {images}"] = figures.get(ours, {})
+        for way, found in figures.get(theirs, {}).items():
+            if isinstance(found, Mapping):
+                speeds[f"PyTorch {way}, {images}"] = found
+    rows = [
+        [
+            label,
+            f"{found['images_per_second']:.0f}",
+            f"{found['step_milliseconds']:.1f}",
+            f"{found['peak_gigabytes']:.1f}",
+        ]
+        for label, found in speeds.items()
+        if "step_milliseconds" in found
+    ]
+    shown = [table(["step, images", "images per second", "ms", "peak memory, GB"], rows)]
+    if kernels := figures.get("step", {}).get("kernels"):
+        rows = [[name, f"{count:.0f}", f"{ms:.2f}"] for name, count, ms in kernels["parts"]]
+        shown.append(table(["part of ours, 64 images", "kernels", "ms"], rows))
+        shown.append(
+            f"{kernels['kernels']:.0f} kernels a step, {kernels['below_5_microseconds']:.0f} below "
+            f"5 us; the device idles {kernels['idle_share']:.1%} of the time."
+        )
+    return "\n\n".join(shown)
+
+
 def scaling(figures: Mapping) -> str:
     """What a device communicates, computes and holds by number of devices."""
     header = ["devices", "all-reduce", "their MB", "all-gather", "others", "GFLOP"]
@@ -290,6 +319,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "input": input_,
     "end_to_end": end_to_end,
     "tpu": tpu,
+    "gpu": gpu,
     "scaling": scaling,
     "processes": processes,
     "kills": kills,
