@@ -109,7 +109,8 @@ def find(
     if missing and any(folder.glob("*/*_seasonal_data_*.zarr.zip")):
         raise errors.BuildError(
             f"{folder} holds the form of SSL4EO-S12 v1.1 without labels "
-            "(*_seasonal_data_*.zarr.zip): download the other one, with shards (*.tar) in LULC, S2L1C and the others"
+            "(*_seasonal_data_*.zarr.zip): download the other one, with shards (*.tar) in LULC, "
+            "S2L1C and the others"
         )
     if missing:
         raise errors.BuildError(
