@@ -608,7 +608,7 @@ def test_radar_of_another_season(folder):
 def test_radar_of_another_place(folder):
     far = moved(5000, 0)
     write(folder / "s1_20220703.tif", np.full((2, 64, 64), -10, np.float32), UTM33, far)
-    assert "has no valid pixel in the tiles sampled" in scan_error(folder)
+    assert "has no valid pixel on the grid of here" in scan_error(folder)
 
 
 def test_radar_that_is_shifted(folder):
@@ -659,6 +659,25 @@ def test_raster_without_a_place(folder):
 def test_file_that_is_no_raster(folder):
     (folder / "map.tif").write_text("no raster")
     assert "map.tif: cannot be opened as a raster" in scan_error(folder)
+
+
+def test_radar_that_nowhere_overlaps(folder):
+    edit(folder, "s1_20220703.tif", lambda p: np.where(np.arange(SIDE) < 96, p, 0))
+    for name in BANDS:
+        side = SIDE // 2 if name == "B11" else SIDE
+        edit(folder, f"{name}.tif", lambda p, side=side: np.where(np.arange(side) < side / 2, 0, p))
+    assert "has no valid pixel where Sentinel-2 of here 2022-07-01 has one" in scan_error(folder)
+
+
+def test_modality_and_level_that_are_not_there(folder):
+    write_table(folder, "here,2022-07-01,s1_*.tif,map.tif", header="scene,date,s1,labels")
+    with pytest.raises(errors.BuildError, match="has no column s2, which --modalities names"):
+        build(folder, opts=dataclasses.replace(OPTIONS, modalities=("s2",)))
+    pixels = np.full((13, SIDE, SIDE), 1000, np.uint16)
+    write(folder / "all.tif", pixels, UTM33, utm_transform(10))
+    write_table(folder, "here,2022-07-01,all.tif,map.tif", header="scene,date,s2,labels")
+    with pytest.raises(errors.BuildError, match="has B10, which L2A has not"):
+        build(folder, opts=dataclasses.replace(OPTIONS, s2_level="L2A"))
 
 
 def test_scaled_imagery_is_refused(folder):
