@@ -117,8 +117,7 @@ class Scenes(builder.LocationBuilder):
         )
         splits = _split(list(itertools.compress(tiles, kept)), cutting, findings)
         max_seasons = max(len(dates) for dates in scans.values())
-        has_truth = bool(acquisitions[0].truth)
-        side = cutting.tile_size
+        has_truth, side = bool(acquisitions[0].truth), cutting.tile_size
         super().__init__(
             data_dir=data_dir,
             splits=splits,

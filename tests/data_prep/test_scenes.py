@@ -348,6 +348,17 @@ def test_bands_by_name_description_and_position(tmp_path):
         acquisition(tmp_path, "a,20220701,x.tif,all.tif", header=header, opts=some)
 
 
+def test_date_of_radar():
+    def found(path):
+        return scene_table._s1_date((pathlib.Path(path),))
+
+    assert found("s1/20221003_VV.tif") == datetime.datetime(2022, 10, 3)
+    granule = "S1A_IW_GRDH_1SDV_20200607T010800_20200607T010825_032904_03CFBA_D457"
+    assert found(f"{granule}/VV.tif") == datetime.datetime(2020, 6, 7, 1, 8)
+    assert found("20200607/VV.tif") is None
+    assert found("tile_20229999.tif") is None
+
+
 # Blocks
 
 
