@@ -57,6 +57,8 @@ class TileDataset:
       has_truth: whether records hold the true classes in addition to the noisy labels.
       legend: the classes.
       bands: of the imagery, with their scaling, in the order of the records' arrays.
+      blocks: [locations] int, the block of the earth's surface in which each lies, so that those
+        held back for validation are not beside others; None if the data set does not say.
     """
 
     source: Sequence[dict]
@@ -66,6 +68,7 @@ class TileDataset:
     has_truth: bool
     legend: Legend
     bands: tuple[sensors.Band, ...]
+    blocks: np.ndarray | None = None
 
     @property
     def num_locations(self) -> int:
@@ -85,7 +88,8 @@ class TileDataset:
     @property
     def by_record(self) -> "TileDataset":
         """The same data set with one location per record, so that an epoch visits every record."""
-        return dataclasses.replace(self, season_counts=np.ones(len(self.source), int))
+        ones = np.ones(len(self.source), int)
+        return dataclasses.replace(self, season_counts=ones, blocks=None)
 
     @property
     def identity(self) -> dict[str, int | str | dict[str, str]]:
@@ -305,6 +309,7 @@ def open_dataset(
             f"{', '.join(builder.info.splits)}"
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    blocks = metadata.get("blocks")
     return TileDataset(
         source=_Records(
             builder.as_data_source(split, deserialize_method=raw),
@@ -320,15 +325,26 @@ def open_dataset(
         has_truth=bool(metadata["has_truth"]),
         legend=legend_of(metadata),
         bands=bands_of(metadata, tuple(builder.info.features)),
+        blocks=np.asarray(blocks[split]) if blocks else None,
     )
 
 
 def split_locations(
-    num_locations: int, validation_fraction: float, seed: int
+    num_locations: int,
+    validation_fraction: float,
+    seed: int,
+    blocks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits the locations into training and validation.
 
     Validation gets at least one location if `validation_fraction` is above 0.
+
+    Args:
+      num_locations: of the data set.
+      validation_fraction: share for validation.
+      seed: of the draw.
+      blocks: [locations] int, see `TileDataset`. Whole blocks are drawn then, the smallest one at
+        least; together they hold no more than the wanted share.
 
     Returns:
       Indices of the training and of the validation locations, both sorted.
@@ -339,6 +355,8 @@ def split_locations(
     num_validation = round(num_locations * validation_fraction)
     if validation_fraction > 0:
         num_validation = max(num_validation, 1)
+    if blocks is not None and num_validation:
+        return _split_blocks(blocks, num_validation, seed)
     if num_validation >= num_locations:
         raise DataError(
             f"no training locations are left: the data set has {num_locations} locations and "
@@ -347,6 +365,26 @@ def split_locations(
         )
     order = np.random.default_rng(seed).permutation(num_locations)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def _split_blocks(
+    blocks: np.ndarray, num_validation: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the locations by whole blocks; see `split_locations`."""
+    numbers, counts = np.unique(blocks, return_counts=True)
+    if len(numbers) < 2:
+        raise DataError(
+            "all locations lie in one block, so that none can be held back for validation: build "
+            "the data set with a smaller --block_size, or set config.data.validation_fraction to 0"
+        )
+    held: list[int] = []
+    total = 0
+    for i in np.random.default_rng(seed).permutation(len(numbers)).tolist():
+        if total + counts[i] <= num_validation:
+            held.append(i)
+            total += counts[i]
+    is_held = np.isin(blocks, numbers[held or [int(np.argmin(counts))]])
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:

@@ -114,7 +114,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> TrainState:
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)
     locations, held_back = input_pipeline.split_locations(
-        dataset.num_locations, config.data.validation_fraction, config.seed
+        dataset.num_locations, config.data.validation_fraction, config.seed, dataset.blocks
     )
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
