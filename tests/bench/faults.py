@@ -119,22 +119,21 @@ def kills(mode: str) -> Callable[[pathlib.Path, random.Random, int], Iterator[st
     def inject(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
         finetunes = mode == "finetune"
         dataset = "dfc2020" if finetunes else "ssl4eo_s12_nol"
-        sample = {"downstream": True} if finetunes else {"seasons": 2, "locations": 16}
-        data_dir = runs.make_data(folder, dataset, tile_size=48, **sample)
+        sample = {"format": "dfc2020"} if finetunes else {"seasons": 2}
+        data_dir = runs.make_data(folder, dataset, locations=16, tile_size=48, **sample)
         chosen = runs.tiny_flags(data_dir)
+        recipe = "configs/pretrain.py:sample"
         if finetunes:
-            chosen = {
-                **{k: v for k, v in chosen.items() if not k.startswith(("eval", "selection"))},
-                "seeds": "(0,)",
-            }
-        recipe = "configs/finetune.py:task=dfc2020,input=s2,encoder=frozen,sample"
+            of_both = {name for name in chosen if not name.startswith(("eval", "selection"))}
+            chosen = {name: chosen[name] for name in of_both} | {"seeds": "(0,)"}
+            recipe = "configs/finetune.py:task=dfc2020,input=s2,sample"
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
         def start(workdir: pathlib.Path) -> subprocess.Popen:
             line = runs.command(
                 "cromss_jax.main",
-                config=recipe if finetunes else "configs/pretrain.py:sample",
+                config=recipe,
                 workdir=workdir,
                 **{f"config.{k}": v for k, v in chosen.items()},
             )
