@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import os
 from collections.abc import Iterable, Sequence
 
 from etils import epath
@@ -150,6 +151,9 @@ class Report:
 
 def _write_whole(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all, also on a disk that becomes full."""
+    if "://" in os.fspath(path):  # a bucket, where every write is atomic
+        path.write_bytes(text.encode())
+        return
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         unfinished.write_bytes(text.encode())
