@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -253,6 +254,9 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _write_whole(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all, also on a disk that becomes full."""
+    if "://" in os.fspath(path):  # a bucket, where every write is atomic
+        path.write_bytes(text.encode())
+        return
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         unfinished.write_bytes(text.encode())

@@ -221,6 +221,8 @@ def _take_steps(
                 batch = sharding.to_devices(next(saver.batches), training.mesh)
             state, metrics = train_step(state, batch)
         compiled = train_step
+        if number == first:  # from here on there is something to save
+            deferring.enter_context(preemption.deferred())
         meter.add(metrics)
 
         saves = number in schedule.checkpoint_steps
@@ -236,8 +238,6 @@ def _take_steps(
             importlib.import_module("cromss_jax.results.pictures")
             if log:
                 log.open_board()
-            # From here on there is something to save.
-            deferring.enter_context(preemption.deferred())
             meter.start_clock()
 
         leaves = preemption.reached()

@@ -164,10 +164,15 @@ class Validator:
         return self.latest
 
     def validate(self, number: int, state: TrainState, log: report.MetricLog | None) -> TrainState:
-        """Scores and shows a state; the plateau schedule of the one returned knows the loss."""
+        """Scores and shows a state; the plateau schedule of the one returned knows the loss.
+
+        Raises:
+          Preempted: after a signal; nothing is logged then.
+        """
         from cromss_jax.results import pictures  # takes a second that the first step need not wait
 
         evaluation = self.evaluate(state)
+        preemption.check()  # the picture takes as long as a batch
         loss = jax.device_put(np.float32(evaluation.loss), sharding.replicated(self._mesh))
         state = self._update_plateau(state, loss)
         # By all processes, as their devices compute it together.

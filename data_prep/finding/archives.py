@@ -227,6 +227,10 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Address]]:
         tar.members.clear()
         if member.isreg():
             yield member.name, (member.offset_data, member.size)
+    # tarfile takes a header that is cut short, or none, for the end.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end of the archive is missing")
 
 
 class Tar:
