@@ -30,7 +30,7 @@ _VARIANTS = {
     "task": tuple(_TASKS),
     "input": sensors.MODALITIES,
     "encoder": ("frozen", "trained", "late"),
-    "bands": tuple(str(count) for count in sensors.S2_BAND_SUBSETS),
+    "bands": tuple(str(count) for count in sensors.S2_BAND_CHOICES),
     "mode": ("finetune", "evaluate"),
 }
 
@@ -85,6 +85,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.crop_size = crop_size
     config.data.num_train_tiles = 0  # 0: all; otherwise this number, drawn by the seed
     config.data.num_threads = 2
+    config.data.max_bad_records = 0  # damaged ones that the run goes on without
 
     config.augmentation = ml_collections.ConfigDict()
     config.augmentation.flip_probability = 0.5
@@ -92,7 +93,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.augmentation.max_angle = 90.0  # degrees
 
     config.modalities = (chosen.get("input", "s2"),)
-    config.s2_bands = sensors.S2_BAND_SUBSETS[int(chosen.get("bands", 13))]
+    config.s2_bands = sensors.S2_BAND_CHOICES[int(chosen.get("bands", 13))]
 
     config.network = ml_collections.ConfigDict()
     config.network.fusion = "none"

@@ -17,7 +17,7 @@ from cromss_jax import sensors
 
 _VARIANTS = {
     "fusion": ("mid", "late"),
-    "bands": tuple(str(count) for count in sensors.S2_BAND_SUBSETS),
+    "bands": tuple(str(count) for count in sensors.S2_BAND_CHOICES),
     "modality": sensors.MODALITIES,
     "selection": ("on", "off"),
 }
@@ -65,8 +65,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.dir = "data"
     config.data.name = "ssl4eo_s12_nol"
     config.data.crop_size = 256
-    # Fraction of locations for validation; all their seasons are scored.
-    config.data.validation_fraction = 0.01
+    config.data.validation_fraction = 0.01  # of the locations; all their seasons are scored
+    config.data.max_bad_records = 0  # damaged ones that the run goes on without
     config.data.num_threads = 2
 
     config.augmentation = ml_collections.ConfigDict()
@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.augmentation.max_angle = 90.0  # degrees
 
     config.modalities = (chosen["modality"],) if "modality" in chosen else sensors.MODALITIES
-    config.s2_bands = sensors.S2_BAND_SUBSETS[int(chosen.get("bands", 13))]
+    config.s2_bands = sensors.S2_BAND_CHOICES[int(chosen.get("bands", 13))]
 
     config.network = ml_collections.ConfigDict()
     config.network.fusion = "none" if "modality" in chosen else chosen.get("fusion", "mid")

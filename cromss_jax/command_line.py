@@ -1,8 +1,11 @@
 """What the commands that take a configuration have in common."""
 
+import logging
 import os
 import pathlib
 import sys
+import threading
+import traceback
 
 import ml_collections
 from absl import flags
@@ -70,6 +73,18 @@ def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
     flag = flags.FLAGS["config"]
     flag.parser = _ConfigParser(flag.parser)
     return holder
+
+
+def quieten_orbax() -> None:
+    """Keeps Orbax from printing in pages what it then raises, which is printed as a sentence."""
+
+    def print_others(raised: threading.ExceptHookArgs) -> None:
+        frames = traceback.extract_tb(raised.exc_traceback)
+        if not any("orbax" in frame.filename for frame in frames):
+            threading.__excepthook__(raised)
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    threading.excepthook = print_others
 
 
 def parse(arguments: list[str]) -> list[str]:

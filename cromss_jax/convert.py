@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from cromss_jax import files, sensors
+from cromss_jax import command_line, files, sensors
 from cromss_jax.weights import cards, folders
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import LAYOUTS, name_bands, to_layout
@@ -144,6 +144,7 @@ def main(arguments: list[str]) -> None:
     if foreign:
         sys.exit(f"error: {command} does not use {', '.join(foreign)}: remove it")
     logging.set_verbosity(logging.WARNING)
+    command_line.quieten_orbax()
     try:
         if command == "to_torch":
             summary = to_torch(

@@ -22,6 +22,10 @@ class PathError(OSError):
     """A path in storage that the program does not support, or with a character that it cannot."""
 
 
+class DamagedFileError(OSError):
+    """A file of a run is not as the program writes it. The message names it."""
+
+
 class _Path(type(epath.Path("/"))):
     """An epath whose `glob` takes the folder's own name literally, as pathlib's does.
 
@@ -81,7 +85,25 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
-    """The complete lines of a `metrics.jsonl`; an empty list if the file does not exist."""
+    """The complete lines of a `metrics.jsonl`; an empty list if the file does not exist.
+
+    Raises:
+      DamagedFileError: naming the first line that is none of ours.
+    """
     path = epath.Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):  # a killed run's last one
+            break
+        try:
+            entry = json.loads(line)
+            is_ours = isinstance(entry["step"], int) and isinstance(entry["split"], str)
+        except (ValueError, KeyError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise DamagedFileError(
+                f"line {number} of {path} is damaged: remove that line, or restore the file"
+            )
+        entries.append(entry)
+    return entries

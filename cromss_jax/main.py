@@ -1,34 +1,21 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
+import argparse
 import logging
 import sys
 
-import jax
 from absl import app, flags
 
-from cromss_jax import command_line, files
-from cromss_jax.data import input_pipeline
-from cromss_jax.training import (
-    checkpoint,
-    devices,
-    distributed,
-    finetune,
-    loop,
-    memory,
-    pretrain,
-    run,
-    scoring,
-    settings,
-)
-from cromss_jax.training.preemption import Preempted
-from cromss_jax.weights.network import WeightsError
+from cromss_jax import command_line
+from cromss_jax.training import preemption
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
 _PREEMPTION_STATUS = flags.DEFINE_integer(
     "preemption_status",
     0,
-    "Exit status after a signal; schedulers that start again what failed want another than 0",
+    "Exit status after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, in every phase of the run; schedulers "
+    "that start again what failed want another than 0. A second Ctrl-C ends at once, with 130",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
@@ -36,6 +23,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0", lower_bound=0)
+
+
+def _find_preemption_status() -> int:
+    """The flag --preemption_status, which may not have been parsed yet."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--preemption_status", "-preemption_status", type=int, default=_PREEMPTION_STATUS.default
+    )
+    return parser.parse_known_args()[0].preemption_status
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +43,27 @@ def main(arguments: list[str]) -> None:
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
+    command_line.quieten_orbax()
     logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    # Imported here, as signals are noticed by now.
+    import jax
+
+    from cromss_jax import files
+    from cromss_jax.data import input_pipeline
+    from cromss_jax.training import (
+        checkpoint,
+        devices,
+        distributed,
+        finetune,
+        loop,
+        memory,
+        pretrain,
+        run,
+        scoring,
+        settings,
+    )
+    from cromss_jax.weights.network import WeightsError
+
     memory.keep_freed_memory()
     try:
         workdir = str(files.absolute(_WORKDIR.value))
@@ -63,8 +79,9 @@ def main(arguments: list[str]) -> None:
             raise run.ConfigError(
                 f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
             )
-        modes[_CONFIG.value.mode](_CONFIG.value, workdir)
-    except Preempted as interruption:
+        with distributed.only_writer(files.absolute(workdir)):
+            modes[_CONFIG.value.mode](_CONFIG.value, workdir)
+    except preemption.Preempted as interruption:
         logging.getLogger("cromss_jax").info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
     except jax.errors.JaxRuntimeError as error:
@@ -86,4 +103,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
+    preemption.watch(_find_preemption_status)
     app.run(main, flags_parser=command_line.parse)

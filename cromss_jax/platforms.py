@@ -6,10 +6,12 @@ All forms of an operation give the same numbers up to rounding; tests compare th
 |---|---|---|---|
 | convolution of many channels, its gradients | matrix products | convolution | convolution |
 | convolution of 13, 2 or 9 channels | as it is | padded to 16, 8, 16 | packed |
+| convolution after upsampling | matrix products | transposed convolution | convolution |
 | 3x3 maximum | by axes | by axes | by cells |
 | covariance's gradient in bfloat16 | float32 | bfloat16 | float32 |
 | filters along an axis in bfloat16 | float32 | three bfloat16 parts | float32 |
 | crop, flips, rotation | matrices, blocks | gather | matrices, blocks |
+| labels in the search for thresholds | compared once | in every round | compared once |
 | U-Net | plain | plain | packed |
 | optimizer | vectors joined | array by array | vectors joined |
 

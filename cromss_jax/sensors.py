@@ -22,13 +22,18 @@ S2_BANDS_BY_RESOLUTION: Mapping[int, tuple[str, ...]] = {
     60: ("B1", "B9", "B10"),
 }
 
-# The usual band subsets, by number of bands; 10 is all at 10 and 20 m, 12 is all of L2A.
+# The band subsets of published weights, by number of bands. 12 are all of L2A.
 S2_BAND_SUBSETS: Mapping[int, tuple[str, ...]] = {
     3: ("B4", "B3", "B2"),
     9: ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12"),
-    10: ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"),
     12: tuple(band for band in S2_BANDS if band != "B10"),
     13: S2_BANDS,
+}
+
+# Those that configurations offer: also all bands at 10 and 20 m.
+S2_BAND_CHOICES: Mapping[int, tuple[str, ...]] = {
+    **S2_BAND_SUBSETS,
+    10: ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"),
 }
 
 # Mean and standard deviation over SSL4EO-S12: S1 in dB, S2 L1C in reflectance * 10000.

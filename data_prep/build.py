@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import presets, sensors
+from cromss_jax import lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
@@ -255,15 +255,16 @@ def build(beam_args: Sequence[str] = ()) -> str:
     if final_dir.exists():
         return _existing(final_dir, build_options, special)
     start = time.monotonic()
-    builder = builder_class(
-        data_dir=data_dir,
-        **source,
-        num_workers=_NUM_WORKERS.value,
-        max_bad_locations=_MAX_BAD_LOCATIONS.value,
-        options=build_options,
-        **special,
-    )
-    builder.build(write)
+    with lock.held(data_dir / f"{builder_class.name}.{lock.NAME}"):
+        builder = builder_class(
+            data_dir=data_dir,
+            **source,
+            num_workers=_NUM_WORKERS.value,
+            max_bad_locations=_MAX_BAD_LOCATIONS.value,
+            options=build_options,
+            **special,
+        )
+        builder.build(write)
     return f"{_summary(builder, final_dir, is_tiles)}, {time.monotonic() - start:.0f} s."
 
 

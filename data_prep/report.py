@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -219,7 +220,7 @@ class Report:
             more = self._counts[kind] - len(self._findings[kind])
             if more:
                 lines.append(f"- and {more} more")
-        self.summary_path.write_text("\n".join(lines) + "\n")
+        _write_whole(self.summary_path, "\n".join(lines) + "\n")
         content = {
             "name": self._name,
             "skipped": self.count,
@@ -230,12 +231,12 @@ class Report:
                 for kind in self.counts
             },
         }
-        self.json_path.write_text(json.dumps(content, indent=1) + "\n")
+        _write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
 
     def _write(self, row: list[str]) -> None:
         csv.writer(self._text).writerow(row)
         # The whole file each time: a file in a bucket cannot be appended to.
-        self.path.write_bytes(self._text.getvalue().encode())
+        _write_whole(self.path, self._text.getvalue())
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -249,3 +250,16 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all, also on a disk that becomes full."""
+    if "://" in os.fspath(path):  # a bucket, where every write is atomic
+        path.write_bytes(text.encode())
+        return
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        unfinished.write_bytes(text.encode())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -3,12 +3,14 @@
 from tests import environment  # isort: skip
 
 import collections
+import importlib.util
 import os
 import pathlib
 import shutil
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -64,3 +66,15 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: no reference data on this machine")
     return SHARED
+
+
+@pytest.fixture
+def gpu_compiler():
+    """The compiler for GPUs, without JAX's cache, from which their programs cannot be read back."""
+    if not importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("needs JAX's CUDA plugin and nvcc: pip install -e .[plan-gpu]")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -1,8 +1,11 @@
 """The environment of the tests and of the processes that they start. Import it before jax.
 
-Eight simulated CPU devices, counted when the backend starts; quick compilation, shared.
+Eight simulated CPU devices, counted when the backend starts; quick compilation, shared. With
+TEST_PLATFORM=cuda (or tpu, or cpu) the real devices of that platform instead, compiled as users do;
+tests that need several devices then fail on one.
 """
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -13,13 +16,18 @@ if not worker:
     # with nothing compiled.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cromss_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    xla_flags = ["--xla_force_host_platform_device_count=8"]
+    platform = os.environ.get("TEST_PLATFORM")
+    os.environ["JAX_PLATFORMS"] = platform or "cpu"
+    xla_flags = [] if platform else ["--xla_force_host_platform_device_count=8"]
     # What tests run takes longer to compile than to run. Compiled so it takes a ninth of the time:
     # 2.2 s instead of 20 s for a step of one ResNet-10. `make test-all` compiles as users do.
-    if not os.environ.get("COMPILE_AS_USERS"):
-        xla_flags += ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+    if not (platform or os.environ.get("COMPILE_AS_USERS")):
+        xla_flags += ["--xla_backend_optimization_level=0"]
         xla_flags += ["--xla_cpu_parallel_codegen_split_count=1"]
+        # Later versions end where they find a flag that they do not know.
+        jaxlib = importlib.metadata.version("jaxlib").split(".")
+        if (int(jaxlib[0]), int(jaxlib[1])) < (0, 11):
+            xla_flags += ["--xla_cpu_use_fusion_emitters=false"]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla_flags])
 # Each worker has a core to itself: their threads would spin for each other's.
 if worker:

@@ -10,54 +10,66 @@ import os
 import pathlib
 import threading
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from cromss_jax import command_line, main
-from cromss_jax.data import input_pipeline
-from cromss_jax.training import pretrain, pretrain_step, sharding
+from cromss_jax.training import preemption
 
 _lock = threading.Lock()
-_jit_train_step, _read_batch = pretrain.jit_train_step, input_pipeline.read_batch
 
 
 def write(line: dict) -> None:
     """Appends a line, from whichever thread."""
+    import jax
+
     path = pathlib.Path(os.environ["OBSERVED"]) / f"{jax.process_index()}.jsonl"
     with _lock, path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def read_batch(dataset, modalities, records):
-    write({"read": records.tolist()})
-    return _read_batch(dataset, modalities, records)
+def observe() -> None:
+    """Puts what writes down in the place of the functions that it calls."""
+    import jax
+    import jax.numpy as jnp
 
+    from cromss_jax.data import input_pipeline
+    from cromss_jax.training import pretrain, pretrain_step, sharding
 
-def jit_train_step(config, definition, num_locations, mesh):
-    train_step = _jit_train_step(config, definition, num_locations, mesh)
+    originals = pretrain.jit_train_step, input_pipeline.read_batch
 
-    def see(state, records):
-        geometry = pretrain_step.draw_geometry(config, state, records["labels"].shape[-1])
-        pixels = records["s2"] if "s2" in records else records["s2_10m"]
-        place = jnp.arange(1, pixels[0].size + 1, dtype=jnp.uint32).reshape(1, *pixels.shape[1:])
-        checksums = jnp.sum(pixels.astype(jnp.uint32) * place, axis=(1, 2, 3))
-        return {"step": state.step, "samples": checksums, **vars(geometry)}
+    def read_batch(dataset, modalities, records):
+        write({"read": records.tolist()})
+        return originals[1](dataset, modalities, records)
 
-    see = sharding.jit_step(see, mesh)
+    def jit_train_step(config, definition, num_locations, mesh):
+        train_step = originals[0](config, definition, num_locations, mesh)
 
-    def observed_step(state, records):
-        seen = jax.device_get(see(state, records))
-        write({name: value.tolist() for name, value in seen.items()})
-        return train_step(state, records)
+        def see(state, records):
+            geometry = pretrain_step.draw_geometry(config, state, records["labels"].shape[-1])
+            pixels = records["s2"] if "s2" in records else records["s2_10m"]
+            place = jnp.arange(1, pixels[0].size + 1, dtype=jnp.uint32).reshape(
+                1, *pixels.shape[1:]
+            )
+            checksums = jnp.sum(pixels.astype(jnp.uint32) * place, axis=(1, 2, 3))
+            return {"step": state.step, "samples": checksums, **vars(geometry)}
 
-    # A continued run compiles its step before it takes one.
-    observed_step.lower = lambda *shapes: observed_step
-    observed_step.compile = lambda: observed_step
-    return observed_step
+        see = sharding.jit_step(see, mesh)
+
+        def observed_step(state, records):
+            seen = jax.device_get(see(state, records))
+            write({name: value.tolist() for name, value in seen.items()})
+            return train_step(state, records)
+
+        # A continued run compiles its step before it takes one.
+        observed_step.lower = lambda *shapes: observed_step
+        observed_step.compile = lambda: observed_step
+        return observed_step
+
+    pretrain.jit_train_step, input_pipeline.read_batch = jit_train_step, read_batch
 
 
 if __name__ == "__main__":
-    pretrain.jit_train_step, input_pipeline.read_batch = jit_train_step, read_batch
     flags.mark_flags_as_required(["config", "workdir"])
+    preemption.watch(main._find_preemption_status)
+    observe()
     app.run(main.main, flags_parser=command_line.parse)

@@ -22,7 +22,7 @@ ROOMS = (
     "method",
     "ground",
 )
-GROUND = {"sensors", "legend", "presets", "files", "package", "platforms"}
+GROUND = {"sensors", "legend", "presets", "files", "lock", "package", "platforms"}
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
 READERS_OF_SCENES = tuple(f"cromss_jax.{name}" for name in ("predict", "scenes", "audit", "folds"))
@@ -114,7 +114,8 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    for name in ("data.input_pipeline", "sensors", "legend", "presets", "files", "package"):
+    host = ("data.input_pipeline", "sensors", "legend", "presets", "files", "lock", "package")
+    for name in host:
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
         assert not foreign, f"{name} imports {foreign}"
@@ -127,15 +128,15 @@ def test_torch_and_tensorflow_stay_outside():
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
-def test_only_maps_are_made_with_the_readers_of_data_prep_and_it_knows_the_constants_only():
+def test_only_maps_are_made_with_the_readers_of_data_prep_and_it_knows_constants_and_the_lock_only():
     for name, path in [*modules("cromss_jax").items(), *modules("configs").items()]:
         used = inner(path, "data_prep")
         if name in READERS_OF_SCENES:
             used = {module for module in used if not READING.match(module)}
         assert not used, path
     for path in modules("data_prep").values():
-        constants = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets")}
-        assert inner(path, "cromss_jax") <= constants, path
+        shared = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets", "lock")}
+        assert inner(path, "cromss_jax") <= shared, path
 
 
 # Rooms of data_prep, as those of cromss_jax, below the command `build`.

@@ -1,5 +1,6 @@
 """The figures of a plan, on programs and peaks small enough to work out by hand."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from cromss_jax import plan, presets, sensors
-from cromss_jax.costs import costs, table
+from cromss_jax.costs import chips, costs, table
 from cromss_jax.data import description, input_pipeline
 from cromss_jax.training import run, sharding
 from tests import runs
@@ -47,8 +48,8 @@ ENTRY %main_spmd (p: f32[8]) -> f32[8] {
   ROOT %out = f32[8]{0} fusion(%all-reduce.5), kind=kLoop, calls=%sum
 }
 """.replace("$ROUNDS", 'backend_config={"known_trip_count":{"n":"30"},"x":1}')
-CHIP = costs.Chip(
-    flops=1e12, hbm_bytes=1e9, ici_bytes=1e6, memory=2**30, host_chips=4, host_cores=100
+CHIP = chips.Chip(
+    flops=1e12, hbm_bytes=1e9, link_bytes=1e6, memory=2**30, host_chips=4, host_cores=100
 )
 COST = costs.Cost(
     memory={"arguments": 2**28, "peak": 2**29},
@@ -99,8 +100,20 @@ def test_bounds_by_hand():
     assert alone["seconds"]["interconnect"] == 0
 
 
+def test_hosts_of_gpus_are_joined_by_a_network():
+    gpu = dataclasses.replace(CHIP, network_bytes=1e5)
+    found = costs.bounds(COST, gpu, num_chips=8, num_hosts=2, batch_size=8, num_samples=8)
+    # Within a host as in one of four. Of what leaves a host, twice half of a megabyte, a chip's
+    # network card sends a quarter.
+    assert found["seconds"]["interconnect"] == 1.5
+    assert found["seconds"]["network"] == 2.5
+    assert (found["bound_by"], found["network_bytes"]) == ("network", 250_000)
+    pair = costs.bounds(COST, gpu, num_chips=2, num_hosts=2, batch_size=8, num_samples=8)
+    assert (pair["seconds"]["interconnect"], pair["seconds"]["network"]) == (0, 10)
+
+
 @pytest.mark.parametrize(
-    ("speed", "chips", "threads", "needed", "verdict"),
+    ("speed", "num_chips", "threads", "needed", "verdict"),
     [
         (2000.0, 8, 100, 100, "keeps up"),
         (2000.0, 8, 99, 100, "too slow: set config.data.num_threads to 100"),
@@ -109,8 +122,11 @@ def test_bounds_by_hand():
         (260.0, 1, 30, 26, "too slow for any number of threads: a host has 25 cores"),
     ],
 )
-def test_reading_against_need(speed, chips, threads, needed, verdict):
-    found = costs.reading(speed, CHIP, num_chips=chips, num_threads=threads, per_core=10.0)
+def test_reading_against_need(speed, num_chips, threads, needed, verdict):
+    hosts = -(-num_chips // CHIP.host_chips)
+    found = costs.reading(
+        speed, CHIP, num_chips=num_chips, num_hosts=hosts, num_threads=threads, per_core=10.0
+    )
     assert found["threads_a_host_needed"] == needed
     assert table.reading_verdict(found) == verdict
 
@@ -171,7 +187,7 @@ def too_large(monkeypatch):
     config = runs.tiny_config("absent", batch_size=64, num_devices=2)
     tried = []
 
-    def compile_step(config, described, mesh):
+    def compile_step(config, described, mesh, available):
         tried.append(config.batch_size // mesh.size)
         if tried[-1] > 11:
             raise plan.out_of_memory(FULL)
@@ -192,9 +208,24 @@ def test_what_does_not_fit_says_what_would(too_large):
     figures = plan.make_plan(config, "v5e:2x2", per_core=1, search=True)
     assert (figures["fits"], figures["largest_images_a_chip"]) == (False, 11)
     lines = table.markdown(figures).splitlines()
-    assert lines[-2] == "Does not fit: a chip needs 22.50 GiB and has 15.75."
-    assert lines[-1].endswith("is config.batch_size 22, 11 images per chip (found by compiling).")
+    assert lines[-3] == "Does not fit: a chip needs 22.50 GiB and has 15.75."
+    assert lines[-2].endswith("is config.batch_size 22, 11 images per chip (found by compiling).")
+    assert lines[-1] == (
+        "The same batch takes less memory with more config.microbatches, or "
+        "config.rematerialise=True."
+    )
     assert len(tried) <= 2 + 5 + 1
+
+
+def test_what_fits_is_divisible_by_the_microbatches(too_large):
+    config, _ = too_large
+    config.microbatches = 4
+    assert plan.make_plan(config, "v5e:2x2", per_core=1)["largest_images_a_chip"] == 20
+    figures = plan.make_plan(config, "v5e:2x2", per_core=1, search=True)
+    assert (figures["largest_images_a_chip"], figures["largest_batch_size"]) == (8, 16)
+    config.microbatches = 3
+    with pytest.raises(run.ConfigError, match="divisible by config.microbatches, 3"):
+        plan.make_plan(config, "v5e:2x2", per_core=1)
 
 
 def test_a_batch_that_the_chips_do_not_divide(too_large):
@@ -209,21 +240,68 @@ def test_a_batch_that_the_chips_do_not_divide(too_large):
         plan.make_plan(config, "v5e:2x2", per_core=1)
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v7:4x4", "cpu:0", "cpu:2x2", "4x4", ""])
-def test_what_is_no_slice(topology):
-    with pytest.raises(plan.PlanError, match="use one of v4, v5e, v5p, v6e and its shape"):
+@pytest.mark.parametrize(
+    "topology",
+    ["v5e", "v5e:4", "v7:4x4", "cpu:0", "cpu:2x2", "4x4", ""]
+    + ["h100", "h100:0", "h100:0x8", "h100:1x2x4", "b200:8", "h100:8x"],
+)
+def test_what_is_no_topology(topology):
+    with pytest.raises(plan.PlanError, match="use one of v4, v5e, v5p, v6e and its shape, .* a100"):
         plan.find_devices(topology)
 
 
-def test_without_libtpu_the_remedy_is_named(monkeypatch):
+@pytest.mark.parametrize(("topology", "instead"), [("h100:16", "2x8"), ("a100:2x9", "3x8")])
+def test_more_gpus_than_a_host_has(topology, instead):
+    with pytest.raises(plan.PlanError, match=f"at most 8; .* such as {topology[:4]}:{instead}"):
+        plan.find_devices(topology)
+
+
+def test_without_a_compiler_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(plan.PlanError, match="`pip install libtpu`"):
         plan.find_devices("v5e:4x4")
+    with pytest.raises(plan.PlanError, match=r"`pip install -e \.\[plan-gpu\]`"):
+        plan.find_devices("h100:8")
+
+
+def test_a_compiler_that_does_not_work(monkeypatch):
+    """As without nvcc, or with a plugin of another version."""
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: libdevice not found at ./libdevice.10.bc\nat x")
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(plan.topologies, "get_topology_desc", fail)
+    with pytest.raises(plan.PlanError) as caught:
+        plan.find_devices("h100:8")
+    assert "(INTERNAL: libdevice not found at ./libdevice.10.bc)" in str(caught.value)
+    assert "run `pip install -e .[plan-gpu]`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("topology", "num_chips", "hosts"),
+    [("h100:8", 8, 1), ("h100:2x4", 8, 2), ("h100:2x4", 3, 1), ("v5e:4x4", 16, 4)],
+)
+def test_number_of_hosts(topology, num_chips, hosts):
+    assert plan.count_hosts(topology, plan.find_chip(topology), num_chips) == hosts
+
+
+def test_the_share_of_memory_is_that_of_jax(monkeypatch):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert plan.memory_fraction() == 0.75
+    for text, share in {".95": 0.95, "0.5": 0.5, "1": 1.0, "1.0": 1.0}.items():
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+        assert plan.memory_fraction() == share
+    for text in ("0", "0.0", "90%", "1.5", "-0.5", "."):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+        with pytest.raises(plan.PlanError, match="_FRACTION=.* is not a share .* such as 0.9"):
+            plan.memory_fraction()
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    """The sample's state and records with a step that adds; two devices, of whatever topology.
+def toy_step(monkeypatch):
+    """The sample's state and records with a step that adds, for two devices.
 
     The real step is that of `pretrain.jit_train_step`; `tests.bench.scaling` compiles it.
     """
@@ -237,8 +315,14 @@ def toy(monkeypatch):
         return sharding.jit_step(add, mesh, donate_state=True)
 
     monkeypatch.setattr(plan.pretrain, "jit_train_step", jit_train_step)
-    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
     return runs.tiny_config("absent", batch_size=6, num_devices=2)
+
+
+@pytest.fixture
+def toy(toy_step, monkeypatch):
+    """The toy on simulated devices, of whatever topology."""
+    monkeypatch.setattr(plan, "find_devices", lambda topology: jax.devices())
+    return toy_step
 
 
 SMALL = {"per_core": 285.0, "num_locations": 64, "tile_size": 36, "seasons": 2}
@@ -274,3 +358,73 @@ def test_a_plan_for_chips(toy):
     assert "| reading, hosts 1 x 56 cores |" in text
     assert len({line.count("|") for line in text.splitlines()[2:]}) == 1
     json.dumps(figures)
+
+
+# What a GPU's program adds to the toy's.
+LOOP = "jit(train_step)/losses/while"
+
+
+@pytest.fixture
+def toy_gpus(toy, monkeypatch):
+    """The toy, whose program is taken for one of GPUs with launches and loops."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+    def measure(compiled, *, platform, unknown_rounds):
+        assert platform == "gpu"
+        loops = [costs.traffic.Loop(LOOP, 15), costs.traffic.Loop(LOOP, None)]
+        moved = sum(costs.memory(compiled).values())
+        return costs.Cost(costs.memory(compiled), 1e12, moved, {}, launches=3819.0, loops=loops)
+
+    monkeypatch.setattr(plan.costs, "measure", measure)
+    return toy
+
+
+def test_a_plan_for_gpus(toy_gpus):
+    toy_gpus.augmentation.rotation_probability = 0.5
+    figures = plan.make_plan(toy_gpus, "h100:2x1", **SMALL)
+    text = table.markdown(figures)
+    assert "2 GPUs, batch 6, 3 images per GPU" in text
+    assert "JAX takes 75% of a GPU's 79.1 GiB, 59.3 GiB; XLA_PYTHON_CLIENT_MEM_FRACTION" in text
+    assert re.search(r"\| memory: peak \| 0\.\d+ GiB \| 59\.3 GiB \| \d% of it: fits \|", text)
+    assert "| arithmetic | 1 TFLOP | 989 TFLOP/s | 1.01 ms |" in text
+    assert "| launches | 3,819 |  | microseconds each, not in the times |" in text
+    assert "| loops | 15 rounds |  |  |" in text
+    assert f"| loop of unknown length: {LOOP} | counted as 1.5 rounds |  | the host waits |" in text
+    assert "| network | 0 B | 50 GB/s | 0 ms |" in text
+    assert "| reading, hosts 2 x 28 cores |" in text
+    assert "GPU-hours" in text
+    assert "chip" not in text
+    assert len({line.count("|") for line in text.splitlines()[3:]}) == 1
+    json.dumps(figures)
+
+
+def test_a_gpu_that_is_too_small(toy_gpus, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.000001")
+    figures = plan.make_plan(toy_gpus, "l40s:2", **SMALL)
+    assert not figures["fits"]
+    assert figures["memory_available"] == pytest.approx(48_000)
+    text = table.markdown(figures)
+    assert "Does not fit: a GPU needs" in text
+    assert "Not even the smallest batch fits" in text
+    assert text.endswith("or crop, or config.rematerialise=True.")
+    toy_gpus.rematerialise = True
+    assert table.markdown(plan.make_plan(toy_gpus, "l40s:2", **SMALL)).endswith("or crop.")
+
+
+def test_a_plan_compiled_for_gpus(gpu_compiler, toy_step, monkeypatch):
+    """On two hosts, with the compiler for GPUs; then in less memory than it needs."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    figures = plan.make_plan(toy_step, "a100:2x1", **SMALL)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state(toy_step)))
+    assert figures["memory"]["arguments"] > state
+    # The toy reads and writes its state.
+    assert 2 * state < figures["hbm_bytes"] < 2.1 * state
+    # The seven sums, which the compiler may add before they are sent; twice half of their bytes.
+    reduced = figures["collectives"]["all-reduce"]["bytes"]
+    assert reduced in (4, 28)
+    assert figures["network_bytes"] == reduced
+    assert figures["sent_bytes"] == 0  # within hosts of one GPU
+    assert figures["launches"] > len(jax.tree.leaves(plan.abstract_state(toy_step)))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.0001")
+    figures = plan.make_plan(toy_step, "a100:2x1", **SMALL)
+    assert not figures["fits"]

@@ -23,17 +23,16 @@ def choose_gpu(*operands, default, gpu=None, **_):
     return (gpu or default)(*operands)
 
 
-def test_choose_takes_the_function_of_the_platform():
-    found = jax.jit(lambda x: platforms.choose(x, cpu=jnp.sin, gpu=jnp.cos, default=jnp.tan))(1.0)
-    assert found == jnp.sin(1.0)
-    found = jax.jit(lambda x: platforms.choose(x, gpu=jnp.cos, default=jnp.tan))(1.0)
-    assert found == jnp.tan(1.0)
-
-
-def test_gpus_use_their_functions():
-    traced = jax.jit(lambda x: platforms.choose(x, gpu=jnp.cos, default=jnp.tan)).trace(1.0)
-    for platform, operation in (("cuda", "cosine"), ("rocm", "cosine"), ("tpu", "tan")):
-        assert operation in traced.lower(lowering_platforms=(platform,)).as_text()
+def test_each_platform_gets_its_function():
+    chosen = jax.jit(lambda x: platforms.choose(x, cpu=jnp.sin, gpu=jnp.cos, default=jnp.tan))
+    traced = chosen.trace(1.0)
+    for platform, operation in {
+        "cpu": "sine",
+        "cuda": "cosine",
+        "rocm": "cosine",
+        "tpu": "tan",
+    }.items():
+        assert f"stablehlo.{operation}" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -141,3 +140,18 @@ def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
     for name, value in expected.items():
         # Images differ by up to 1e-5, and sums run in another order.
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_upsampled_convolution_by_a_transpose_is_the_one_by_products(monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = (2, 6, 8, 5), (3, 3, 5, 3), (2, 12, 16, 3)
+    # Integers, whose products' sums are exact in any order.
+    x, kernel, slope = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
+
+    def results():
+        out, pull = jax.vjp(convolution.convolve_upsampled, x, kernel)
+        return out, *pull(slope)
+
+    expected = results()
+    monkeypatch.setattr(platforms, "choose", choose_gpu)
+    jax.tree.map(np.testing.assert_array_equal, results(), expected)

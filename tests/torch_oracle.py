@@ -5,6 +5,7 @@ As plain as the published code: a topk per class, SciPy's Gaussian filters. Impo
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.ndimage
@@ -38,7 +39,11 @@ def selection_weights(confidence: torch.Tensor, labels: torch.Tensor, keep: floa
 
 
 def total_loss(
-    logits: dict[str, torch.Tensor], labels: torch.Tensor, priors: torch.Tensor, epoch: int
+    logits: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    priors: torch.Tensor,
+    epoch: int,
+    weigh: Callable = selection_weights,
 ) -> torch.Tensor:
     """The paper's loss with its settings: logits and priors [B, C, H, W], labels [B, H, W]."""
     log_q = {m: F.log_softmax(x, 1) for m, x in logits.items()}
@@ -52,7 +57,7 @@ def total_loss(
     sure = {m: 1 - h / math.log(NUM_CLASSES) for m, h in entropy.items()}
     total = 0
     for own, other in (("s1", "s2"), ("s2", "s1")):
-        w = selection_weights((label[own] + label["s1"] * label["s2"]) / 2, labels, keep)
+        w = weigh((label[own] + label["s1"] * label["s2"]) / 2, labels, keep)
         total = total + (w * -(targets * log_q[own]).sum(1)).sum() / w.sum()
         q, w = log_q[own].exp(), w[:, None]
         overlap = (w * q * targets).sum((0, 2, 3))

@@ -1,8 +1,9 @@
 """The costs of a compiled step on one device, and lower bounds of its time.
 
-Figures are for one step on one device. They are the compiler's own counts, except for a TPU's
-memory traffic (`traffic`). Times are lower bounds: they assume the peak rates that the chip's maker
-publishes, with arithmetic, memory and network fully overlapped.
+Figures are for one step on one device. They are the compiler's own counts, except for the memory
+traffic of TPUs and GPUs and the arithmetic of GPUs (`traffic`). Times are lower bounds: they assume
+the peak rates that the chip's maker publishes, with arithmetic, memory and network fully
+overlapped.
 """
 
 import collections
@@ -10,45 +11,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from cromss_jax.costs import traffic
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of a chip and of its host machine.
-
-    Attributes:
-      flops: operations per second in bfloat16; float32 matrix products consist of these too.
-      hbm_bytes: bytes of memory traffic per second.
-      ici_bytes: bytes per second that a chip sends through all its links; half of the
-        "bidirectional" figure.
-      memory: bytes.
-      host_chips: chips per host machine, in slices of more than one host.
-      host_cores: virtual CPU cores of such a host.
-    """
-
-    flops: float
-    hbm_bytes: float
-    ici_bytes: float
-    memory: float
-    host_chips: int
-    host_cores: int
-
-
-# From cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The hosts are the machine types ct4p-hightpu-4t,
-# ct5lp-hightpu-4t, ct5p-hightpu-4t and ct6e-standard-4t.
-CHIPS = {
-    "v4": Chip(275e12, 1228e9, 300e9, 32 * GIB, 4, 240),
-    "v5e": Chip(197e12, 819e9, 200e9, 16 * GIB, 4, 112),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95 * GIB, 4, 208),
-    "v6e": Chip(918e12, 1640e9, 400e9, 32 * GIB, 4, 180),
-}
+from cromss_jax.costs.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +38,6 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\(")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def shape_bytes(shape: str) -> int:
@@ -86,9 +53,9 @@ def shape_bytes(shape: str) -> int:
 def find_collectives(hlo: str) -> dict[str, Collective]:
     """The collectives of a compiled program, by kind.
 
-    If the program states how many rounds a loop has, as for CPUs, the loop's collectives count once
-    per round. If it does not, as for TPUs, they count only once. Of the training step's loops, only
-    the searches of `selection.class_thresholds` communicate, 108 bytes per round.
+    If the program states how many rounds a loop has, as for CPUs and GPUs, the loop's collectives
+    count once per round. If it does not, as for TPUs, they count only once. Of the training step's
+    loops, only the searches of `selection.class_thresholds` communicate, 108 bytes per round.
 
     Args:
       hlo: text of the optimised program.
@@ -103,7 +70,7 @@ def find_collectives(hlo: str) -> dict[str, Collective]:
             continue
         if found := _COLLECTIVE.search(line):
             own[name].append((found[2], shape_bytes(found[1])))
-        rounds = _ROUNDS.search(line)
+        rounds = traffic.ROUNDS.search(line)
         times = int(rounds[1]) if rounds else 1
         for branches in _BRANCHES.findall(line):
             called[name] += [(branch.strip(" %"), 1) for branch in branches.split(",")]
@@ -134,44 +101,59 @@ class Cost:
 
     Attributes:
       memory: bytes by content; "peak" is their sum, the memory needed at once.
-      flops: operations per step.
-      hbm_bytes: for TPUs, bytes of memory read and written per step (`traffic`); for other devices,
+      flops: operations per step; for GPUs, of matrix products and convolutions alone (`traffic`).
+      hbm_bytes: for TPUs and GPUs, bytes of memory read and written per step (`traffic`); for CPUs,
         the compiler's count of bytes accessed.
       collectives: the collectives of a step, by kind.
+      launches: for GPUs, number of kernels and library functions started per step.
+      loops: for TPUs and GPUs, the step's loops.
     """
 
     memory: dict[str, int]
     flops: float
     hbm_bytes: float
     collectives: dict[str, Collective]
+    launches: float = 0.0
+    loops: Sequence[traffic.Loop] = ()
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of memory of a compiled step on each device, by content; "peak" is their sum."""
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        # The new state reuses the memory of the old one.
+        "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "generated code": found.generated_code_size_in_bytes,
+    }
+    return {**parts, "peak": sum(parts.values())}
 
 
 def measure(
-    compiled: jax.stages.Compiled, *, is_tpu: bool = False, unknown_rounds: float = 0
+    compiled: jax.stages.Compiled, *, platform: str = "cpu", unknown_rounds: float = 0
 ) -> Cost:
     """The costs of a compiled step, from the compiler and from the program's text.
 
     Args:
       compiled: the step.
-      is_tpu: whether it is compiled for TPUs.
+      platform: what it is compiled for, "cpu", "gpu" or "tpu".
       unknown_rounds: expected number of rounds of loops whose number of rounds is not constant.
     """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        # The new state reuses the memory of the old one.
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "generated code": memory.generated_code_size_in_bytes,
-    }
     text = compiled.as_text()
+    collectives = find_collectives(text)
+    if platform == "cpu":
+        cost = compiled.cost_analysis()
+        return Cost(memory(compiled), cost["flops"], cost["bytes accessed"], collectives)
+    is_gpu = platform == "gpu"
+    counts = traffic.count(text, unknown_rounds=unknown_rounds, is_gpu=is_gpu)
     return Cost(
-        memory={**parts, "peak": sum(parts.values())},
-        flops=cost["flops"],
-        hbm_bytes=sum(traffic.by_part(text, unknown_rounds=unknown_rounds).values())
-        if is_tpu
-        else cost["bytes accessed"],
-        collectives=find_collectives(text),
+        memory=memory(compiled),
+        flops=counts.flops if is_gpu else compiled.cost_analysis()["flops"],
+        hbm_bytes=sum(counts.hbm_bytes.values()),
+        collectives=collectives,
+        launches=sum(counts.launches.values()) if is_gpu else 0.0,
+        loops=counts.loops,
     )
 
 
@@ -184,7 +166,13 @@ def sent_bytes(found: Mapping[str, Collective], num_chips: int) -> float:
 
 
 def bounds(
-    cost: Cost, chip: Chip, *, num_chips: int, batch_size: int, num_samples: int
+    cost: Cost,
+    chip: Chip,
+    *,
+    num_chips: int,
+    batch_size: int,
+    num_samples: int,
+    num_hosts: int = 1,
 ) -> dict[str, object]:
     """Lower bounds of time and upper bounds of speed from a chip's peak rates.
 
@@ -194,18 +182,26 @@ def bounds(
       num_chips: number of chips that share a batch.
       batch_size: samples per step on all chips together.
       num_samples: samples in the whole training, epochs times locations.
+      num_hosts: number of hosts of GPUs, between which data take the network. A TPU slice counts as
+        one host, as its links join all chips.
     """
-    sent = sent_bytes(cost.collectives, num_chips)
+    linked = num_chips // num_hosts
+    sent = sent_bytes(cost.collectives, linked)
+    # A host sends what one chip in its place would; the network cards of its chips share that.
+    network = sent_bytes(cost.collectives, num_hosts) / linked
     seconds = {
         "arithmetic": cost.flops / chip.flops,
         "HBM traffic": cost.hbm_bytes / chip.hbm_bytes,
-        "interconnect": sent / chip.ici_bytes,
+        "interconnect": sent / chip.link_bytes,
     }
+    if num_hosts > 1:
+        seconds["network"] = network / chip.network_bytes
     step_seconds = max(seconds.values())
     num_steps = -(-num_samples // batch_size)
     hours = num_steps * step_seconds / 3600
     return {
         "sent_bytes": sent,
+        "network_bytes": network,
         "seconds": seconds,
         "bound_by": max(seconds, key=seconds.get),
         "step_seconds": step_seconds,
@@ -217,18 +213,24 @@ def bounds(
 
 
 def reading(
-    images_per_second: float, chip: Chip, *, num_chips: int, num_threads: int, per_core: float
+    images_per_second: float,
+    chip: Chip,
+    *,
+    num_chips: int,
+    num_hosts: int,
+    num_threads: int,
+    per_core: float,
 ) -> dict[str, object]:
     """Compares how fast the hosts can read with how fast the chips could train.
 
     Args:
-      images_per_second: training speed of the whole slice.
+      images_per_second: training speed of all chips together.
       chip: the chip and its host machine.
-      num_chips: chips of the slice. A slice smaller than a host gets a share of the host's cores.
+      num_chips: number of chips. Fewer than a host has get a share of its cores.
+      num_hosts: number of hosts.
       num_threads: `config.data.num_threads`, reading threads of each host.
       per_core: samples per second that one core reads.
     """
-    num_hosts = -(-num_chips // chip.host_chips)
     host_cores = chip.host_cores * num_chips // (chip.host_chips * num_hosts)
     needed = math.ceil(images_per_second / num_hosts / per_core)
     return {

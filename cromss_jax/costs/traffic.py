@@ -1,13 +1,16 @@
-"""Memory traffic of a program compiled for a TPU: bytes between chip and memory (HBM).
+"""Memory traffic of a program compiled for a TPU or GPU: bytes between chip and memory (HBM).
 
 The count is made from the program's text. An instruction reads its operands and writes its results,
 with the padding that they have in memory. Arrays that the compiler keeps on the chip, in memory
 space 1, cause no traffic; a copy between chip and memory counts once. The compiler's own count
 ("bytes accessed") does not distinguish the two kinds of memory and counts a single round of each
 loop. This count leaves out what stays on the chip and includes every round.
+
+On a GPU each instruction that moves data is one launch of a kernel or of a library's function.
+Matrix products and convolutions are calls of cuBLAS and cuDNN, whose workspaces cause no traffic
+here. For GPUs the compiler counts no arithmetic, so that of these calls is counted, too.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -20,9 +23,13 @@ _SPACE = re.compile(r"S\((\d+)\)")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 # "%name = shape opcode(%operand, ...), attributes"
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)(.*)$")
-# These move no data. Custom calls only allocate memory, or combine parts into one array.
+# These move no data, nor do beginnings of asynchronous operations: their ends count.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all")
-_FREE += ("custom-call",)
+_FREE += ("partition-id", "replica-id", "opt-barrier")
+# Of a loop, for programs that say so.
+ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Custom calls that are matrix products and convolutions of a GPU's libraries.
+_PRODUCT, _CONVOLUTION = "__cublas$", "__cudnn$conv"
 _SLICES = ("slice", "dynamic-slice", "dynamic-update-slice")
 
 
@@ -48,6 +55,36 @@ Computation = Mapping[str, Instruction]
 
 class UnreadableProgram(ValueError):
     """The traffic of a compiled program cannot be counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of a program.
+
+    Attributes:
+      name: the name in the traced program, such as "jit(step)/losses/while", else the compiler's.
+      rounds: number of rounds; None if it is not constant.
+    """
+
+    name: str
+    rounds: int | None
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a program does when it runs once.
+
+    Attributes:
+      hbm_bytes: bytes of memory traffic by part; "others" has what belongs to no part.
+      launches: number of operations that move data, by part; on a GPU each is a launch.
+      flops: of a GPU's program, operations of matrix products and convolutions.
+      loops: the loops, outer ones first.
+    """
+
+    hbm_bytes: dict[str, float]
+    launches: dict[str, float]
+    flops: float = 0.0
+    loops: list[Loop] = dataclasses.field(default_factory=list)
 
 
 def hbm_bytes(shape: str) -> int:
@@ -132,6 +169,10 @@ def _written_bytes(instruction: Instruction, computation: Computation, fused: Co
 
 def _moved_bytes(instruction: Instruction, computation: Computation, fused: Computation) -> int:
     """Bytes read and written by an instruction that is not a loop."""
+    if instruction.opcode == "custom-call":
+        return _called_bytes(instruction, computation)
+    if instruction.opcode == "all-reduce-done":
+        return 2 * hbm_bytes(instruction.shape)  # of the same shape as what was sent
     if instruction.opcode.endswith("-done"):
         # The operand is a tuple: (to, from, context) for a copy, else ((from), to, context).
         operand = computation[instruction.operands[0]].shape
@@ -150,6 +191,52 @@ def _moved_bytes(instruction: Instruction, computation: Computation, fused: Comp
     return written + _read_bytes(instruction, computation, fused)
 
 
+def _called_bytes(call: Instruction, computation: Computation) -> int:
+    """Bytes that a library's function reads and writes, without its workspace."""
+    written = call.shape
+    if call.attribute("custom_call_target").startswith((_PRODUCT, _CONVOLUTION)):
+        written = _SHAPE.search(call.shape)[0]  # workspaces come after the result
+    return hbm_bytes(written) + sum(hbm_bytes(computation[name].shape) for name in call.operands)
+
+
+def _sides(shape: str) -> list[int]:
+    """Sizes of a shape's dimensions; for a tuple, of its first element."""
+    return [int(side) for side in _SHAPE.search(shape)[2].split(",") if side]
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    """The numbers in the group of a pattern; none if it is not found."""
+    found = re.search(pattern, text)
+    return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+
+
+def _flops(instruction: Instruction, computation: Computation) -> float:
+    """Operations of a matrix product or convolution; 0 for other instructions.
+
+    A product multiplies lhs [b, m, k] by rhs [b, k, n]. A convolution takes two operations for each
+    element of the filter at each pixel of its output, border pixels included, as do the two parts
+    of its gradient, in whose places filter or output is the operand or the result.
+    """
+    target = instruction.attribute("custom_call_target")
+    is_product = instruction.opcode == "dot" or target.startswith(_PRODUCT)
+    is_convolution = instruction.opcode == "convolution" or target.startswith(_CONVOLUTION)
+    if not is_product and not is_convolution:
+        return 0.0
+    first, second = (_sides(computation[name].shape) for name in instruction.operands[:2])
+    result = _sides(instruction.shape)
+    if is_product:
+        pattern = r"lhs_batch_dim(?:ension)?s\"?[=:]([\[{][^\]}]*)"
+        batch = math.prod(first[i] for i in _numbers(pattern, instruction.attributes))
+        return 2 * math.sqrt(math.prod(first) * math.prod(second) * math.prod(result) / batch)
+    filters, output = second, result
+    if target.endswith("BackwardInput"):
+        output = first
+    elif target.endswith("BackwardFilter"):
+        filters, output = result, second
+    order = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1]
+    return 2 * math.prod(output) * math.prod(filters) / filters[order.index("o")]
+
+
 def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
     """Which of `parts` each instruction belongs to, "" for none.
 
@@ -166,29 +253,34 @@ def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _rounds(loop: Instruction, computations: Mapping[str, Computation], unknown: float) -> float:
-    """Number of rounds of a loop that counts from 0 to a constant; otherwise `unknown`."""
+def _rounds(loop: Instruction, computations: Mapping[str, Computation]) -> int | None:
+    """Number of rounds of a loop: as the program states it, or from 0 to a constant; else None."""
+    if stated := ROUNDS.search(loop.attributes):
+        return int(stated[1])
     condition = computations[loop.attribute("condition")]
     bounds = [i.operands[0] for i in condition.values() if i.opcode == "constant"]
-    return max((int(bound) for bound in bounds if bound.isdigit()), default=unknown)
+    return max((int(bound) for bound in bounds if bound.isdigit()), default=None)
 
 
-def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> dict[str, float]:
-    """Bytes of HBM traffic of a program, by part.
+def count(
+    hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float, is_gpu: bool = False
+) -> Counts:
+    """Counts what a program does, by part.
 
     Args:
       hlo: the compiled program's text.
       parts: parts of the program, named by `jax.named_scope`.
       unknown_rounds: expected number of rounds of loops whose number of rounds is not constant.
-
-    Returns:
-      Bytes by part; "others" has the bytes that belong to no part.
+      is_gpu: whether the program is for GPUs. Custom calls of programs for TPUs only allocate
+        memory, or combine parts into one array.
 
     Raises:
       UnreadableProgram: if the program has branches, or if its text has an unknown form.
     """
     computations = parse(hlo)
-    found = collections.Counter(dict.fromkeys((*parts, "others"), 0.0))
+    free = _FREE if is_gpu else (*_FREE, "custom-call")
+    names = (*parts, "others")
+    counts = Counts(dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0))
 
     def walk(name: str, times: float, outer: str) -> None:
         computation = computations[name]
@@ -196,7 +288,10 @@ def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> di
         for instruction in computation.values():
             part = part_of[instruction.name] or outer
             if instruction.opcode == "while":
-                rounds = _rounds(instruction, computations, unknown_rounds)
+                rounds = _rounds(instruction, computations)
+                title = instruction.attribute("op_name") or instruction.name
+                counts.loops.append(Loop(title, rounds))
+                rounds = unknown_rounds if rounds is None else rounds
                 walk(instruction.attribute("body"), times * rounds, part)
             elif instruction.opcode == "call":
                 walk(instruction.attribute("to_apply"), times, part)
@@ -205,15 +300,20 @@ def by_part(hlo: str, parts: Sequence[str] = (), *, unknown_rounds: float) -> di
                     f"the compiled program has a branch, {instruction.name}: its memory traffic "
                     "cannot be counted, because it is not known which side of the branch runs"
                 )
-            elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
+            elif instruction.opcode not in free and not instruction.opcode.endswith("-start"):
                 fused = computations.get(instruction.attribute("calls"), {})
-                found[part] += times * _moved_bytes(instruction, computation, fused)
+                counts.hbm_bytes[part] += times * _moved_bytes(instruction, computation, fused)
+                counts.launches[part] += times
+                if is_gpu:
+                    inner = [_flops(i, fused) for i in fused.values()]
+                    counts.flops += times * (_flops(instruction, computation) + sum(inner))
 
     try:
         walk(list(computations)[-1], 1, "others")
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, TypeError) as error:
+        compiler = "jax-cuda12-plugin==0.10.2" if is_gpu else "libtpu==0.0.52"
         raise UnreadableProgram(
             f"the text of the compiled program has an unknown form ({error}): its memory traffic "
-            "cannot be counted; install libtpu==0.0.52"
+            f"cannot be counted; install {compiler}"
         ) from error
-    return dict(found)
+    return counts

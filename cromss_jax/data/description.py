@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from cromss_jax import files, presets, sensors
 from cromss_jax.data import input_pipeline
@@ -27,6 +28,7 @@ class Description:
       features: names of a record's features.
       legend: the classes.
       bands: of the imagery, in the order of the records' arrays.
+      blocks: see `input_pipeline.TileDataset`.
     """
 
     source: str
@@ -36,6 +38,7 @@ class Description:
     features: tuple[str, ...]
     legend: Legend
     bands: tuple[sensors.Band, ...]
+    blocks: np.ndarray | None = None
 
 
 # SSL4EO-S12 with noisy labels, as data_prep builds it from the distributed files.
@@ -74,6 +77,7 @@ def describe(config: ml_collections.ConfigDict, **overrides: int | None) -> Desc
             features=dataset.features,
             legend=dataset.legend,
             bands=dataset.bands,
+            blocks=dataset.blocks,
         )
     given = {name: value for name, value in overrides.items() if value is not None}
     found = dataclasses.replace(found, **given)
@@ -113,7 +117,11 @@ def record_shapes(
 
 def num_train_locations(config: ml_collections.ConfigDict, described: Description) -> int:
     """Number of training locations, without those for validation."""
+    blocks = described.blocks
+    if blocks is not None and len(blocks) != described.num_locations:
+        # Another number of locations was given.
+        blocks = None
     locations, _ = input_pipeline.split_locations(
-        described.num_locations, config.data.validation_fraction, config.seed
+        described.num_locations, config.data.validation_fraction, config.seed, blocks
     )
     return len(locations)

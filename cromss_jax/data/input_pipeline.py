@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import logging
 import math
 import os
 import re
@@ -23,6 +24,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from cromss_jax import files, presets, sensors
 from cromss_jax.legend import Legend, LegendError
 
+_log = logging.getLogger(__name__)
+
 # The features of a record that the device needs (see preprocess.py), by modality. A data set has S2
 # either as one array at 10 m or as one array per native resolution.
 IMAGE_FEATURES = {"s1": ("s1",), "s2": ("s2", "s2_10m", "s2_20m", "s2_60m")}
@@ -34,7 +37,11 @@ _SAMPLED_RECORDS = 16
 
 
 class DataError(ValueError):
-    """The data set is missing or does not fit the configuration."""
+    """The data set is missing or damaged, or does not fit the configuration."""
+
+
+class BadRecordError(DataError):
+    """A record cannot be read. The message names it and its file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,8 @@ class TileDataset:
       has_truth: whether records hold the true classes in addition to the noisy labels.
       legend: the classes.
       bands: of the imagery, with their scaling, in the order of the records' arrays.
+      blocks: [locations] int, the block of the earth's surface in which each lies, so that those
+        held back for validation are not beside others; None if the data set does not say.
     """
 
     source: Sequence[dict]
@@ -59,6 +68,7 @@ class TileDataset:
     has_truth: bool
     legend: Legend
     bands: tuple[sensors.Band, ...]
+    blocks: np.ndarray | None = None
 
     @property
     def num_locations(self) -> int:
@@ -78,7 +88,8 @@ class TileDataset:
     @property
     def by_record(self) -> "TileDataset":
         """The same data set with one location per record, so that an epoch visits every record."""
-        return dataclasses.replace(self, season_counts=np.ones(len(self.source), int))
+        ones = np.ones(len(self.source), int)
+        return dataclasses.replace(self, season_counts=ones, blocks=None)
 
     @property
     def identity(self) -> dict[str, int | str | dict[str, str]]:
@@ -112,6 +123,22 @@ class TileDataset:
             return saved["sample"] == self.source.sample_digest
         return saved["built"] == self.source.built_digest
 
+    def read(self, index: int) -> tuple[dict, bool]:
+        """Reads a record, and whether it is that one.
+
+        In the place of a damaged one comes the next that is not, if some may be damaged.
+
+        Raises:
+          BadRecordError: if more records are damaged than may be.
+        """
+        for offset in range(len(self.source)):
+            position = (index + offset) % len(self.source)
+            try:
+                return self.source[position], offset == 0
+            except BadRecordError as error:
+                self.source.skip(position, error)
+        raise DataError("no record of the split can be read; build the data set again")
+
     def location_of(self, records: np.ndarray) -> np.ndarray:
         """Indices of the locations that records belong to."""
         return np.searchsorted(self.starts, records, side="right") - 1
@@ -129,11 +156,16 @@ class _Records(Sequence):
         serialized: Sequence[bytes],
         features: tfds.features.FeaturesDict,
         paths: Sequence[epath.Path],
+        lengths: Sequence[int],
         built_digest: str | None,
+        max_bad_records: int,
     ):
         self._serialized = serialized
         self._features = features
         self._paths = paths
+        self._ends = np.cumsum(lengths)
+        self._max_bad_records = max_bad_records
+        self._bad: set[int] = set()
         self.built_digest = built_digest
 
     @functools.cached_property
@@ -167,7 +199,18 @@ class _Records(Sequence):
     def __getitem__(self, index: int) -> dict[str, np.ndarray | bytes]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} does not exist: the split has {len(self)} records")
-        stored = tf_example_pb2.Example.FromString(self._serialized[index]).features.feature
+        try:
+            serialized = self._serialized[index]
+        except (RuntimeError, OSError) as error:  # of ArrayRecord
+            file = int(np.searchsorted(self._ends, index, side="right"))
+            start = self._ends[file - 1] if file else 0
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadRecordError(
+                f"record {index - start} of {self._paths[file]} cannot be read ({reason}): restore "
+                "the file, build the data set again, or go on without such records by "
+                "--config.data.max_bad_records"
+            ) from error
+        stored = tf_example_pb2.Example.FromString(serialized).features.feature
         record = {}
         # data_prep stores arrays as bytes, and numbers and texts as they are.
         for name, form in self._features.items():
@@ -179,6 +222,17 @@ class _Records(Sequence):
             else:
                 record[name] = np.asarray(stored[name].int64_list.value[0], form.np_dtype)
         return record
+
+    def skip(self, index: int, error: BadRecordError) -> None:
+        """Notes a damaged record, and logs it; raises its error if there are too many."""
+        if index in self._bad:
+            return
+        if len(self._bad) >= self._max_bad_records:
+            raise error
+        self._bad.add(index)
+        _log.warning(
+            "skipped, %d of %d that may be: %s", len(self._bad), self._max_bad_records, error
+        )
 
 
 def legend_of(metadata: Mapping) -> Legend:
@@ -218,8 +272,16 @@ def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, 
     return bands
 
 
-def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
+def open_dataset(
+    data_dir: str, name: str, split: str = "train", max_bad_records: int = 0
+) -> TileDataset:
     """Opens a split of the newest version of a data set written by `data_prep.build`.
+
+    Args:
+      data_dir: the folder of data sets.
+      name: of the data set.
+      split: which part of it.
+      max_bad_records: number of damaged records that each process may do without.
 
     Raises:
       DataError: if it does not exist; says where it was expected and how to build it.
@@ -247,12 +309,15 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
             f"{', '.join(builder.info.splits)}"
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    blocks = metadata.get("blocks")
     return TileDataset(
         source=_Records(
             builder.as_data_source(split, deserialize_method=raw),
             builder.info.features,
             [files.absolute(path) for path in builder.info.splits[split].filepaths],
+            builder.info.splits[split].shard_lengths,
             metadata.get("records_digest", {}).get(split),
+            max_bad_records,
         ),
         features=tuple(builder.info.features),
         tile_size=int(metadata["tile_size"]),
@@ -260,15 +325,26 @@ def open_dataset(data_dir: str, name: str, split: str = "train") -> TileDataset:
         has_truth=bool(metadata["has_truth"]),
         legend=legend_of(metadata),
         bands=bands_of(metadata, tuple(builder.info.features)),
+        blocks=np.asarray(blocks[split]) if blocks else None,
     )
 
 
 def split_locations(
-    num_locations: int, validation_fraction: float, seed: int
+    num_locations: int,
+    validation_fraction: float,
+    seed: int,
+    blocks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits the locations into training and validation.
 
     Validation gets at least one location if `validation_fraction` is above 0.
+
+    Args:
+      num_locations: of the data set.
+      validation_fraction: share for validation.
+      seed: of the draw.
+      blocks: [locations] int, see `TileDataset`. Whole blocks are drawn then, the smallest one at
+        least; together they hold no more than the wanted share.
 
     Returns:
       Indices of the training and of the validation locations, both sorted.
@@ -279,6 +355,8 @@ def split_locations(
     num_validation = round(num_locations * validation_fraction)
     if validation_fraction > 0:
         num_validation = max(num_validation, 1)
+    if blocks is not None and num_validation:
+        return _split_blocks(blocks, num_validation, seed)
     if num_validation >= num_locations:
         raise DataError(
             f"no training locations are left: the data set has {num_locations} locations and "
@@ -287,6 +365,26 @@ def split_locations(
         )
     order = np.random.default_rng(seed).permutation(num_locations)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def _split_blocks(
+    blocks: np.ndarray, num_validation: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the locations by whole blocks; see `split_locations`."""
+    numbers, counts = np.unique(blocks, return_counts=True)
+    if len(numbers) < 2:
+        raise DataError(
+            "all locations lie in one block, so that none can be held back for validation: build "
+            "the data set with a smaller --block_size, or set config.data.validation_fraction to 0"
+        )
+    held: list[int] = []
+    total = 0
+    for i in np.random.default_rng(seed).permutation(len(numbers)).tolist():
+        if total + counts[i] <= num_validation:
+            held.append(i)
+            total += counts[i]
+    is_held = np.isin(blocks, numbers[held or [int(np.argmin(counts))]])
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:
@@ -309,7 +407,11 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
 
     Returns:
       Arrays of the features that the device needs, [B, ...], and `is_real` [B] bool. A padding
-      row repeats a record and has all its labels set to 255, ignored.
+      row repeats a record and has all its labels set to 255, ignored. So has the row of a damaged
+      record, if `open_dataset` allows some.
+
+    Raises:
+      BadRecordError: if a record is damaged that must not be.
     """
     is_real = records >= 0
     names = [name for m in modalities for name in IMAGE_FEATURES[m] if name in dataset.features]
@@ -319,7 +421,8 @@ def read_batch(dataset: TileDataset, modalities: Sequence[str], records: np.ndar
     # record of 0.9 MB. With all records in memory at once it is 4 ms, mostly spent by the operating
     # system on new memory pages.
     for row, record in enumerate(np.where(is_real, records, max(records[0], 0)).tolist()):
-        decoded = dataset.source[record]
+        decoded, is_read = dataset.read(record)
+        is_real[row] &= is_read
         stored_size = decoded["labels"].shape[-1]
         for name in names:
             value = np.asarray(decoded[name])

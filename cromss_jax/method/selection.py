@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from cromss_jax import platforms
+
 PREDICTION_CONFIDENCES = ("entropy", "gini")
 
 # Bits of one pixel count in `class_thresholds`. Three counts share an int32.
@@ -82,8 +84,14 @@ def class_thresholds(
     confidence, labels = (x.reshape(-1, height, width) for x in (confidence, labels))
     bits = jax.lax.bitcast_convert_type(confidence.astype(jnp.float32), jnp.int32)[None]
     # Classes come first: a CPU counts along rows of pixels four times as fast as along 9 classes.
-    member = labels[None] == jnp.arange(num_classes, dtype=labels.dtype).reshape(-1, 1, 1, 1)
+    classes = jnp.arange(num_classes, dtype=labels.dtype).reshape(-1, 1, 1, 1)
+    member = labels[None] == classes
     offsets = [i * _COUNT_BITS for i in range(3)]
+
+    def compared_again(found: jax.Array) -> jax.Array:
+        # A GPU reads one byte per pixel and round instead of C. The barrier makes the labels depend
+        # on the round; otherwise XLA compares them once for all rounds.
+        return jax.lax.optimization_barrier((labels, found))[0][None] == classes
 
     def one_round(round_index: jax.Array, found: jax.Array) -> jax.Array:
         # 1.0 is 0x3f800000, so the highest bit of a confidence is bit 29.
@@ -94,7 +102,8 @@ def class_thresholds(
             (bits >= candidate.reshape(-1, 1, 1, 1)).astype(jnp.int32) << offset
             for candidate, offset in zip(candidates, offsets, strict=True)
         )
-        columns = jnp.sum(jnp.where(member, above, 0), axis=2)
+        is_member = platforms.choose(found, gpu=compared_again, default=lambda found: member)
+        columns = jnp.sum(jnp.where(is_member, above, 0), axis=2)
         mask = (1 << _COUNT_BITS) - 1
         counts = jnp.stack([(columns >> offset) & mask for offset in offsets]).sum(axis=(2, 3))
         digit = jnp.sum(counts >= counts_to_keep[None], axis=0, dtype=jnp.int32)

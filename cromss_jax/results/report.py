@@ -14,10 +14,21 @@ from cromss_jax import files
 class MetricLog:
     """Writes scalars to `metrics.jsonl`, and scalars and pictures to TensorBoard; one process."""
 
-    def __init__(self, workdir: str, step: int):
-        """Opens the logs and removes entries that an interrupted run wrote after `step`."""
+    def __init__(self, workdir: str, step: int, validated: bool = True):
+        """Opens the logs and removes entries that an interrupted run wrote after `step`.
+
+        Args:
+          workdir: of the run.
+          step: from where the run continues.
+          validated: whether the validation of that step is done; if not, its entry is removed.
+        """
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        kept = [entry for entry in files.read_metrics(self._path) if entry["step"] <= step]
+        kept = [
+            entry
+            for entry in files.read_metrics(self._path)
+            if entry["step"] < step
+            or (entry["step"] == step and (validated or entry["split"] != "validation"))
+        ]
         self._text = "".join(json.dumps(entry) + "\n" for entry in kept)
         files.write_whole(self._path, self._text.encode())
         self._workdir, self._step = workdir, step

@@ -1,14 +1,21 @@
 """Starting and ending JAX's multi-process runtime: on Cloud TPU, under SLURM, or by flags."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from cromss_jax import lock
+from cromss_jax.training import preemption
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +90,7 @@ def initialize(
         raise DistributedError(
             f"the processes did not find each other ({reason}): {remedy}"
         ) from error
+    preemption.share_with_jax()
     _log.info(
         "process %d of %d, with %d of %d devices; process 0 writes the files. If a process is "
         "lost, the others end within %d s",
@@ -130,17 +138,41 @@ def _check(
         )
 
 
+@contextlib.contextmanager
+def only_writer(folder: epath.Path) -> Iterator[None]:
+    """Holds the lock of a run's folder, in process 0.
+
+    Raises:
+      lock.LockedError, DistributedError: in all processes, if another run writes there.
+    """
+    with contextlib.ExitStack() as holding:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                holding.enter_context(lock.held(folder / lock.NAME))
+            except OSError as error:
+                problem = error
+        is_locked = problem is not None
+        if jax.process_count() > 1:
+            is_locked = bool(multihost_utils.broadcast_one_to_all(np.array(is_locked)))
+        if is_locked:
+            raise problem or DistributedError("process 0 cannot write the workdir, see its log")
+        yield
+
+
 def leave(sentence: str, status: int) -> NoReturn:
     """Ends the command early: prints the reason and waits only briefly for the other processes.
+
+    It waits for no thread: Orbax has some that wait for minutes after an error.
 
     Args:
       sentence: the reason, a message for the user.
       status: exit status.
     """
-    if not jax.distributed.is_initialized():
-        print(sentence, file=sys.stderr)
-        sys.exit(status)
+    sys.stdout.flush()
     print(sentence, file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized():
+        os._exit(status)
     # JAX would wait up to 300 s for processes that have ended or that are waiting for this one. If
     # all processes end for the same reason, the shutdown succeeds at once.
     shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)

@@ -12,7 +12,6 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
 from cromss_jax.training import finetune_step, loop, run, scoring, sharding
-from cromss_jax.training.preemption import Preemption
 from cromss_jax.weights.network import WeightsError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = task.config
     _check_config(config)
     dataset = input_pipeline.open_dataset(
-        config.data.dir, config.data.name, config.data.train_split
+        config.data.dir, config.data.name, config.data.train_split, config.data.max_bad_records
     )
     stride = decoders.STRIDES[config.network.decoder]
     dataset = dataset.padded_to(stride)
@@ -50,13 +49,12 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         for train_encoder in (False, True)
     )
     confusions = []
-    with Preemption() as preemption:
-        for index, seed in enumerate(config.seeds):
-            training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
-            state = loop.fit(training, preemption)
-            folder = training.folder / "predictions" if config.save_predictions else None
-            confusions.append(scoring.score(task, state, folder))
-            _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
+    for index, seed in enumerate(config.seeds):
+        training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
+        state = loop.fit(training)
+        folder = training.folder / "predictions" if config.save_predictions else None
+        confusions.append(scoring.score(task, state, folder))
+        _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
     scoring.write_results(task, num_tiles, config.seeds, confusions)
 
 
@@ -146,5 +144,4 @@ def _training(
         identity={**tiles.identity, "num_tiles": num_tiles},
         sample_name="tiles",
         prefix=f"seed {seed}, ",
-        steps_before=index * schedule.num_steps,
     )

@@ -18,8 +18,8 @@ from etils import epath
 
 from cromss_jax.data import input_pipeline
 from cromss_jax.results import report
-from cromss_jax.training import checkpoint, memory, run, sharding
-from cromss_jax.training.preemption import Preempted, Preemption
+from cromss_jax.training import checkpoint, memory, preemption, run, sharding
+from cromss_jax.training.preemption import Preempted
 from cromss_jax.training.state import TrainState, start_from
 from cromss_jax.weights.network import Network
 
@@ -93,7 +93,6 @@ class Training:
       validate: (step, state, log) -> state, called after the schedule's `eval_steps`.
       sample_name: what an epoch visits, in the plural, for messages.
       prefix: of the lines that are logged.
-      steps_before: steps of earlier runs of this process, for `Preemption.reached`.
     """
 
     folder: epath.Path
@@ -112,10 +111,9 @@ class Training:
     validate: Callable[[int, TrainState, report.MetricLog | None], TrainState] | None = None
     sample_name: str = "locations"
     prefix: str = ""
-    steps_before: int = 0
 
 
-def fit(training: Training, preemption: Preemption) -> TrainState:
+def fit(training: Training) -> TrainState:
     """Trains from the newest checkpoint, or from the start where there is none.
 
     Returns:
@@ -126,13 +124,15 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
         the user.
       Preempted: after a signal; the state is saved.
     """
-    config, schedule = training.config, training.schedule
+    config = training.config
     _log_size(training)
     checkpoints = checkpoint.Checkpoints(
         training.folder / "checkpoints", config.checkpoints_to_keep
     )
-    # The context of `checkpoints` waits for what is being saved, whatever happens.
-    with checkpoints:
+    # The context of `checkpoints` waits for what is being saved, whatever happens; signals are
+    # deferred until then.
+    with contextlib.ExitStack() as deferring, checkpoints:
+        checkpoints.check_space(jax.eval_shape(training.init, training.key))
         batches = input_pipeline.training_batches(
             training.dataset,
             config.modalities,
@@ -140,50 +140,134 @@ def fit(training: Training, preemption: Preemption) -> TrainState:
             rows=sharding.process_rows(training.mesh, config.batch_size),
             num_threads=config.data.num_threads,
         )
-        state, done, train_steps = _begin(training, checkpoints, batches)
-        meter = _Meter(config.batch_size)
+        state, begun = _begin(training, checkpoints, batches)
         # Nothing is copied to the device unless the code says so.
         with (
-            _open_log(training.folder, done) as log,
+            _open_log(training.folder, begun) as log,
             jax.transfer_guard_host_to_device("disallow"),
         ):
-            # The order within a step matters. Batch and step come first. The log comes before
-            # the validation, so that the time of the validation is not in the speed that it
-            # shows at this step. The checkpoint comes last: the plateau schedule keeps the
-            # result of the validation in the state, and the iterator stands behind this step's
-            # batch, so that a continued run takes the next one.
-            for number in range(done + 1, schedule.num_steps + 1):
-                with meter.taking_batch():
-                    batch = sharding.to_devices(next(batches), training.mesh)
-                train_step = train_steps[max(n for n in train_steps if n <= number)]
-                state, metrics = train_step(state, batch)
-                meter.add(metrics)
+            if begun.validates:
+                state = training.validate(begun.done, state, log)
+            return _take_steps(
+                training, _Saver(training, checkpoints, batches), state, begun, log, deferring
+            )
 
-                saves = number in schedule.checkpoint_steps
-                validates = number in schedule.eval_steps
-                if number % config.log_every_steps == 0 or saves or validates:
-                    means = meter.means()
-                    _stop_if_not_finite(training, state, checkpoints)
-                    _log_step(training, number, means, log)
-                if number == done + 1:
-                    # Compiled by now. What only results need is imported from here on, as it
-                    # takes seconds; the speed is measured after that.
-                    sharding.wait(metrics["loss"])
-                    importlib.import_module("cromss_jax.results.pictures")
-                    if log:
-                        log.open_board()
-                    meter.start_clock()
-                if validates:
-                    state = training.validate(number, state, log)
 
-                leaves = preemption.reached(training.steps_before + number)
-                if saves or leaves:
-                    _stop_if_not_finite(training, state, checkpoints)
-                    host_state = {"iterator": batches.get_state(), "data": training.identity}
-                    checkpoints.save(number, state, host_state)
-                if leaves:
-                    raise Preempted(f"interrupted: saved step {number}; the same command continues")
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """Where a run begins.
+
+    Attributes:
+      done: number of steps done.
+      validates: whether the state is still to be validated.
+      train_steps: see `Training`; the first that is needed may be compiled.
+    """
+
+    done: int
+    validates: bool
+    train_steps: Mapping[int, Callable]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saver:
+    """Saves what a run needs to continue."""
+
+    training: Training
+    checkpoints: checkpoint.Checkpoints
+    batches: grain.DatasetIterator
+
+    def save(self, number: int, state: TrainState, validates: bool) -> None:
+        """Saves the state after a step; `validates` says whether it is still to be validated."""
+        _stop_if_not_finite(self.training, state, self.checkpoints)
+        host_state = {
+            "iterator": self.batches.get_state(),
+            "data": self.training.identity,
+            "validates": validates,
+        }
+        self.checkpoints.save(number, state, host_state)
+
+    @contextlib.contextmanager
+    def saved(self, number: int, state: TrainState, validates: bool) -> Iterator[None]:
+        """Inside, a signal ends the process at once: all is saved. For what compiles minutes."""
+        self.save(number, state, validates)
+        self.checkpoints.wait()
+        with preemption.deferred(False):
+            yield
+
+
+def _take_steps(
+    training: Training,
+    saver: _Saver,
+    state: TrainState,
+    begun: _Begun,
+    log: report.MetricLog | None,
+    deferring: contextlib.ExitStack,
+) -> TrainState:
+    """The loop: takes the steps that are left."""
+    config, schedule = training.config, training.schedule
+    meter = _Meter(config.batch_size)
+    first = begun.done + 1
+    compiled, validated = None, begun.validates
+    # The order within a step matters. Batch and step come first. The log comes before the
+    # validation, so that the time of the validation is not in the speed that it shows at this
+    # step. The checkpoint comes before the validation, too, which may be interrupted: a continued
+    # run begins with it. The iterator stands behind this step's batch, so that a continued run
+    # takes the next one.
+    for number in range(first, schedule.num_steps + 1):
+        train_step = begun.train_steps[max(n for n in begun.train_steps if n <= number)]
+        compiles = number > first and train_step is not compiled
+        with saver.saved(number - 1, state, False) if compiles else contextlib.nullcontext():
+            with meter.taking_batch():
+                batch = sharding.to_devices(next(saver.batches), training.mesh)
+            state, metrics = train_step(state, batch)
+        compiled = train_step
+        if number == first:  # from here on there is something to save
+            deferring.enter_context(preemption.deferred())
+        meter.add(metrics)
+
+        saves = number in schedule.checkpoint_steps
+        validates = number in schedule.eval_steps
+        if number % config.log_every_steps == 0 or saves or validates:
+            means = meter.means()
+            _stop_if_not_finite(training, state, saver.checkpoints)
+            _log_step(training, number, means, log)
+        if number == first:
+            # Compiled by now. What only results need is imported from here on, as it takes
+            # seconds; the speed is measured after that.
+            sharding.wait(metrics["loss"])
+            importlib.import_module("cromss_jax.results.pictures")
+            if log:
+                log.open_board()
+            meter.start_clock()
+
+        leaves = preemption.reached()
+        if saves or leaves:
+            saver.save(number, state, validates)
+        if leaves:
+            raise Preempted(f"interrupted: saved step {number}; the same command continues")
+        if validates:
+            state = _validate(training, saver, number, state, log, compiles=not validated)
+            validated = True
     return state
+
+
+def _validate(
+    training: Training,
+    saver: _Saver,
+    number: int,
+    state: TrainState,
+    log: report.MetricLog | None,
+    compiles: bool,
+) -> TrainState:
+    """Validates; if it is interrupted, the state of before is saved."""
+    try:
+        with saver.saved(number, state, True) if compiles else contextlib.nullcontext():
+            return training.validate(number, state, log)
+    except Preempted as interruption:
+        saver.save(number, state, True)
+        raise Preempted(
+            f"interrupted: saved step {number}; the same command continues with its validation"
+        ) from interruption
 
 
 def _log_size(training: Training) -> None:
@@ -253,8 +337,8 @@ class _Meter:
 
 def _begin(
     training: Training, checkpoints: checkpoint.Checkpoints, batches: grain.DatasetIterator
-) -> tuple[TrainState, int, Mapping[int, Callable]]:
-    """The state to continue from, the number of steps done, and the functions of the steps.
+) -> tuple[TrainState, _Begun]:
+    """The state to continue from, and where that is.
 
     Moves `batches` to where the state is.
 
@@ -277,7 +361,7 @@ def _begin(
                 training.init_bands,
                 training.dataset.legend.names,
             )
-        return state, 0, train_steps
+        return state, _Begun(0, False, train_steps)
     # A run that is complete takes no step.
     first = max(n for n in train_steps if n <= done + 1)
     compiles = done < training.schedule.num_steps
@@ -292,13 +376,16 @@ def _begin(
         # Even a program from the compilation cache takes seconds to load: the state is restored
         # meanwhile.
         compiling = thread.submit(lowered.compile) if compiles else None
-        state, host_state = checkpoints.restore(abstract)
+        # An older one where the arrays of this one are damaged.
+        done, state, host_state = checkpoints.restore(abstract)
     if compiling:
         train_steps[first] = compiling.result()
     _check_same_data(training, host_state["data"])
     batches.set_state(host_state["iterator"])
     _log.info("continuing from %s at step %d", training.folder / "checkpoints", done)
-    return state, done, train_steps
+    # A run may now have another last step, which alone would have been validated.
+    validates = host_state.get("validates", False) and done in training.schedule.eval_steps
+    return state, _Begun(done, validates, train_steps)
 
 
 def _check_same_data(training: Training, saved: Mapping) -> None:
@@ -334,12 +421,13 @@ def _batch_shapes(training: Training) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @contextlib.contextmanager
-def _open_log(folder: epath.Path, done: int):
+def _open_log(folder: epath.Path, begun: _Begun):
     """The run's log, which process 0 writes; None on the others."""
     if jax.process_index() > 0:
         yield None
         return
-    with contextlib.closing(report.MetricLog(str(folder), done)) as log:
+    log = report.MetricLog(str(folder), begun.done, validated=not begun.validates)
+    with contextlib.closing(log):
         yield log
 
 

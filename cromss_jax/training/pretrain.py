@@ -13,7 +13,6 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
-from cromss_jax.training.preemption import Preemption
 from cromss_jax.training.state import TrainState
 from cromss_jax.weights.network import PARTS
 
@@ -116,13 +115,14 @@ def pretrain(
     folder = files.absolute(workdir)
 
     # ---------------------------------------------------------------- data
-    dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
-    dataset = dataset.padded_to(decoders.STRIDES[config.network.decoder])
+    dataset = input_pipeline.open_dataset(
+        config.data.dir, config.data.name, max_bad_records=config.data.max_bad_records
+    ).padded_to(decoders.STRIDES[config.network.decoder])
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)
     locations, held_back = input_pipeline.split_locations(
-        dataset.num_locations, config.data.validation_fraction, config.seed
+        dataset.num_locations, config.data.validation_fraction, config.seed, dataset.blocks
     )
     if excluded is not None:
         locations = np.setdiff1d(locations, excluded)
@@ -160,8 +160,7 @@ def pretrain(
         identity={**dataset.identity, "scopes": count_scopes(config, mesh)},
         validate=validator and validator.validate,
     )
-    with Preemption() as preemption:
-        state = loop.fit(training, preemption)
+    state = loop.fit(training)
 
     # ---------------------------------------------------------------- results
     if validator:

@@ -23,11 +23,11 @@ from cromss_jax.weights.network import WeightsError
 
 # What may change between the start of a run and its continuation.
 _FREE_TO_CHANGE = ("num_epochs", "num_devices", "num_pictures", "save_predictions")
-_FREE_TO_CHANGE += ("seeds", "weights_name")
+_FREE_TO_CHANGE += ("seeds", "weights_name", "data.max_bad_records")
 _FREE_PREFIXES = ("log_every", "checkpoint", "data.dir", "data.num_threads")
 # Fields that runs of earlier versions lack, with the values that they ran with.
 _ADDED = {"init_from_bands": [], "microbatches": 1, "rematerialise": False, "deterministic": False}
-_ADDED |= {"network.num_classes": len(presets.DYNAMIC_WORLD)}
+_ADDED |= {"data.max_bad_records": 0, "network.num_classes": len(presets.DYNAMIC_WORLD)}
 _ADDED |= {"legend": [list(pair) for pair in presets.DYNAMIC_WORLD.pairs()]}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -250,7 +250,13 @@ def record_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
         now = _ADDED | _flat(resolved)
         # Runs of earlier versions do not say their bands; the digest of their records decides.
         added = _ADDED | {"imagery": now.get("imagery")}
-        before = added | _flat(json.loads(path.read_text()))
+        try:
+            before = added | _flat(json.loads(path.read_bytes()))
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}): restore it, or delete it if the configuration is "
+                "still that which the run began with"
+            ) from error
         changed = [
             f"{name} from {_short(before.get(name))} to {_short(now.get(name))}"
             for name in sorted(before.keys() | now.keys())

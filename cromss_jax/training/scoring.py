@@ -14,7 +14,7 @@ from cromss_jax import files, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, metrics
 from cromss_jax.networks import decoders, resnet
-from cromss_jax.results import maps, report
+from cromss_jax.results import report
 from cromss_jax.training import finetune_step, run, sharding
 from cromss_jax.training.state import TrainState, put_weights
 from cromss_jax.weights import files as weight_files
@@ -81,7 +81,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
         raise run.ConfigError(
             f"config.modalities is {config.modalities}; fine-tuning takes one, as in input=s2"
         )
-    test = input_pipeline.open_dataset(config.data.dir, config.data.name, config.data.test_split)
+    test = input_pipeline.open_dataset(
+        config.data.dir, config.data.name, config.data.test_split, config.data.max_bad_records
+    )
     config = run.describe_data(config, test)
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     run.check_same_everywhere(configuration=config.to_json(), test_data=str(test.identity))
@@ -132,12 +134,15 @@ def score(task: Task, state: TrainState, maps_folder: epath.Path | None) -> np.n
         if len(waiting) > _WAITING:
             sharding.wait(waiting.pop(0))
         if maps_folder:
-            _write_maps(task, maps_folder, rows, predictions)
+            real = np.where(records["is_real"], rows, -1)
+            _write_maps(task, maps_folder, real, predictions)
     return metrics.counted(jax.device_get(counts))
 
 
 def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: jax.Array) -> None:
     """Writes this process's rows of a batch's predictions, padding left out."""
+    from cromss_jax.results import maps  # late: GDAL, which only maps need
+
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(predictions.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     classes = np.concatenate([np.asarray(shard.data) for shard in shards])

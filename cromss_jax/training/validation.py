@@ -15,7 +15,7 @@ from cromss_jax import files
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.results import report
-from cromss_jax.training import pretrain_step, sharding
+from cromss_jax.training import preemption, pretrain_step, sharding
 from cromss_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -53,9 +53,14 @@ class Evaluation:
 def evaluate(
     eval_step: Callable, state: TrainState, batches: Iterable[dict], mesh: jax.sharding.Mesh
 ) -> Evaluation:
-    """Scores the state on batches of host arrays, without waiting between them."""
+    """Scores the state on batches of host arrays, without waiting between them.
+
+    Raises:
+      Preempted: between two batches, after a signal.
+    """
     sums = []
     for batch in batches:
+        preemption.check()
         sums.append(eval_step(state, sharding.to_devices(batch, mesh)))
         if len(sums) > 2:  # waiting batches must not fill the device's memory
             sharding.wait(sums[-3]["loss"])
@@ -159,10 +164,15 @@ class Validator:
         return self.latest
 
     def validate(self, number: int, state: TrainState, log: report.MetricLog | None) -> TrainState:
-        """Scores and shows a state; the plateau schedule of the one returned knows the loss."""
+        """Scores and shows a state; the plateau schedule of the one returned knows the loss.
+
+        Raises:
+          Preempted: after a signal; nothing is logged then.
+        """
         from cromss_jax.results import pictures  # takes a second that the first step need not wait
 
         evaluation = self.evaluate(state)
+        preemption.check()  # the picture takes as long as a batch
         loss = jax.device_put(np.float32(evaluation.loss), sharding.replicated(self._mesh))
         state = self._update_plateau(state, loss)
         # By all processes, as their devices compute it together.

@@ -39,6 +39,9 @@ _CARD = "cromss_jax"
 _PLAIN = ("bool", "uint8", "int8", "int16", "int32", "int64")
 _PLAIN += ("float16", "bfloat16", "float32", "float64")
 
+# No network here comes near: with Adam's moments, the paper's has 0.7 GB.
+_MAX_BYTES = 8 << 30
+
 # In older versions, reading with `weights_only` could still run code (CVE-2025-32434) or write out
 # of bounds in memory (CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
@@ -194,6 +197,11 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
     _check_suffix(path, _READ_SUFFIXES)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
+    if (size := path.stat().length) > _MAX_BYTES:
+        raise WeightsError(
+            f"{path} has {size:,} bytes, more than the {_MAX_BYTES:,} that a file of weights may "
+            "have: keep only its weights"
+        )
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
     content = path.read_bytes()
     tensors, card = reader(path, content)
@@ -212,7 +220,20 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
     return tensors, dict(card) if is_ours else {}
 
 
+def _float8_tensors(content: bytes) -> list[str]:
+    """Names of the tensors of 8-bit floats in a safetensors file, which NumPy lacks."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return [name for name, entry in header.items() if str(entry.get("dtype"))[:3] == "F8_"]
+    except (ValueError, AttributeError):  # the library says what is wrong with a header
+        return []
+
+
 def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
+    if found := _float8_tensors(content):
+        raise WeightsError(
+            f"{path} has float8 tensors, such as {found[0]}: save them as float32 or bfloat16"
+        )
     try:
         arrays = safetensors.numpy.load_file(path)  # `load` does not support bfloat16
         # The file starts with the header's length in 8 bytes, then the header as JSON.
@@ -225,6 +246,7 @@ def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.nd
 
 def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict]:
     torch = _torch(path)
+    _check_unpacked_size(path, content)
     try:
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # for the authors of the file
@@ -252,7 +274,36 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(found).__name__}")
     settings = found.get("hyper_parameters")
     card = settings.get(_CARD, {}) if isinstance(settings, Mapping) else {}
-    return _flat(torch, found), card
+    tensors = _flat(torch, found)
+    _check_held(path, tensors)
+    return tensors, card
+
+
+def _check_unpacked_size(path: epath.Path, content: bytes) -> None:
+    """Raises WeightsError if a file's parts are larger than it: PyTorch compresses nothing."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return
+    try:
+        parts = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise WeightsError(f"{path} is damaged: {error}") from error
+    size = sum(part.file_size for part in parts)
+    if size > len(content):
+        raise WeightsError(
+            f"{path} has {len(content):,} bytes and would unpack to {size:,}: PyTorch writes no "
+            "such file; it was not unpacked"
+        )
+
+
+def _check_held(path: epath.Path, tensors: Mapping[str, Any]) -> None:
+    """Raises WeightsError for a tensor that declares more values than the file holds for it."""
+    for name, tensor in tensors.items():
+        if str(tensor.layout) == "torch.strided":
+            size, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+            if size > held:
+                raise WeightsError(
+                    f"{path}: {name} declares {size:,} bytes, and the file holds {held:,} for it"
+                )
 
 
 def _flat(torch, nested: Mapping) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,11 @@ from etils import epath
 from flax import nnx
 
 from cromss_jax import files
-from cromss_jax.weights import cards, torch_keys
+from cromss_jax.weights import cards, manifest, torch_keys
 from cromss_jax.weights.layouts import check_bands
 from cromss_jax.weights.network import Network, Weights, WeightsError
+
+_log = logging.getLogger(__name__)
 
 # A folder of converted weights has this file instead of a run's configuration.
 _NETWORK = "network.json"
@@ -71,9 +74,19 @@ def load_run(step: epath.Path) -> Weights:
             f"{description} is damaged or was written by another program: {error!r}"
         ) from error
     try:
+        has_manifest = manifest.check(step)
+        sums = manifest.saved_array_sums(step)
+        if sums and not has_manifest:
+            raise manifest.DamagedError(f"{step / manifest.NAME} is missing")
         tree = read_arrays(step, ("params", "batch_stats"))
-    except (ValueError, KeyError, OSError) as error:
+        if sums:
+            manifest.check_arrays(tree, sums, step)
+    except manifest.DamagedError as error:
+        raise WeightsError(f"{error}: choose another checkpoint") from error
+    except (ValueError, KeyError, AttributeError, OSError) as error:
         raise WeightsError(f"{step} is damaged: {first_line(error)}") from error
+    if not has_manifest:
+        _log.warning("unverified: %s has no %s to compare its files with", step, manifest.NAME)
     arrays = {}
     for part in tree.values():
         arrays |= torch_keys.from_tree(part)
@@ -93,7 +106,10 @@ def write_folder(folder: epath.Path, found: Weights) -> None:
         write_arrays(temporary, {"params": params, "batch_stats": batch_stats})
         content = {"network": dataclasses.asdict(found.network), "card": dict(found.card)}
         (temporary / _NETWORK).write_text(json.dumps(content, indent=2))
+        manifest.write(temporary)
         temporary.rename(folder)
+    except ValueError as error:  # of TensorStore, such as for a full disk
+        raise WeightsError(f"{folder} cannot be written ({first_line(error)})") from error
     finally:
         if temporary.exists():
             temporary.rmtree()

@@ -8,6 +8,8 @@ from data_prep import errors
 
 TABLE = "dw_complete_ids.csv"
 LOCATION_ID_DIGITS = 7
+# 250,000 locations in four seasons take 75 MB.
+MAX_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,16 @@ def read_table(data: bytes) -> list[Location]:
     Raises:
       errors.BuildError: if it is not such a table, is empty, or lists a location twice.
     """
+    if len(data) > MAX_BYTES:
+        raise errors.BuildError(
+            f"{TABLE} has {len(data):,} bytes, more than the {MAX_BYTES:,} that it may have"
+        )
     lines = data.decode("utf-8-sig", errors="replace").splitlines()
     delimiter = max(",;\t", key=lines[0].count) if lines else ","
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    except csv.Error as error:
+        raise errors.BuildError(f"{TABLE} is damaged or no table: {error}") from error
     id_column, granule_columns, start = _find_columns(rows)
     locations: dict[str, Location] = {}
     for row in rows[start:]:

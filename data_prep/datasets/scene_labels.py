@@ -11,7 +11,7 @@ from data_prep.reading.rasters import Layer
 from data_prep.reading.warping import Grid
 
 
-def read(layers: Sequence[Layer], grid: Grid, legend: Legend) -> tuple[np.ndarray, float]:
+def read(layers: Sequence[Layer], grid: Grid, legend: Legend) -> tuple[np.ndarray, np.ndarray]:
     """Labels on a grid, by the nearest pixel.
 
     Values become classes before they are moved, so that no value arises which no file has.
@@ -22,8 +22,8 @@ def read(layers: Sequence[Layer], grid: Grid, legend: Legend) -> tuple[np.ndarra
       legend: from values to classes.
 
     Returns:
-      (H, W) uint8, 255 without a class; and the share of the pixels that no map covers, or that it
-      marks as nodata.
+      (H, W) uint8, 255 without a class; and (H, W) bool, where a map has a pixel that it does not
+      mark as nodata.
 
     Raises:
       errors.BadFileError: if a map has values that the legend does not know, or fractions.
@@ -44,4 +44,4 @@ def read(layers: Sequence[Layer], grid: Grid, legend: Legend) -> tuple[np.ndarra
         moved, outside = warping.warp(pair, *place, Resampling.nearest, IGNORE_LABEL)
         found = np.where(found == IGNORE_LABEL, moved, found)
         covered |= outside == 0
-    return found, 1 - float(covered.mean())
+    return found, covered

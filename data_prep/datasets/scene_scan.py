@@ -58,7 +58,7 @@ def scan(
 
     Args:
       acquisition: what to look at.
-      tiles: of its scene's grid; some of them are read.
+      tiles: of its scene's grid; the first `NUM_TILES` with content are read.
       options: see `Options`.
 
     Returns:
@@ -71,9 +71,8 @@ def scan(
 
 
 def _scan(acquisition: Acquisition, tiles: Sequence[Grid], options: Options) -> Scan:
-    chosen = np.linspace(0, len(tiles) - 1, min(4 * NUM_TILES, len(tiles))).astype(int)
-    # Sampled in another order than along rows, so that the first ones are spread, too.
-    order = np.random.default_rng(0).permutation(chosen)
+    # In another order than along rows, so that the first ones are spread.
+    order = np.random.default_rng(0).permutation(len(tiles))
     sample = [tiles[i] for i in order.tolist()]
     facts: dict[str, Any] = {"acquisition": acquisition.name}
     found: tuple[Finding, ...] = ()
@@ -126,7 +125,7 @@ def _scan_s2(
     for group in acquisition.s2:
         images = _samples(group, sample)
         if not images:
-            raise errors.BadFileError(group[0].path, "has no valid pixel in the tiles sampled")
+            raise errors.BadFileError(group[0].path, "has no valid pixel")
         if np.issubdtype(images[0].pixels.dtype, np.floating):
             valid = np.concatenate([i.pixels[i.valid & (i.pixels > 0)] for i in images])
             # Snow and cloud have a reflectance of 1, the darkest water 20 of 10000.
@@ -187,7 +186,7 @@ def _scan_s1(
         images = _samples(group, sample)
         if not images:
             raise errors.BadFileError(
-                group[0].path, f"has no valid pixel in the tiles sampled of {acquisition.name}"
+                group[0].path, f"has no valid pixel on the grid of {acquisition.name}"
             )
         for i, layer in enumerate(group):
             pixels = [scene_images.raw_s1(image)[i][image.valid[i]] for image in images]
@@ -250,21 +249,27 @@ def _shift(
     """
     path = acquisition.s1[0][0].path
     correlation = registration.Correlation()
-    overlaps = False
+    overlaps, num_read = False, 0
     for tile in sample:
+        if not all(
+            warping.source_window(groups[0][0], tile) for groups in (acquisition.s1, acquisition.s2)
+        ):
+            continue
+        num_read += 1
         s1 = scene_images.read_s1(acquisition, tile, units)
         s2 = scene_images.read_s2(acquisition, tile, units)
         valid = s1.valid.all(axis=0) & s2.valid.all(axis=0)
         overlaps |= bool(valid.any())
         # The last band sees through haze, and land and water differ most in it.
         correlation.add(np.log1p(np.maximum(s2.pixels[-1], 0)), s1.pixels.sum(axis=0), valid)
-        if correlation.num_tiles == NUM_TILES:
+        # Of scenes with little in common, few tiles count.
+        if correlation.num_tiles == NUM_TILES or (overlaps and num_read >= 4 * NUM_TILES):
             break
     if not overlaps:
         raise errors.BadFileError(
             path,
-            f"has no valid pixel where Sentinel-2 of {acquisition.name} has one, in "
-            f"{len(sample)} tiles sampled: is it of the same place?",
+            f"has no valid pixel where Sentinel-2 of {acquisition.name} has one: is it of the same "
+            "place?",
         )
     shift = correlation.shift()
     if shift is None or not shift.is_clear:

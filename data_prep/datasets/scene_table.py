@@ -227,10 +227,6 @@ def acquisition(row: Row, options: Options) -> Acquisition:
       errors.BadFileError: if a file cannot be used, or a band is missing.
     """
     files = {m: row.files[m] if m in options.modalities else () for m in sensors.MODALITIES}
-    s1_date = None
-    if files["s1"]:
-        match = re.search(r"(?<!\d)20\d{6}(T\d{6})?(?!\d)", files["s1"][0].name)
-        s1_date = datetime.datetime.fromisoformat(match[0]) if match else None
     level, texts = _level(files["s2"])
     return Acquisition(
         scene=row.scene,
@@ -240,10 +236,28 @@ def acquisition(row: Row, options: Options) -> Acquisition:
         labels=_maps(row.files["labels"]),
         truth=_maps(row.files["truth"]),
         mask=_maps(row.files["mask"]),
-        s1_date=s1_date,
+        s1_date=_s1_date(files["s1"]),
         s2_level=level,
         metadata=texts,
     )
+
+
+def _s1_date(files: Sequence[pathlib.Path]) -> datetime.datetime | None:
+    """The date in the name of the first file, or of its folder if that is named as a granule."""
+    if not files:
+        return None
+    patterns = (
+        (files[0].name, r"(?<!\d)(20\d{6}(?:T\d{6})?)(?!\d)"),
+        (files[0].parent.name, r"^S1[A-D]_\w+?_(20\d{6}T\d{6})_"),
+    )
+    for text, pattern in patterns:
+        if match := re.search(pattern, text):
+            try:
+                return datetime.datetime.fromisoformat(match[1])
+            except ValueError:
+                # Eight digits that are no date.
+                continue
+    return None
 
 
 def _level(files: Iterable[pathlib.Path]) -> tuple[str, tuple[str, ...]]:

@@ -140,13 +140,10 @@ def _read_season(
             detail = f"{share:.1%} of the pixels are invalid"
             return None, (Finding("season skipped", name, detail, share),)
         example[array] = _scaled(image, array, band_list, scan.units.s2_offset)
-    labels, uncovered = scene_labels.read(acquisition.labels, tile.grid, options.legend)
-    if uncovered:
-        found += (Finding("labels invalid", name, f"{uncovered:.1%} of the pixels", uncovered),)
-    unclassed = float((labels == IGNORE_LABEL).mean()) - uncovered
-    if unclassed > 0:
-        detail = f"{unclassed:.1%} of the pixels"
-        found += (Finding("labels without class", name, detail, unclassed),)
+    labels, covered = scene_labels.read(acquisition.labels, tile.grid, options.legend)
+    found += nodata.findings(name, "labels invalid", covered)
+    has_class = ~covered | (labels != IGNORE_LABEL)
+    found += nodata.findings(name, "labels without class", has_class)
     if acquisition.mask:
         masked = scene_images.read_mask(acquisition.mask, tile.grid)
         found += nodata.findings(name, "masked", ~masked)

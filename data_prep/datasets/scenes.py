@@ -117,8 +117,7 @@ class Scenes(builder.LocationBuilder):
         )
         splits = _split(list(itertools.compress(tiles, kept)), cutting, findings)
         max_seasons = max(len(dates) for dates in scans.values())
-        has_truth = bool(acquisitions[0].truth)
-        side = cutting.tile_size
+        has_truth, side = bool(acquisitions[0].truth), cutting.tile_size
         super().__init__(
             data_dir=data_dir,
             splits=splits,
@@ -169,6 +168,16 @@ def _acquisitions(
     if not found:
         findings.write_summary()
         raise errors.BuildError(f"no acquisition can be used; {findings.path} lists why")
+    if not found[0].s1 and not found[0].s2:
+        raise errors.BuildError(
+            f"the table has no column {' or '.join(options.modalities)}, which --modalities names"
+        )
+    level = found[0].s2_level or options.s2_level
+    if level == "L2A" and "B10" in found[0].s2_bands:
+        raise errors.BuildError(
+            f"{found[0].name} has B10, which L2A has not: leave --s2_level=L2A out, or B10 with "
+            "--s2_bands"
+        )
     for other in found:
         if other.s2_bands != found[0].s2_bands:
             raise errors.BuildError(

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from cromss_jax import presets, sensors
-from data_prep import report
+from data_prep import errors, report
 from data_prep.datasets import nol_locations
 from data_prep.datasets.nol_table import TABLE, Location, read_table
 from data_prep.finding import component_tree, sources
@@ -65,7 +65,7 @@ def find_source(
         # The table says which locations to index. It is a file, or in the zip of the labels.
         if TABLE not in source.found:
             source.index(only_zip=True)
-        locations = read_table(source.read(TABLE)) if TABLE in source.found else None
+        locations = _read_table(source) if TABLE in source.found else None
         ids = None if locations is None else [location.location_id for location in locations]
         source.index(index_path, ids)
         missing = [component for component in components if component not in source.found]
@@ -81,8 +81,17 @@ def find_source(
             unread,
         )
     if locations is None:
-        locations = read_table(source.read(TABLE))
+        locations = _read_table(source)
     return source, locations, _unread(source, locations)
+
+
+def _read_table(source: component_tree.ComponentTree) -> list[Location]:
+    """The table of a tree; raises errors.BuildError if it cannot be read."""
+    try:
+        data = source.read(TABLE)
+    except sources.UnreadableError as error:
+        raise errors.BuildError(f"{TABLE} cannot be read: {error}") from error
+    return read_table(data)
 
 
 def _unread(source: component_tree.ComponentTree, locations: list[Location]) -> tuple[Finding, ...]:

@@ -106,6 +106,12 @@ def find(
     missing = [kind for kind in needed if not names[kind]]
     if either and not any(names[kind] for kind in either):
         missing.append(" or ".join(either))
+    if missing and any(folder.glob("*/*_seasonal_data_*.zarr.zip")):
+        raise errors.BuildError(
+            f"{folder} holds the form of SSL4EO-S12 v1.1 without labels "
+            "(*_seasonal_data_*.zarr.zip): download the other one, with shards (*.tar) in LULC, "
+            "S2L1C and the others"
+        )
     if missing:
         raise errors.BuildError(
             f"{folder} has no shards (*.tar) in {sources.listed(missing)}: download them, or leave "

@@ -36,6 +36,12 @@ GZIP_SPACING = 16 << 20
 # More entry points would take too much memory in every process: large archives have a wider
 # spacing.
 MAX_GZIP_POINTS = 8192
+# What one file of a data set may have, unpacked: a whole band of a Sentinel-2 scene has 241 MB.
+MAX_FILE_BYTES = 512 << 20
+# No tar.gz of imagery shrinks so much; zeros shrink a thousandfold.
+_MAX_RATIO = 200
+# tar ends with zeros that fill its last block.
+_MAX_PADDING = 16 << 20
 
 
 class ArchiveError(ValueError):
@@ -60,6 +66,14 @@ class ArchivePath:
         lower = self.name.lower()
         suffix = next(s for s in sorted(ARCHIVE_SUFFIXES, key=len)[::-1] if lower.endswith(s))
         return self.name[: -len(suffix)]
+
+
+def check_size(size: int) -> None:
+    """Raises OSError for a file that is larger than those of data sets, before it is read."""
+    if size > MAX_FILE_BYTES:
+        raise OSError(
+            f"has {size:,} bytes unpacked, more than the {MAX_FILE_BYTES:,} that a file may have"
+        )
 
 
 def is_archive(name: str) -> bool:
@@ -196,7 +210,8 @@ class Zip:
                 yield member.filename, member.filename
 
     def read(self, member: Address) -> bytes:
-        """Reads one file."""
+        """Reads one file; the size that it declares is never exceeded."""
+        check_size(self._file.getinfo(member).file_size)
         return self._file.read(member)
 
 
@@ -212,6 +227,10 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Address]]:
         tar.members.clear()
         if member.isreg():
             yield member.name, (member.offset_data, member.size)
+    # tarfile takes a header that is cut short, or none, for the end.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end of the archive is missing")
 
 
 class Tar:
@@ -228,6 +247,7 @@ class Tar:
     def read(self, member: Address) -> bytes:
         """Reads one file."""
         offset, size = member
+        check_size(size)
         self._file.seek(offset)
         return self._file.read(size)
 
@@ -242,8 +262,9 @@ class TarGz:
           path: of the archive.
           gzip_index: what `gzip_index` returned; None to make one while reading `members`.
         """
-        size = sum(part.stat().st_size for part in path.parts)
-        spacing = max(GZIP_SPACING, size // MAX_GZIP_POINTS)
+        self._path = path
+        self._compressed_size = sum(part.stat().st_size for part in path.parts)
+        spacing = max(GZIP_SPACING, self._compressed_size // MAX_GZIP_POINTS)
         self._file = indexed_gzip.IndexedGzipFile(
             fileobj=_open_parts(path.parts, self), spacing=spacing, buffer_size=GZIP_SPACING
         )
@@ -254,7 +275,21 @@ class TarGz:
         """Yields the name and the address of each file."""
         # Seeking from header to header builds the index: one pass over the archive.
         with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            yield from _tar_members(tar)
+            for name, (offset, size) in _tar_members(tar):
+                if size > MAX_FILE_BYTES and size > _MAX_RATIO * self._compressed_size:
+                    raise ArchiveError(
+                        f"{self._path.parts[0]} has {self._compressed_size:,} bytes, and {name} in "
+                        f"it {size:,}: not unpacked, as no imagery shrinks so much"
+                    )
+                yield name, (offset, size)
+            end = tar.offset
+        self._file.seek(end)
+        while self._file.read(_MAX_PADDING):
+            if self._file.tell() > end + _MAX_PADDING:
+                raise ArchiveError(
+                    f"{self._path.parts[0]} goes on after the end of the tar archive in it: fetch "
+                    "it again"
+                )
         self._file.build_full_index()
 
     def gzip_index(self) -> bytes:
@@ -266,6 +301,7 @@ class TarGz:
     def read(self, member: Address) -> bytes:
         """Reads one file."""
         offset, size = member
+        check_size(size)
         self._file.seek(offset)
         return self._file.read(size)
 

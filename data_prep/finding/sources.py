@@ -138,6 +138,8 @@ def read_from(
       UnreadableError: if it is missing, or its archive is damaged there.
     """
     try:
+        if file and not is_remote(file):  # there it would take another request
+            archives.check_size(file.stat().length)
         data = file.read_bytes() if file else index.read(path) if index else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnreadableError("missing") from error

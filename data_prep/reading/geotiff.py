@@ -28,6 +28,8 @@ _FIELD_BYTES = {
     16: 8, 17: 8, 18: 8,
 }  # fmt: skip
 
+# All pixels of a file: a whole scene at 10 m in four bands of uint16 has 0.96 GB.
+MAX_PIXEL_BYTES = 1 << 30
 
 # Of an alpha band. Software also calls the second of two label bands one.
 _ALPHA_VALUES = (0, 255, 65535)
@@ -123,6 +125,7 @@ def read_bands(data: bytes) -> Image:
       GeotiffError: if the file is no GeoTIFF, is cut short, or is in radar geometry.
     """
     with _open(data) as dataset:
+        _check_pixels(dataset)
         _check_blocks(dataset)
         if dataset.transform == Affine.identity() and dataset.gcps[0]:
             raise GeotiffError(
@@ -253,6 +256,22 @@ def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
                 yield dataset
     except (rasterio.errors.RasterioError, struct.error) as error:
         raise GeotiffError("no GeoTIFF, or cut short") from error
+
+
+def _check_pixels(dataset: rasterio.io.DatasetReader) -> None:
+    """Refuses a file that declares more pixels than memory should be given to."""
+    # One of GDAL's dtypes is none of NumPy's.
+    sizes = [
+        4 if dtype == "complex_int16" else np.dtype(dtype).itemsize for dtype in dataset.dtypes
+    ]
+    item_size = max(sizes)
+    size = dataset.count * dataset.height * dataset.width * item_size
+    if size > MAX_PIXEL_BYTES:
+        raise GeotiffError(
+            f"declares {dataset.width} x {dataset.height} pixels in {dataset.count} bands, "
+            f"{size:,} bytes, more than the {MAX_PIXEL_BYTES:,} that a file may have: cut it into "
+            "tiles"
+        )
 
 
 def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:

@@ -104,7 +104,10 @@ def _read_csv(path: epath.Path) -> Legend:
 def _whole(text: str, where: str) -> int:
     """A source value from text."""
     if not re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", text):
-        raise LegendError(f"the value {text!r} of {where} is not a whole number")
+        raise LegendError(
+            f"the value {text!r} of {where} is not a whole number: write the code that label maps "
+            "hold, one a row"
+        )
     return int(float(text))
 
 
@@ -115,6 +118,14 @@ def _legend(entries: Iterable[tuple[int, str, str, str | None]]) -> Legend:
       LegendError: if it is wrong.
     """
     entries = list(entries)
+    names_of: dict[int, str] = {}
+    for value, name, _, _ in entries:
+        if value in names_of:
+            raise LegendError(
+                f"value {value} is in the legend twice, as {names_of[value]!r} and as {name!r}: "
+                "keep one"
+            )
+        names_of[value] = name
     groups: dict[str, list[tuple[int, str, str, str | None]]] = {}
     ignored = []
     for entry in entries:
@@ -134,9 +145,6 @@ def _legend(entries: Iterable[tuple[int, str, str, str | None]]) -> Legend:
         names = [group[0][1] for group in groups.values()]
     elif has_classes:
         names = list(groups)
-    if len(ignored) != len(set(ignored)):
-        twice = next(value for value in ignored if ignored.count(value) > 1)
-        raise LegendError(f"value {twice} is in the legend twice, both times ignored: keep one")
     return Legend(
         names=tuple(names),
         colours=tuple(group[0][2] for group in groups.values()),

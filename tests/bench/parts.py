@@ -64,6 +64,11 @@ PARTS = {
     "tpu": Part(
         "the step as compiled for v5e", "5 min for each of 4 sizes; libtpu", ("tests.bench.tpu",)
     ),
+    "gpu": Part(
+        "the step on a GPU, its kernels, PyTorch's step, resuming, reading",
+        "10 min or more; a GPU",
+        ("tests.bench.gpu",),
+    ),
     "scaling": Part(
         "the step on 1 to 256 simulated devices", "quarter of an hour", ("tests.bench.scaling",)
     ),
@@ -73,6 +78,11 @@ PARTS = {
         ("tests.bench.processes",),
     ),
     "kills": Part("runs killed at random moments", "half an hour or more", ("tests.bench.kills",)),
+    "faults": Part(
+        "flipped bits, kills, cut files, full disks, two writers",
+        "half an hour",
+        ("tests.bench.faults",),
+    ),
     "parity": Part(
         "all networks against smp's", "three quarters of an hour", ("tests.bench.parity",), True
     ),

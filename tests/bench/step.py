@@ -35,28 +35,26 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from absl import app, flags
 from flax import nnx
 
-from cromss_jax import presets, sensors
+from cromss_jax import presets
 from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import fusion as networks
 from cromss_jax.training import memory, objective, pretrain_step, sharding
 from cromss_jax.weights import torch_keys
 from tests import torch_oracle, torch_parity
+from tests.bench.records import NUM_CHANNELS, make_records
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds of each case", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Names of the cases to run; all by default")
 
 SIZES = {"8x128": (8, 128), "4x256": (4, 256)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SEASONS = 4
 EPOCH = torch_parity.EPOCH
-NUM_CHANNELS = {"s1": len(sensors.S1_BANDS), "s2": len(sensors.S2_BANDS)}
 # Of float32 losses and gradients that are summed in another order.
 TOLERANCE = 1e-4
 
@@ -68,35 +66,6 @@ def jit(function: Callable, donate_argnums: Sequence[int] = ()) -> Callable:
     """Compiles for one device, as `main` compiles its steps."""
     options = sharding.compiler_options(sharding.make_mesh(1))
     return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
-
-
-def tile_size(crop: int) -> int:
-    """Of records with bands at 60 m that leave room for a crop."""
-    return -(-(crop + 1) // 6) * 6
-
-
-def make_records(batch_size: int, crop: int) -> dict[str, np.ndarray]:
-    """Parcels of classes, a fifth of the labels wrong, and noise for images."""
-    rng = np.random.default_rng(0)
-    size = tile_size(crop)
-    fields = rng.normal(size=(batch_size, len(presets.DYNAMIC_WORLD), size, size)).astype(
-        np.float32
-    )
-    truth = scipy.ndimage.gaussian_filter(fields, (0, 0, 5, 5)).argmax(1)
-    labels = np.repeat(truth[:, None], SEASONS, 1).astype(np.uint8)
-    wrong = rng.random(labels.shape) < 0.2
-    labels[wrong] = rng.integers(0, len(presets.DYNAMIC_WORLD), wrong.sum())
-
-    def image(metres: int, num_bands: int) -> np.ndarray:
-        side = size * 10 // metres
-        return rng.integers(0, 256, (batch_size, side, side, num_bands), np.uint8)
-
-    return {
-        "s1": image(10, NUM_CHANNELS["s1"]),
-        **{f"s2_{m}m": image(m, len(b)) for m, b in sensors.S2_BANDS_BY_RESOLUTION.items()},
-        "labels": labels,
-        "season": rng.integers(0, SEASONS, batch_size).astype(np.int32),
-    }
 
 
 def make_config(fusion: str, depth: int, size: str) -> ml_collections.ConfigDict:
@@ -258,12 +227,12 @@ def network_part(part: str, size: str) -> dict[str, Runner]:
 def torch_priors(season_labels: torch.Tensor, season: torch.Tensor) -> torch.Tensor:
     """`torch_oracle.prior` of a batch [B, S, T, T] by separable convolutions, [B, C, T, T]."""
     one_hot = F.one_hot(season_labels, len(presets.DYNAMIC_WORLD)).permute(0, 1, 4, 2, 3).float()
-    drawn = one_hot[torch.arange(len(season)), season]
+    drawn = one_hot[torch.arange(len(season), device=season.device), season]
     maps = torch.stack([one_hot.mean(1), drawn])
     radius = smoothing.RADIUS
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     taps = torch.exp(-0.5 * (offsets / smoothing.SIGMA) ** 2)
-    taps = (taps / taps.sum()).float()
+    taps = (taps / taps.sum()).float().to(season.device)
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     for dim, kernel in ((2, taps.view(1, 1, -1, 1)), (3, taps.view(1, 1, 1, -1))):
         size = flat.shape[dim]

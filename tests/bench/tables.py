@@ -210,6 +210,35 @@ def tpu(figures: Mapping) -> str:
     return table(header, rows)
 
 
+def gpu(figures: Mapping) -> str:
+    """Our step and PyTorch's, then where the time of ours goes."""
+    speeds = {}
+    for ours, theirs, images in (("step", "torch", 64), ("step128", "torch128", 128)):
+        speeds[f"ours, {images}"] = figures.get(ours, {})
+        for way, found in figures.get(theirs, {}).items():
+            if isinstance(found, Mapping):
+                speeds[f"PyTorch {way}, {images}"] = found
+    rows = [
+        [
+            label,
+            f"{found['images_per_second']:.0f}",
+            f"{found['step_milliseconds']:.1f}",
+            f"{found['peak_gigabytes']:.1f}",
+        ]
+        for label, found in speeds.items()
+        if "step_milliseconds" in found
+    ]
+    shown = [table(["step, images", "images per second", "ms", "peak memory, GB"], rows)]
+    if kernels := figures.get("step", {}).get("kernels"):
+        rows = [[name, f"{count:.0f}", f"{ms:.2f}"] for name, count, ms in kernels["parts"]]
+        shown.append(table(["part of ours, 64 images", "kernels", "ms"], rows))
+        shown.append(
+            f"{kernels['kernels']:.0f} kernels a step, {kernels['below_5_microseconds']:.0f} below "
+            f"5 us; the device idles {kernels['idle_share']:.1%} of the time."
+        )
+    return "\n\n".join(shown)
+
+
 def scaling(figures: Mapping) -> str:
     """What a device communicates, computes and holds by number of devices."""
     header = ["devices", "all-reduce", "their MB", "all-gather", "others", "GFLOP"]
@@ -259,6 +288,19 @@ def kills(figures: Mapping) -> str:
     return table(["runs killed", "of which end with the same bits and logs"], [row])
 
 
+def faults(figures: Mapping) -> str:
+    """What happened at each kind of fault, and how often."""
+    rows = [
+        [
+            name.replace("_", " "),
+            str(sum(happened.values())),
+            ", ".join(f"{outcome}: {number}" for outcome, number in happened.items()),
+        ]
+        for name, happened in figures.items()
+    ]
+    return table(["fault", "injected", "what happened"], rows)
+
+
 def parity(figures: Mapping) -> str:
     """The largest errors."""
     rows = [
@@ -277,9 +319,11 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "input": input_,
     "end_to_end": end_to_end,
     "tpu": tpu,
+    "gpu": gpu,
     "scaling": scaling,
     "processes": processes,
     "kills": kills,
+    "faults": faults,
     "parity": parity,
 }
 # Of the first page, which has no captions: by name, the part and its table.

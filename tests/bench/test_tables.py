@@ -163,6 +163,14 @@ def test_processes():
     assert rows(ends)[1:] == [["SIGKILL to process 1", "6.1 s", "1"]]
 
 
+def test_faults():
+    figures = {"bits": {"as it must be": 3}, "disks": {"as it must be": 1, "NOT NOTICED": 1}}
+    assert tables.faults(figures).splitlines()[2:] == [
+        "| bits | 3 | as it must be: 3 |",
+        "| disks | 2 | as it must be: 1, NOT NOTICED: 1 |",
+    ]
+
+
 def test_parity():
     figures = {"errors": {"train_logits": 3.14e-6}, "tolerances": {"train_logits": 1e-4}}
     assert rows(tables.parity(figures))[1:] == [["train logits", "3.1e-06", "1e-04"]]

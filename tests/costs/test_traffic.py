@@ -80,7 +80,8 @@ body=%open_body, metadata={op_name="jit(step)/preprocessing/while"}
 def test_traffic_by_part():
     parts = ("preprocessing", "encoder", "losses", "selection")
     whole = 8 * 4096
-    assert traffic.by_part(HLO, parts, unknown_rounds=3.2) == {
+    counts = traffic.count(HLO, parts, unknown_rounds=3.2)
+    assert counts.hbm_bytes == {
         # The update is written; it comes from the chip.
         "preprocessing": pytest.approx(3.2 * 4096),
         # Written and one operand read, then read and written by what has no name of its own.
@@ -90,12 +91,14 @@ def test_traffic_by_part():
         "selection": 30 * 2 * 4096,
         "others": whole,  # the copy to the chip
     }
+    assert [loop.rounds for loop in counts.loops] == [30, None]
+    assert counts.loops[1].name == "jit(step)/preprocessing/while"
 
 
 def test_branches_are_refused():
     line = "  %either = f32[8] conditional(%p, %p, %p), branch_computations={%a, %b}\n"
     with pytest.raises(traffic.UnreadableProgram, match="a branch, either"):
-        traffic.by_part(HLO.replace("  ROOT %out", line + "  ROOT %out"), unknown_rounds=1)
+        traffic.count(HLO.replace("  ROOT %out", line + "  ROOT %out"), unknown_rounds=1)
 
 
 def test_updates_in_place_and_what_others_send():
@@ -124,10 +127,92 @@ kind=kLoop, calls=%fused
 }
 """
     expected = 2 * 4096 + 4096 + (4096 + 8192)
-    assert traffic.by_part(hlo, unknown_rounds=1) == {"others": expected}
+    assert traffic.count(hlo, unknown_rounds=1).hbm_bytes == {"others": expected}
 
 
 def test_a_text_of_another_form_is_refused():
     unknown = HLO.replace("  %near = ", "  near: ")
     with pytest.raises(traffic.UnreadableProgram, match="near.*install libtpu"):
-        traffic.by_part(unknown, unknown_rounds=1)
+        traffic.count(unknown, unknown_rounds=1)
+
+
+# As XLA prints for a GPU, shortened: products of cuBLAS and convolutions of cuDNN with their
+# workspaces, a loop, an all-reduce, another library's call. f32[64,64] takes 16,384 bytes.
+GPU_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_dot (p.0: f32[64,64], p.1: f32[64,64]) -> f32[64,64] {
+  %p.0 = f32[64,64]{1,0} parameter(0)
+  %p.1 = f32[64,64]{1,0} parameter(1)
+  ROOT %dot.1 = f32[64,64]{1,0} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (t: (s32[], f32[64,64])) -> (s32[], f32[64,64]) {
+  %t = (s32[], f32[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[64,64]{1,0} get-tuple-element(%t), index=1
+  %y = f32[64,64]{1,0} fusion(%x, %x), kind=kCustom, calls=%fused_dot
+  ROOT %next = (s32[], f32[64,64]{1,0}) tuple(%i, %y)
+}
+
+ENTRY %main (a: bf16[5,64,128], b: bf16[5,128,32]) -> f32[64,64] {
+  %a = bf16[5,64,128]{2,1,0} parameter(0)
+  %b = bf16[5,128,32]{2,1,0} parameter(1)
+  %product = (bf16[5,64,32]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/losses/dot_general"}, \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  %image = bf16[4,33,33,16]{3,2,1,0} parameter(2)
+  %filter = bf16[32,3,3,16]{3,2,1,0} parameter(3)
+  %forward = (bf16[4,16,16,32]{3,2,1,0}, u8[0]{0}) custom-call(%image, %filter), \
+window={size=3x3 stride=2x2}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/encoder/conv"}
+  %slope = bf16[4,16,16,32]{3,2,1,0} get-tuple-element(%forward), index=0
+  %to_image = (bf16[4,33,33,16]{3,2,1,0}, u8[0]{0}) custom-call(%slope, %filter), \
+window={size=3x3 stride=2x2}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardInput"
+  %to_filter = (bf16[32,3,3,16]{3,2,1,0}, u8[9]{0}) custom-call(%image, %slope), \
+window={size=3x3 stride=2x2}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
+  %bias = f32[32]{0} parameter(4)
+  %biased = (bf16[4,16,16,32]{3,2,1,0}, u8[7]{0}) custom-call(%image, %filter, %bias), \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBiasActivationForward"
+  %x = f32[64,64]{1,0} parameter(5)
+  %triangle = (f32[64,64]{1,0}, s32[1]{0}) custom-call(%x), custom_call_target="cusolver_potrf_ffi"
+  %begun = f32[64,64]{1,0} all-reduce-start(%x), to_apply=%sum
+  %reduced = f32[64,64]{1,0} all-reduce-done(%begun)
+  %zero = s32[] constant(0)
+  %w.0 = (s32[], f32[64,64]{1,0}) tuple(%zero, %reduced)
+  %w.1 = (s32[], f32[64,64]{1,0}) while(%w.0), condition=%known, body=%body, \
+backend_config={"known_trip_count":{"n":"15"},"known_init_step":{"init":"0","step":"1"}}
+  ROOT %out = f32[64,64]{1,0} get-tuple-element(%w.1), index=1
+}
+"""
+
+
+def test_a_program_for_gpus():
+    counts = traffic.count(GPU_HLO, ("encoder", "losses"), unknown_rounds=1, is_gpu=True)
+    square = 64 * 64 * 4
+    image, filters, slope = (2 * n for n in (4 * 33 * 33 * 16, 32 * 3 * 3 * 16, 4 * 16 * 16 * 32))
+    assert counts.hbm_bytes == {
+        "losses": 2 * 5 * (64 * 128 + 128 * 32 + 64 * 32),
+        # What has no name belongs to the part of its first operand: the input's gradient.
+        "encoder": 2 * (image + filters + slope),
+        "others": 2 * (image + filters + slope) + 32 * 4 + (2 + 2 + 15 * 3) * square + 4,
+    }
+    assert counts.launches == {"losses": 1, "encoder": 2, "others": 4 + 15}
+    convolution = 2 * (3 * 3 * 16 * 32) * (4 * 16 * 16)
+    products = 2 * 5 * 64 * 128 * 32 + 15 * 2 * 64**3
+    assert counts.flops == pytest.approx(4 * convolution + products, rel=1e-12)
+    assert counts.loops == [traffic.Loop("w.1", 15)]
+
+
+def test_custom_calls_are_free_on_tpus():
+    tpu = traffic.count(GPU_HLO, unknown_rounds=1)
+    assert (tpu.launches, tpu.flops) == ({"others": 16}, 0)
+
+
+def test_a_text_of_another_form_names_the_plugin():
+    unknown = GPU_HLO.replace("dim_labels=b01f_o01i->b01f", "")
+    with pytest.raises(traffic.UnreadableProgram, match="install jax-cuda12-plugin"):
+        traffic.count(unknown, unknown_rounds=1, is_gpu=True)

@@ -1,5 +1,6 @@
 """Which record comes when: every location once an epoch, the same for any number of processes."""
 
+import pathlib
 import shutil
 
 import numpy as np
@@ -133,6 +134,19 @@ def test_held_back_locations():
         input_pipeline.split_locations(1, 0.01, seed=0)
 
 
+def test_validation_takes_whole_blocks():
+    blocks = np.repeat(np.arange(10), [30, 5, 8, 10, 12, 9, 7, 6, 10, 3])
+    train, held_back = input_pipeline.split_locations(100, 0.2, 0, blocks)
+    assert np.array_equal(np.union1d(train, held_back), np.arange(100))
+    assert not set(blocks[train]) & set(blocks[held_back])
+    assert 10 < len(held_back) <= 20
+    # A tenth of a block: the smallest one.
+    assert set(blocks[input_pipeline.split_locations(100, 0.01, 0, blocks)[1]]) == {9}
+    assert len(input_pipeline.split_locations(100, 0.0, 0, blocks)[1]) == 0
+    with pytest.raises(input_pipeline.DataError, match="all locations lie in one block"):
+        input_pipeline.split_locations(100, 0.2, 0, np.zeros(100))
+
+
 def test_missing_data_says_what_and_how(tmp_path):
     with pytest.raises(input_pipeline.DataError) as error:
         input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
@@ -211,3 +225,57 @@ def test_a_batch_of_padding_alone_is_ignored(dataset):
     batch = input_pipeline.read_batch(dataset, ("s1",), np.full(2, -1))
     assert not batch["is_real"].any()
     assert (batch["labels"] == sensors.IGNORE_LABEL).all()
+
+
+@pytest.fixture
+def copied(built, tmp_path) -> tuple[str, pathlib.Path]:
+    """A copy of a data set, and its file of records."""
+    shutil.copytree(built, tmp_path / "copied")
+    (path,) = (tmp_path / "copied").glob("*/*/*.array_record-*")
+    return str(tmp_path / "copied"), path
+
+
+def test_a_damaged_record_is_named_and_gone_on_without(copied, caplog):
+    whole, shard = copied
+    expected = input_pipeline.open_dataset(whole, "ssl4eo_s12_nol")
+    rows = np.arange(4)
+    good = input_pipeline.read_batch(expected, ("s1", "s2"), rows)
+    content = shard.read_bytes()
+    for position in range(0, len(content), 500):  # until it lies in the second record
+        shard.write_bytes(content[:position] + b"?" + content[position + 1 :])
+        dataset = input_pipeline.open_dataset(whole, "ssl4eo_s12_nol", max_bad_records=1)
+        found = input_pipeline.read_batch(dataset, ("s1", "s2"), rows)
+        if not found["is_real"][1]:
+            break
+    assert found["is_real"].tolist() == [True, False, True, True], position
+    assert f"skipped, 1 of 1 that may be: record 1 of {shard} cannot be read" in caplog.text
+    for name, value in good.items():
+        np.testing.assert_array_equal(found[name][[0, 2, 3]], value[[0, 2, 3]], err_msg=name)
+    # In its place stands the next one, unlabelled.
+    np.testing.assert_array_equal(found["s1"][1], good["s1"][2])
+    assert (found["labels"][1] == sensors.IGNORE_LABEL).all()
+    # Alone and again the same, and not counted twice.
+    alone = input_pipeline.read_batch(dataset, ("s1", "s2"), np.array([1]))
+    np.testing.assert_array_equal(alone["s1"][0], found["s1"][1])
+    strict = input_pipeline.open_dataset(whole, "ssl4eo_s12_nol")
+    with pytest.raises(input_pipeline.BadRecordError, match=f"record 1 of {shard} cannot be read"):
+        input_pipeline.read_batch(strict, ("s1", "s2"), rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-40000]), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (pathlib.Path.unlink, "No such file"),
+    ],
+)
+def test_a_truncated_or_missing_shard_is_named(damage, reason, copied):
+    data_dir, shard = copied
+    damage(shard)
+    dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol", max_bad_records=3)
+    order = input_pipeline.training_records(dataset, np.arange(2), 2, seed=0)
+    # Through the threads that read ahead, too.
+    with pytest.raises(input_pipeline.BadRecordError, match=reason) as raised:
+        next(input_pipeline.training_batches(dataset, ("s1",), order))
+    assert str(shard) in str(raised.value)

@@ -122,7 +122,7 @@ def test_worldcover_says_its_own_legend(shared):
         ("x.csv", "value,name,colour\n1,a,b,#000000\n", "line 2 has 4 cells, the header 3"),
         ("x.csv", CSV + "a,b,#000000\n", "the value 'a' of line 4 is not a whole number"),
         ("x.csv", CSV + "1.5,b,#000000\n", "the value '1.5' of line 4 is not a whole number"),
-        ("x.csv", CSV + "111,b,#000000\n", "value 111 is in the legend twice, as 'urban' and as"),
+        ("x.csv", CSV + "111,b,#000000\n", "111 is in the legend twice, as 'urban' and as 'b'"),
         ("x.csv", CSV + "1,urban,#000000\n", "2 classes are called 'urban': give each its own"),
         ("x.csv", CSV + "1,,#000000\n", "a class of value 1 is called '': it needs a name"),
         ("x.csv", CSV + "1,b,#12\n", "the colour of 'b' is '#12': it is written #rrggbb"),
@@ -135,12 +135,12 @@ def test_worldcover_says_its_own_legend(shared):
         (
             "x.csv",
             "value,name,colour,class\n1,a,#000000,a\n2,b,#000000,b\n3,c,,\n3,d,,\n",
-            "value 3 is in the legend twice, both times ignored",
+            "value 3 is in the legend twice, as 'c' and as 'd'",
         ),
         (
             "x.csv",
             "value,name,colour,class\n1,a,#000000,a\n2,b,#000000,b\n2,c,,\n",
-            "value 2 is both ignored and of the class 'b'",
+            "value 2 is in the legend twice, as 'b' and as 'c'",
         ),
         ("x.qml", "<qgis>", "the QGIS style is not XML .*: save it again in QGIS"),
         ("x.qml", "<qgis/>", "the QGIS style has no classes: style the layer as paletted/unique"),

@@ -203,14 +203,14 @@ def test_labels_are_the_nearest_pixel(tmp_path, crs, metres):
     values = np.random.default_rng(0).choice([0, 10, 20], (height, width)).astype(np.uint8)
     write(tmp_path / "map.tif", values[None], crs, transform, nodata=0)
     layers = rasters.layers(str(tmp_path / "map.tif"))
-    labels, uncovered = scene_labels.read(layers, grid(), LEGEND)
+    labels, covered = scene_labels.read(layers, grid(), LEGEND)
     # Each pixel centre by itself.
     x, y = pixel_centres(utm_transform(10), SIDE, SIDE)
     x, y = rasterio.warp.transform(UTM33, crs, x.ravel(), y.ravel())
     columns, rows = warping.apply(~transform, np.array(x), np.array(y))
     exact = values[np.floor(rows).astype(int), np.floor(columns).astype(int)].reshape(SIDE, SIDE)
     np.testing.assert_array_equal(labels, np.select([exact == 10, exact == 20], [0, 1], 255))
-    assert uncovered == pytest.approx((exact == 0).mean())
+    np.testing.assert_array_equal(covered, exact != 0)
     # GDAL's own, in pieces so small that it approximates no coordinate by more than rounding.
     for row, column in ((0, 0), (96, 40), (176, 176)):
         piece = np.zeros((8, 8), np.uint8)
@@ -346,6 +346,17 @@ def test_bands_by_name_description_and_position(tmp_path):
         acquisition(tmp_path, "a,20220701,y.tif,all.tif", header=header)
     with pytest.raises(errors.BadFileError, match="no file holds B2, B3"):
         acquisition(tmp_path, "a,20220701,x.tif,all.tif", header=header, opts=some)
+
+
+def test_date_of_radar():
+    def found(path):
+        return scene_table._s1_date((pathlib.Path(path),))
+
+    assert found("s1/20221003_VV.tif") == datetime.datetime(2022, 10, 3)
+    granule = "S1A_IW_GRDH_1SDV_20200607T010800_20200607T010825_032904_03CFBA_D457"
+    assert found(f"{granule}/VV.tif") == datetime.datetime(2020, 6, 7, 1, 8)
+    assert found("20200607/VV.tif") is None
+    assert found("tile_20229999.tif") is None
 
 
 # Blocks
@@ -608,7 +619,7 @@ def test_radar_of_another_season(folder):
 def test_radar_of_another_place(folder):
     far = moved(5000, 0)
     write(folder / "s1_20220703.tif", np.full((2, 64, 64), -10, np.float32), UTM33, far)
-    assert "has no valid pixel in the tiles sampled" in scan_error(folder)
+    assert "has no valid pixel on the grid of here" in scan_error(folder)
 
 
 def test_radar_that_is_shifted(folder):
@@ -659,6 +670,25 @@ def test_raster_without_a_place(folder):
 def test_file_that_is_no_raster(folder):
     (folder / "map.tif").write_text("no raster")
     assert "map.tif: cannot be opened as a raster" in scan_error(folder)
+
+
+def test_radar_that_nowhere_overlaps(folder):
+    edit(folder, "s1_20220703.tif", lambda p: np.where(np.arange(SIDE) < 96, p, 0))
+    for name in BANDS:
+        side = SIDE // 2 if name == "B11" else SIDE
+        edit(folder, f"{name}.tif", lambda p, side=side: np.where(np.arange(side) < side / 2, 0, p))
+    assert "has no valid pixel where Sentinel-2 of here 2022-07-01 has one" in scan_error(folder)
+
+
+def test_modality_and_level_that_are_not_there(folder):
+    write_table(folder, "here,2022-07-01,s1_*.tif,map.tif", header="scene,date,s1,labels")
+    with pytest.raises(errors.BuildError, match="has no column s2, which --modalities names"):
+        build(folder, opts=dataclasses.replace(OPTIONS, modalities=("s2",)))
+    pixels = np.full((13, SIDE, SIDE), 1000, np.uint16)
+    write(folder / "all.tif", pixels, UTM33, utm_transform(10))
+    write_table(folder, "here,2022-07-01,all.tif,map.tif", header="scene,date,s2,labels")
+    with pytest.raises(errors.BuildError, match="has B10, which L2A has not"):
+        build(folder, opts=dataclasses.replace(OPTIONS, s2_level="L2A"))
 
 
 def test_scaled_imagery_is_refused(folder):

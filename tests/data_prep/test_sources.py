@@ -1,3 +1,4 @@
+import gzip
 import pickle
 import shutil
 import tarfile
@@ -160,3 +161,21 @@ def test_component_found_twice_is_an_error(tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(sources.SourceError, match="neither a folder nor an archive"):
         open_source(tmp_path / "nowhere", COMPONENTS)
+
+
+@pytest.mark.parametrize("name", ["all.tar", "all.tar.gz"])
+def test_an_archive_cut_anywhere_before_its_end_is_named(tmp_path, name):
+    write_archive(tmp_path / "all.tar", tmp_path)
+    plain = (tmp_path / "all.tar").read_bytes()
+    (tmp_path / "all.tar").unlink()
+    path = tmp_path / name
+    end = len(plain.rstrip(b"\0"))
+    blocks = -(-end // tarfile.BLOCKSIZE)
+    # At the border of every block: tarfile itself takes most of these for the end.
+    for length in [*range(0, blocks * tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), 700, end - 1]:
+        cut = plain[:length]
+        path.write_bytes(gzip.compress(cut, 1) if name.endswith("gz") else cut)
+        with pytest.raises(sources.SourceError, match=f"{name} is damaged or cut short"):
+            open_source(tmp_path, COMPONENTS)
+    path.write_bytes(gzip.compress(plain, 1) if name.endswith("gz") else plain)
+    assert_holds_all(open_source(tmp_path, COMPONENTS))

@@ -259,6 +259,14 @@ def test_missing_shards(tmp_path):
         build(tmp_path / "train")
 
 
+def test_the_form_without_labels(tmp_path):
+    folder = tmp_path / "train/S2L1C"
+    folder.mkdir(parents=True)
+    (folder / "ssl4eos12_train_seasonal_data_000001.zarr.zip").touch()
+    with pytest.raises(errors.BuildError, match="without labels .*: download the other one"):
+        build(tmp_path, terramesh.Ssl4eoS12V11)
+
+
 def test_damaged_shards(tmp_path):
     write_shards(tmp_path, {"a": sample(1)})
     path = tmp_path / "train/LULC/majortom_shard_000001.tar"

@@ -81,12 +81,19 @@ def test_a_run_in_a_bucket_continues_from_its_last_whole_checkpoint(environment)
             checkpoints.save(4, {"x": jnp.full(3, 40)}, {"iterator": 40})
         with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
             print(checkpoints.restore({"x": shape}))
+        damaged = folder / "4" / "host" / "metadata"
+        damaged.write_text(damaged.read_text().replace("40", "41"))
+        with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
+            print(checkpoints.restore({"x": shape}))
+        print(sorted(path.name for path in folder.iterdir()))
         report.MetricLog("gs://bucket/run", 3).close()
         print([line["step"] for line in files.read_metrics("gs://bucket/run/metrics.jsonl")])
     """
     assert python(second, environment).splitlines() == [
         "3",
-        "({'x': Array([3, 3, 3], dtype=int32)}, {'iterator': 3})",
-        "({'x': Array([40, 40, 40], dtype=int32)}, {'iterator': 40})",
+        "(3, {'x': Array([3, 3, 3], dtype=int32)}, {'iterator': 3})",
+        "(4, {'x': Array([40, 40, 40], dtype=int32)}, {'iterator': 40})",
+        "(3, {'x': Array([3, 3, 3], dtype=int32)}, {'iterator': 3})",
+        "['3', 'damaged_4']",
         "[1, 2, 3]",
     ]

@@ -1,8 +1,10 @@
 """What a data set says reaches networks, losses, scores, exports: 44 classes, other bands."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from configs import pretrain as pretrain_config
 from cromss_jax import convert, presets, sensors
 from cromss_jax.data import description, input_pipeline, preprocess
 from cromss_jax.legend import Legend
-from cromss_jax.training import objective, pretrain, run
+from cromss_jax.training import objective, pretrain, pretrain_step, run
 from cromss_jax.weights import cards
 from cromss_jax.weights.network import Network
 from data_prep.datasets import ssl4eo_s12_nol
@@ -24,7 +26,7 @@ from tests import runs
 from tests.data_prep import trees
 
 C = 44
-BANDS = sensors.S2_BAND_SUBSETS[10]
+BANDS = sensors.S2_BAND_CHOICES[10]
 
 
 def code(label: np.ndarray) -> np.ndarray:
@@ -174,6 +176,34 @@ def test_without_a_description_there_are_dynamic_worlds_nine_classes():
     assert objective.num_classes(config) == 9
     assert objective.stored_bands(config) is None
     assert Network.of_config(json.loads(config.to_json())).num_classes == 9
+
+
+@pytest.mark.parametrize("modality", ["s1", "s2"])
+def test_data_of_one_modality_suit_the_step(modality):
+    """Shapes alone: four bands at 10 m or radar, 11 classes, an odd tile size, one date."""
+    s2_bands = ("B2", "B3", "B4", "B8")
+    data = dataclasses.replace(
+        description._PUBLISHED,
+        tile_size=101,
+        seasons=1,
+        features=(modality, "labels", "season"),
+        legend=presets.WORLDCOVER,
+        bands=sensors.preset_bands((modality,), s2_bands),
+    )
+    fields = {"s2_bands": s2_bands, "network.depth": 10, "data.crop_size": 96}
+    config = described(f"sample,modality={modality}", data, **fields)
+    records = description.record_shapes(data, config.modalities, config.batch_size)
+    channels = {"s1": 2, "s2": 4}[modality]
+    assert records[modality].shape == (8, 101, 101, channels)
+    definition = pretrain_step.network_definition(config)
+    step = pretrain_step.make_train_step(config, definition, 100)
+    state = jax.eval_shape(lambda: pretrain_step.init_state(config, jax.random.key(0)))
+    _, metrics = jax.eval_shape(step, state, records)
+    assert metrics["loss"].shape == ()
+    shown = jax.eval_shape(pretrain_step.make_picture_step(config, definition, 100), state, records)
+    assert shown[modality].shape == (4, 96, 96, channels)
+    scored = jax.eval_shape(pretrain_step.make_eval_step(config, definition), state, records)
+    assert scored[f"confusion/{modality}"].shape == (11, 11)
 
 
 @pytest.mark.parametrize(

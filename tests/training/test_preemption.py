@@ -1,5 +1,7 @@
-"""Signals that interrupt a run, to one process and to one of two."""
+"""Signals that interrupt a run: in every phase, to one process and to one of two."""
 
+import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -9,57 +11,124 @@ import time
 
 import pytest
 
-from cromss_jax.training import distributed
-from cromss_jax.training.preemption import Preemption
+from cromss_jax.training import preemption
 from tests import runs
 
-NOTICED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STATUS = 75
 
 
-@pytest.mark.parametrize("number", NOTICED)
-def test_a_signal_is_noticed_and_the_previous_handler_restored(number):
-    got = []
-    before = signal.signal(number, lambda *_: got.append(number))
-    try:
-        with Preemption() as preemption:
-            assert not preemption.reached(1)
-            signal.raise_signal(number)
-            assert preemption.reached(2)
-            assert not got
-        signal.raise_signal(number)
-        assert got == [number]
-    finally:
-        signal.signal(number, before)
+def busy() -> None:
+    """Minutes in C, as a compilation: the main thread sees no signal meanwhile."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    with Preemption() as preemption:
-        signal.raise_signal(signal.SIGINT)
-        assert preemption.reached(1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+def until_reached() -> None:
+    for _ in range(10**9):
+        time.sleep(0.01)
+        if preemption.reached():
+            break
 
 
-def test_what_the_shell_has_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Preemption() as preemption:
-            signal.raise_signal(signal.SIGINT)
-            assert not preemption.reached(1)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def child(phase: str) -> None:
+    """A run in that phase."""
+    if phase == "ignored":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    preemption.watch(lambda: STATUS)
+    if phase == "outside":
+        print("ready", flush=True)
+        busy()
+    with preemption.deferred():
+        print("ready", flush=True)
+        if phase == "stuck":
+            busy()
+        if phase == "within":
+            with preemption.deferred(False):
+                busy()
+        until_reached()
+        print("saved", flush=True)
+        if phase == "told before":
+            with contextlib.suppress(preemption.Preempted), preemption.deferred(False):
+                print("not left", flush=True)
+            print("left before", flush=True)
+    print("not left", flush=True)
 
 
-def child(index: int, port: int) -> None:
+def child_of_two(index: int, port: int) -> None:
     """Counts steps until the processes agree to leave, and prints the step."""
+    preemption.watch(lambda: STATUS)
+    from cromss_jax.training import distributed
+
     distributed.initialize(f"localhost:{port}", 2, index)
-    with Preemption() as preemption:
+    with preemption.deferred():
         print("ready", flush=True)
         for number in range(10**9):
             time.sleep(0.01)
-            if preemption.reached(number):
+            if preemption.reached():
                 print(f"left {number}", flush=True)
                 break
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [*runs.command("tests.training.test_preemption"), *map(str, arguments)],
+        cwd=runs.ROOT,
+        env=dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "ready\n" in process.stdout, process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("phase", ["outside", "within"])
+def test_where_nothing_is_lost_a_signal_ends_the_process_though_it_compiles(phase, number):
+    process = start(phase)
+    time.sleep(0.1)  # until it is busy
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=10)
+    assert process.returncode == STATUS
+    assert (output, errors) == (
+        "",
+        "interrupted: nothing to save, the same command continues\n",
+    )
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_signal_is_deferred_until_the_run_is_saved(number):
+    process = start("deferred")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=10)
+    # It then leaves by an exception, after which main gives the status.
+    assert output == "saved\n"
+    assert errors.splitlines()[-1].endswith("Preempted: interrupted: all is saved, the same "
+                                            "command continues")  # fmt: skip
+
+
+def test_what_was_deferred_ends_a_part_in_which_it_no_longer_is():
+    process = start("told before")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[0] == "saved\nleft before\n"
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    process = start("stuck")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[1] == "interrupted twice: ended at once\n"
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_what_the_shell_has_ignored_stays_ignored():
+    process = start("ignored")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[0] == "saved\n"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +145,10 @@ def test_two_processes_leave_at_the_same_step(number, told):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    line = runs.command("tests.training.test_preemption")
     processes = [
         subprocess.Popen(
-            [*runs.command("tests.training.test_preemption"), str(index), str(port)],
+            [*line, str(index), str(port)],
             cwd=runs.ROOT,
             env=dict(os.environ),
             stdout=subprocess.PIPE,
@@ -97,4 +167,7 @@ def test_two_processes_leave_at_the_same_step(number, told):
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1].isdigit():
+        child_of_two(int(sys.argv[1]), int(sys.argv[2]))
+    else:
+        child(sys.argv[1])

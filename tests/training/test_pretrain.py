@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from cromss_jax.data import input_pipeline
-from cromss_jax.training import checkpoint, loop, memory, pretrain, run
+from cromss_jax.training import loop, memory, preemption, pretrain, run, validation
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
@@ -77,10 +77,10 @@ def test_a_run_leaves_results_logs_and_checkpoints(finished):
         *("tensorboard", "versions.json"),
     }
     lines = runs.logged(finished)
-    validation = [line for line in lines if line["split"] == "validation"]
+    validated = [line for line in lines if line["split"] == "validation"]
     # 14 locations, 8 a batch: epochs 2 and 4 end with the batches 4 and 7.
-    assert [line["step"] for line in validation] == [4, 7]
-    last = validation[-1]
+    assert [line["step"] for line in validated] == [4, 7]
+    last = validated[-1]
     for key in ("s1/oa", "s2/miou", "truth/s2/iou/water", "truth/labels/oa", "s1/mf1", "loss"):
         assert key in last
     assert 0.5 < last["truth/labels/oa"] < 0.8  # about a third of the labels is wrong
@@ -107,7 +107,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 
 class Terminating(logging.Handler):
-    """Sends this process SIGTERM when a text is logged."""
+    """Interrupts this process when a text is logged."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -115,7 +115,7 @@ class Terminating(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._text in record.getMessage():
-            signal.raise_signal(signal.SIGTERM)
+            preemption._told.set()  # as the thread does that waits for signals
 
 
 @pytest.fixture
@@ -131,7 +131,35 @@ def interrupted_run(data_dir, tmp_path, caplog):
             train_here(tiny_config(data_dir), workdir)
     finally:
         logger.removeHandler(handler)
+        preemption._told.clear()
     return workdir
+
+
+def test_an_interrupted_validation_is_made_up_for(finished, data_dir, tmp_path, monkeypatch):
+    evaluate, calls = validation.evaluate, []
+
+    def interrupted(step, state, batches, mesh):
+        calls.append(step)
+
+        def telling():
+            for batch in batches:
+                if len(calls) in (1, 3):
+                    preemption._told.set()
+                yield batch
+
+        return evaluate(step, state, telling(), mesh)
+
+    monkeypatch.setattr(validation, "evaluate", interrupted)
+    for step in (4, 7):
+        with pytest.raises(Preempted, match=f"saved step {step}; .* with its validation"):
+            train_here(tiny_config(data_dir), tmp_path)
+        preemption._told.clear()
+        assert runs.saved_steps(tmp_path) == [step]
+        assert runs.logged(tmp_path)[-1]["split"] == "train"
+    train_here(tiny_config(data_dir), tmp_path)
+    assert len(calls) == 4
+    assert runs.final_digest(tmp_path) == runs.final_digest(finished)
+    assert runs.logged(tmp_path) == runs.logged(finished)
 
 
 def test_a_run_interrupted_and_then_killed_ends_bit_equal(finished, data_dir, interrupted_run):
@@ -155,6 +183,17 @@ def test_a_run_interrupted_and_then_killed_ends_bit_equal(finished, data_dir, in
     untouched = [[line for line in runs.logged(path) if line["step"] > 4]
                  for path in (workdir, finished)]  # fmt: skip
     assert untouched[0] == untouched[1]
+
+
+def test_sigterm_ends_a_run_that_compiles(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "empty"))
+    wait_for(process, "locations to train on")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output.splitlines()[-1]) == (
+        0,
+        "interrupted: nothing to save, the same command continues",
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
@@ -229,7 +268,8 @@ def test_a_run_saved_without_a_digest_of_the_records_continues_unverified(
     workdir = shutil.copytree(finished, tmp_path / "run")
     (path,) = (workdir / "checkpoints" / "7" / "host").glob("metadata")
     content = json.loads(path.read_text())
-    del content["data"]["records"]
+    del content["data"]["records"], content["array_sums"]
+    (workdir / "checkpoints" / "7" / "manifest.json").unlink()
     path.write_text(json.dumps(content))
     train_here(tiny_config(data_dir), workdir)
     assert f"unverified data: the run in {workdir}" in caplog.text
@@ -240,12 +280,12 @@ def test_a_run_saved_without_a_digest_of_the_records_continues_unverified(
         train_here(tiny_config(data_dir), workdir)
 
 
-def test_a_stray_folder_is_named(finished, data_dir):
-    stray = finished / "checkpoints" / "9"
-    stray.mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="9 is named like a checkpoint but does"):
-        train_here(tiny_config(data_dir), finished)
-    stray.rmdir()
+def test_a_stray_folder_is_passed_over(finished, data_dir, tmp_path, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "checkpoints" / "9999").mkdir()
+    train_here(tiny_config(data_dir), workdir)
+    assert "9999 is damaged, renamed to damaged_9999: " in caplog.text
+    assert runs.saved_steps(workdir) == [7]
 
 
 def test_garbage_is_looked_for_again_whatever_happened():
