@@ -17,9 +17,10 @@ import sys
 import ml_collections
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 import cromss_jax
-from cromss_jax import command_line, files, folds
+from cromss_jax import command_line, files, folds, lock
 from cromss_jax.auditing import job
 from cromss_jax.auditing.predictions import Predictor
 from cromss_jax.data import input_pipeline
@@ -152,7 +153,8 @@ def main(arguments: list[str]) -> None:
         settings.use_default_numbers()
         settings.keep_compiled(str(output))
         devices.check()
-        audit(output)
+        with lock.held(epath.Path(output / lock.NAME)):
+            audit(output)
     except (
         AuditError,
         folds.FoldError,

@@ -128,7 +128,7 @@ def test_torch_and_tensorflow_stay_outside():
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
-def test_only_maps_are_made_with_the_readers_of_data_prep_and_it_knows_constants_and_the_lock_only():
+def test_scenes_alone_are_read_with_data_prep_and_it_knows_constants_and_the_lock_only():
     for name, path in [*modules("cromss_jax").items(), *modules("configs").items()]:
         used = inner(path, "data_prep")
         if name in READERS_OF_SCENES:

@@ -114,7 +114,7 @@ def make_map(
       facts: what the summary says about how the map was made.
 
     Raises:
-      MapError, work.WorkError: if the map cannot be made.
+      MapError, work.WorkError, lock.LockedError: if the map cannot be made.
     """
     settings.check(scene.modalities)
     mesh = sharding.make_mesh()

@@ -1,7 +1,6 @@
 """The unfinished map of a scene, kept in a folder from which an interrupted command goes on."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cromss_jax import files
+from cromss_jax import files, lock
 
 # What decides the map, as JSON.
 _IDENTITY = "map.json"
@@ -38,16 +37,10 @@ def opened(
       num_bands: number of bands by name of the layer.
 
     Raises:
-      WorkError: if the folder is of another map, or another process writes it.
+      WorkError: if the folder is of another map.
+      lock.LockedError: if another process writes it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WorkError(
-                f"another process writes to {folder}: wait for it, or choose another --output"
-            ) from error
+    with lock.held(epath.Path(folder / lock.NAME)):
         described = folder / _IDENTITY
         wanted = json.loads(json.dumps(identity))
         if described.exists():

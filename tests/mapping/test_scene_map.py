@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cromss_jax import lock
 from cromss_jax.mapping import scene_map, windows, work
 
 HEIGHT, WIDTH, CLASSES, BATCH = 90, 70, 4, 5
@@ -112,7 +113,10 @@ def test_work_of_another_map_is_refused(tmp_path):
 def test_two_commands_do_not_write_one_map(tmp_path):
     arguments = tmp_path, {}, (4, 4), {"classes": 1}
     with work.opened(*arguments) as held:
-        with pytest.raises(work.WorkError, match="another process writes"), work.opened(*arguments):
+        with (
+            pytest.raises(lock.LockedError, match="is being written by process"),
+            work.opened(*arguments),
+        ):
             pass
         held.remove()
     assert not tmp_path.exists()
