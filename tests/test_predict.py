@@ -136,7 +136,7 @@ def refusals(written):
         "does not say where it lies": {
             "s2": written.write("g.tif", s2, sensors.S2_BANDS, crs=None)
         },
-        "has no valid pixel in the tiles sampled of the scene[^ ]": {
+        "has no valid pixel on the grid of the scene": {
             "s2": written.write("h.tif", s2, sensors.S2_BANDS),
             "s1": written.write(
                 "i.tif",
