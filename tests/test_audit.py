@@ -110,7 +110,7 @@ class Stop(Exception):
 def test_a_network_of_a_fold_never_sees_its_locations(data_dir, tmp_path, monkeypatch):
     seen = {}
 
-    def fit(training, _):
+    def fit(training, *_):
         seen["records"] = np.unique(np.concatenate([training.order[i] for i in range(40)]))
         raise Stop
 
