@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from cromss_jax import files, sensors
+from cromss_jax import files, presets, sensors
 from cromss_jax.results import maps, pictures, report
 from cromss_jax.training import checkpoint, run
 from cromss_jax.weights import cards, folders, torch_keys
@@ -82,7 +82,7 @@ def test_logs_pictures_and_maps_on_a_full_disk(disk):
     for name, write in {
         "x.png": lambda path: pictures.save_picture(path, noise(300, 300, 3)),
         "x.tif": lambda path: maps.write_map(
-            path, noise(300, 300) % 9, "", (10, 0, 0, 0, -10, 0), sensors.DYNAMIC_WORLD
+            path, noise(300, 300) % 9, "", (10, 0, 0, 0, -10, 0), presets.DYNAMIC_WORLD
         ),
     }.items():
         with pytest.raises(OSError, match="No space left"):
@@ -90,7 +90,7 @@ def test_logs_pictures_and_maps_on_a_full_disk(disk):
         assert not list(disk.glob("x.*"))
     ballast.unlink()
     maps.write_map(
-        disk / "x.tif", noise(300, 300) % 9, "", (10, 0, 0, 0, -10, 0), sensors.DYNAMIC_WORLD
+        disk / "x.tif", noise(300, 300) % 9, "", (10, 0, 0, 0, -10, 0), presets.DYNAMIC_WORLD
     )
     with rasterio.open(str(disk / "x.tif")) as file:
         np.testing.assert_array_equal(file.read(1), noise(300, 300) % 9)
@@ -143,7 +143,8 @@ def test_a_build_on_a_full_or_read_only_disk(geotiffs, tmp_path, options):
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.splitlines()) == 1
     assert ("Read-only" if options else "No space left") in done.stderr
-    assert left <= {"ssl4eo_s12_nol.bad_locations.csv", "ssl4eo_s12_nol.report.md"}
+    reports = {"bad_locations.csv", "report.md", "report.json"}
+    assert left <= {f"ssl4eo_s12_nol.{name}" for name in reports}
 
 
 def test_a_workdir_that_vanishes(tmp_path):

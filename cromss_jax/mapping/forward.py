@@ -55,7 +55,7 @@ def make_forward(
         probabilities,
         in_shardings=(replicated, cut),
         out_shardings=cut,
-        compiler_options=sharding.compiler_options(mesh, deterministic=False),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
     def forward(grey: Mapping[str, np.ndarray]) -> Images:

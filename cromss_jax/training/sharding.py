@@ -45,7 +45,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 1}
 
 
-def compiler_options(mesh: Mesh, *, deterministic: bool) -> dict[str, str | bool | int]:
+def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> dict[str, str | bool | int]:
     """XLA's compiler options for a step, by name.
 
     Args:
