@@ -16,8 +16,6 @@ from tests import runs
 from tests.data.test_preprocess import SIZE, B, T, make_records
 from tests.training.test_sharding import away_from_kinks
 
-pytestmark = pytest.mark.numeric
-
 
 def choose_gpu(*operands, default, gpu=None, **_):
     return (gpu or default)(*operands)

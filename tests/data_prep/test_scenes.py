@@ -602,7 +602,7 @@ def test_radar_units_are_converted(folder, unit):
     found = acquisition(folder)
     want = scene_images.read_s1(found, grid(), scene_images.Units())
     write(folder / "s1_20220703.tif", raw, UTM33, utm_transform(10), ("VV", "VH"))
-    rasters._open.cache_clear()
+    rasters._open_for.cache_clear()
     found = acquisition(folder)
     tiles = [grid().window(0, 0, 64, 64)]
     scanned = scene_scan.scan(found, tiles, OPTIONS)
