@@ -41,7 +41,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 # By default, XLA tries a hundred programs for each matrix product on a GPU and compares the results
 # of all ways to compute a convolution. With ResNet-50 that had not ended after seven minutes on an
-# H200. With cuBLAS's products and no comparison it took two, part of the tuning being known already.
+# H200. With cuBLAS's products and no comparison it took two, with part of the tuning known.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 1}
 
 
