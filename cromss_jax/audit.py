@@ -72,7 +72,7 @@ def _predictor(model: Pretrained, dataset: input_pipeline.TileDataset, mesh_size
     return Predictor(dataset, network, model.bands, batch)
 
 
-def _recipe(checkpoint: str, dataset: input_pipeline.TileDataset) -> ml_collections.ConfigDict:
+def _recipe(checkpoint: str) -> ml_collections.ConfigDict:
     """The configuration of a pretraining run, for the same data elsewhere.
 
     Raises:
@@ -115,7 +115,7 @@ def audit(output: pathlib.Path) -> None:
             workdir = str(output / "folds" / f"{fold}_of_{_FOLDS.value}")
             _log.info("fold %d of %d, in %s", fold + 1, _FOLDS.value, workdir)
             excluded = np.flatnonzero(fold_of == fold)
-            pretrain.pretrain(_recipe(_CHECKPOINT.value, dataset), workdir, excluded)
+            pretrain.pretrain(_recipe(_CHECKPOINT.value), workdir, excluded)
             predictors.append(_predictor(cromss_jax.load(workdir), dataset, mesh_size))
         facts["judged by"] = (
             f"{_FOLDS.value} networks like {_CHECKPOINT.value}, each on locations that it never saw"
@@ -138,11 +138,7 @@ def main(arguments: list[str]) -> None:
     """Audits what the flags name; a sentence and exit code 1 for what the user can mend."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    command_line.log_progress()
     try:
         if files.in_bucket(_OUTPUT.value):
             raise AuditError(f"--output={_OUTPUT.value}: a local folder is needed")

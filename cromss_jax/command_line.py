@@ -1,4 +1,4 @@
-"""What the commands that take a configuration have in common."""
+"""What the commands have in common: --config, the log, and what is said of mistyped flags."""
 
 import logging
 import os
@@ -73,6 +73,15 @@ def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
     flag = flags.FLAGS["config"]
     flag.parser = _ConfigParser(flag.parser)
     return holder
+
+
+def log_progress() -> None:
+    """Logs our own progress, and what libraries warn of, with the time of day."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("cromss_jax").setLevel(logging.INFO)
 
 
 def quieten_orbax() -> None:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from cromss_jax import files
+
 _log = logging.getLogger(__name__)
 
 NAME = "lock.json"
@@ -42,8 +44,7 @@ def held(path: epath.Path) -> Iterator[None]:
     Raises:
       LockedError: at once if another process holds it (after 3 s in a bucket).
     """
-    in_bucket = os.fspath(path).startswith("gs://")
-    with _held_in_bucket(path) if in_bucket else _held_on_disk(path):
+    with _held_in_bucket(path) if files.in_bucket(path) else _held_on_disk(path):
         yield
 
 

@@ -38,13 +38,8 @@ def main(arguments: list[str]) -> None:
     """Runs the configuration; a sentence and exit code 1 for what the user can mend."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    # Our own progress, and what libraries warn of.
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    command_line.log_progress()
     command_line.quieten_orbax()
-    logging.getLogger("cromss_jax").setLevel(logging.INFO)
     # Imported here, as signals are noticed by now.
     import jax
 

@@ -30,11 +30,10 @@ def choose(
     default: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
-    tpu: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls the function for the platform that the program is compiled for, else `default`."""
     # JAX names a GPU by its maker.
-    functions = {"cpu": cpu, "cuda": gpu, "rocm": gpu, "tpu": tpu}
+    functions = {"cpu": cpu, "cuda": gpu, "rocm": gpu}
     chosen = {name: function for name, function in functions.items() if function}
     return jax.lax.platform_dependent(*operands, default=default, **chosen)
 

@@ -84,11 +84,7 @@ def main(arguments: list[str]) -> None:
     """Maps what the flags name; a sentence and exit code 1 for what the user can mend."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("cromss_jax").setLevel(logging.INFO)
+    command_line.log_progress()
     try:
         chosen = job.Settings(
             write=tuple(_WRITE.value),

@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cromss_jax import files
+from cromss_jax.training import distributed
 from cromss_jax.weights import manifest
 from cromss_jax.weights.folders import first_line
 
@@ -87,7 +88,7 @@ class Checkpoints:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         needed = size * (2 if self.latest_step is None else 1)
         free = shutil.disk_usage(self._directory).free
-        if any(_of_process_0(free < needed)):
+        if any(distributed.of_process_0(free < needed)):
             raise CheckpointError(
                 f"{self._directory} has {free / 1e6:.1f} MB left, but needs {needed / 1e6:.1f} MB: "
                 f"two checkpoints of {size / 1e6:.1f} MB must fit; make room there, or use another "
@@ -201,7 +202,7 @@ class Checkpoints:
                 has_manifest = manifest.check(folder)
             except (manifest.DamagedError, OSError) as error:
                 problem = str(error)
-        is_bad, has_manifest = _of_process_0(bool(problem), has_manifest)
+        is_bad, has_manifest = distributed.of_process_0(bool(problem), has_manifest)
         if is_bad:
             raise manifest.DamagedError(problem or "see the log of process 0")
         self._has_manifest[step] = has_manifest
@@ -298,10 +299,3 @@ def _any_process(found: bool) -> bool:
     if jax.process_count() == 1:
         return found
     return bool(np.any(multihost_utils.process_allgather(np.array(found))))
-
-
-def _of_process_0(*found: bool) -> tuple[bool, ...]:
-    """What process 0 found."""
-    if jax.process_count() == 1:
-        return found
-    return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(found))))

@@ -138,6 +138,13 @@ def _check(
         )
 
 
+def of_process_0(*found: bool) -> tuple[bool, ...]:
+    """What process 0 found."""
+    if jax.process_count() == 1:
+        return found
+    return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(found))))
+
+
 @contextlib.contextmanager
 def only_writer(folder: epath.Path) -> Iterator[None]:
     """Holds the lock of a run's folder, in process 0.
@@ -152,9 +159,7 @@ def only_writer(folder: epath.Path) -> Iterator[None]:
                 holding.enter_context(lock.held(folder / lock.NAME))
             except OSError as error:
                 problem = error
-        is_locked = problem is not None
-        if jax.process_count() > 1:
-            is_locked = bool(multihost_utils.broadcast_one_to_all(np.array(is_locked)))
+        (is_locked,) = of_process_0(problem is not None)
         if is_locked:
             raise problem or DistributedError("process 0 cannot write the workdir, see its log")
         yield
