@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -145,3 +146,31 @@ def logged(workdir: pathlib.Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clocked = ("samples_per_second", "wait_for_data")
     return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
+
+
+# Holds a lock until its standard input is closed, and says so.
+_HOLD_LOCK = """
+import logging, sys
+from cromss_jax import files, lock
+
+logging.basicConfig()
+try:
+    with lock.held(files.absolute(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.read()
+except lock.LockedError as error:
+    print(error, flush=True)
+"""
+
+
+def hold_lock(path: os.PathLike, **environment: str) -> subprocess.Popen:
+    """Starts a process that holds a lock, or says who does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _HOLD_LOCK, str(path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

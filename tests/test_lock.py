@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,39 +11,13 @@ import pytest
 from cromss_jax import files, lock
 from tests import runs
 
-# Holds a lock until its standard input is closed, and says so.
-HOLD = """
-import logging, sys
-from cromss_jax import files, lock
-
-logging.basicConfig()
-try:
-    with lock.held(files.absolute(sys.argv[1])):
-        print("held", flush=True)
-        sys.stdin.read()
-except lock.LockedError as error:
-    print(error, flush=True)
-"""
-
-
-def holder(path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)],
-        cwd=runs.ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 def test_the_second_names_the_first(tmp_path):
     path = files.absolute(tmp_path / "new" / "folder" / lock.NAME)
     with lock.held(path):
         described = json.loads(path.read_text())
         assert (described["host"], described["pid"]) == (socket.gethostname(), os.getpid())
-        second = holder(path)
+        second = runs.hold_lock(path)
         said = second.communicate()[0]
         assert f"{path.parent} is being written by process {os.getpid()} on " in said
         assert f"started {described['started']}: wait until" in said
@@ -59,7 +31,7 @@ def test_the_second_names_the_first(tmp_path):
 
 def test_a_lock_is_taken_over_from_a_killed_process(tmp_path, caplog):
     path = files.absolute(tmp_path / lock.NAME)
-    first = holder(path)
+    first = runs.hold_lock(path)
     assert first.stdout.readline() == "held\n"
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -70,7 +42,7 @@ def test_a_lock_is_taken_over_from_a_killed_process(tmp_path, caplog):
 
 @pytest.mark.parametrize("pair", range(3))
 def test_of_two_at_once_one_has_it(pair, tmp_path):
-    both = [holder(tmp_path / lock.NAME) for _ in range(2)]
+    both = [runs.hold_lock(tmp_path / lock.NAME) for _ in range(2)]
     said = [process.stdout.readline() for process in both]
     assert sorted(line == "held\n" for line in said) == [False, True], said
     for process in both:
@@ -82,17 +54,17 @@ def test_a_lock_in_a_bucket(tmp_path):
     bucket = pytest.importorskip("tests.bucket", reason="gcp-storage-emulator is not installed")
     path = f"gs://bucket/run/{lock.NAME}"
     with bucket.emulated("bucket") as environment:
-        first = holder(path, **environment)
+        first = runs.hold_lock(path, **environment)
         assert first.stdout.readline() == "held\n"
         started = time.monotonic()
-        said = holder(path, **environment).communicate()[0]
+        said = runs.hold_lock(path, **environment).communicate()[0]
         assert time.monotonic() - started < 20  # 3 s beside the imports
         assert f"gs://bucket/run is being written by process {first.pid} on" in said
         first.send_signal(signal.SIGKILL)
         first.communicate()
-        third = holder(path, **environment)
+        third = runs.hold_lock(path, **environment)
         assert third.stdout.readline() == "held\n"
         assert f"left over by process {first.pid} on" in third.communicate()[1]
-        fourth = holder(path, **environment)
+        fourth = runs.hold_lock(path, **environment)
         assert fourth.stdout.readline() == "held\n"
         assert fourth.communicate()[1] == ""

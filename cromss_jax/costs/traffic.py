@@ -237,7 +237,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
     return 2 * math.prod(output) * math.prod(filters) / filters[order.index("o")]
 
 
-def _parts(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
+def parts_of(computation: Computation, parts: Sequence[str]) -> dict[str, str]:
     """Which of `parts` each instruction belongs to, "" for none.
 
     An instruction's own name decides, such as
@@ -284,7 +284,7 @@ def count(
 
     def walk(name: str, times: float, outer: str) -> None:
         computation = computations[name]
-        part_of = _parts(computation, parts)
+        part_of = parts_of(computation, parts)
         for instruction in computation.values():
             part = part_of[instruction.name] or outer
             if instruction.opcode == "while":

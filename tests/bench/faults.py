@@ -21,7 +21,6 @@ import pathlib
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -330,29 +329,12 @@ def full_disks(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterato
 
 # ---------------------------------------------------------------- writers
 
-HOLD = """
-import sys
-from cromss_jax import files, lock
-try:
-    with lock.held(files.absolute(sys.argv[1])):
-        print("held", flush=True)
-        sys.stdin.read()
-except lock.LockedError as error:
-    print(error, flush=True)
-"""
-
 
 def writers(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
     """The same for pairs of processes that lock a folder at once."""
     del rng
     for number in range(trials):
-        line = [sys.executable, "-c", HOLD, str(folder / f"pair_{number}" / "lock.json")]
-        pair = [
-            subprocess.Popen(
-                line, cwd=runs.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(2)
-        ]
+        pair = [runs.hold_lock(folder / f"pair_{number}" / "lock.json") for _ in range(2)]
         said = sorted(process.stdout.readline() for process in pair)
         for process in pair:
             process.communicate()

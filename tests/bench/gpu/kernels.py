@@ -68,12 +68,8 @@ def part_names(program: str) -> dict[str, str]:
     """The part of the step that each instruction of a compiled program's text belongs to."""
     found = {}
     for computation in traffic.parse(program).values():
-        for name, instruction in computation.items():
-            words = re.findall(r"\w+", instruction.attribute("op_name"))
-            own = [word for word in words if word in PARTS]
-            # What names no part belongs to that of its first operand, as in `traffic`.
-            first = found.get(instruction.operands[0], "others") if instruction.operands else ""
-            found[name] = own[-1] if own else first or "others"
+        parts = traffic.parts_of(computation, PARTS)
+        found |= {name: part or "others" for name, part in parts.items()}
     return found
 
 
