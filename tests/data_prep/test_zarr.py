@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 import tarfile
 import zipfile
 
@@ -84,17 +83,17 @@ def real_samples(folder):
     """The stores by folder of each real place, and their pixels."""
     stores, images = {}, {}
     for path in sorted(folder.glob("LULC/*.tif")):
-        stores[path.stem], images[path.stem] = {}, {}
+        stores[path.stem], images[path.stem], dates = {}, {}, {}
         for kind in ("LULC", "S1RTC", "S2L1C", "S2L2A"):
             with rasterio.open(folder / kind / path.name) as file:
                 pixels, place, crs = file.read(), file.transform, file.crs.to_wkt()
-                # Sentinel-2 has the date of the labels made from it.
-                date = file.tags().get("datetime") or date
+                # Sentinel-2 has no date here, the labels that were made from it have.
+                dates[kind] = file.tags().get("datetime") or dates["LULC"]
             # As float16 they were released.
             stored = pixels.astype(np.float16) if kind == "S1RTC" else pixels
             np.testing.assert_array_equal(stored, pixels)
             stores[path.stem][kind] = store(
-                kind, stored[None], [date], left=place.c, top=place.f, crs=crs
+                kind, stored[None], [dates[kind]], left=place.c, top=place.f, crs=crs
             )
             images[path.stem][kind] = pixels
     return stores, images
