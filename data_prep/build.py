@@ -18,11 +18,10 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import lock, presets, sensors
+from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
-from data_prep.finding import sources
 from data_prep.reading import legends, proj
 from data_prep.writing import records
 from data_prep.writing.builder import LocationBuilder
@@ -250,7 +249,7 @@ def build(beam_args: Sequence[str] = ()) -> str:
         )
     source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
     write = _beam_writer(beam_args) if _BEAM.value else None
-    data_dir = sources.absolute(_DATA_DIR.value)
+    data_dir = files.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
         return _existing(final_dir, build_options, special)

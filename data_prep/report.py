@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from cromss_jax import files
 from cromss_jax.legend import IGNORE_LABEL
 from data_prep.errors import BadFileError, BuildError
 
@@ -220,7 +220,7 @@ class Report:
             more = self._counts[kind] - len(self._findings[kind])
             if more:
                 lines.append(f"- and {more} more")
-        _write_whole(self.summary_path, "\n".join(lines) + "\n")
+        files.write_whole(self.summary_path, ("\n".join(lines) + "\n").encode())
         content = {
             "name": self._name,
             "skipped": self.count,
@@ -231,12 +231,12 @@ class Report:
                 for kind in self.counts
             },
         }
-        _write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
+        files.write_whole(self.json_path, (json.dumps(content, indent=1) + "\n").encode())
 
     def _write(self, row: list[str]) -> None:
         csv.writer(self._text).writerow(row)
         # The whole file each time: a file in a bucket cannot be appended to.
-        _write_whole(self.path, self._text.getvalue())
+        files.write_whole(self.path, self._text.getvalue().encode())
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -250,16 +250,3 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all, also on a disk that becomes full."""
-    if "://" in os.fspath(path):  # a bucket, where every write is atomic
-        path.write_bytes(text.encode())
-        return
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -204,11 +204,10 @@ class _Records(Sequence):
         except (RuntimeError, OSError) as error:  # of ArrayRecord
             file = int(np.searchsorted(self._ends, index, side="right"))
             start = self._ends[file - 1] if file else 0
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadRecordError(
-                f"record {index - start} of {self._paths[file]} cannot be read ({reason}): restore "
-                "the file, build the data set again, or go on without such records by "
-                "--config.data.max_bad_records"
+                f"record {index - start} of {self._paths[file]} cannot be read "
+                f"({files.first_line(error)}): restore the file, build the data set again, or go "
+                "on without such records by --config.data.max_bad_records"
             ) from error
         stored = tf_example_pb2.Example.FromString(serialized).features.feature
         record = {}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import presets
+from cromss_jax import files, presets
 from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.datasets import tile_files, tile_layouts, tiles
@@ -49,17 +49,17 @@ def find_files(
     """
     missing = tile_files.missing_folders({}, layout)
     unread: list[str] = []
-    if sources.absolute(source_dir).exists():
+    if files.absolute(source_dir).exists():
         tree = file_tree.FileTree(source_dir)
-        files, unread = tile_files.sort_files(tree.paths(), layout)
+        found, unread = tile_files.sort_files(tree.paths(), layout)
         # Extracted files may be complete without archives, and zip files without others, which
         # take long to index.
         for only_zip in (True, False):
-            if tile_files.missing_folders(files, layout):
+            if tile_files.missing_folders(found, layout):
                 tree.index(index_path, only_zip)
-                files, unread = tile_files.sort_files(tree.paths(), layout)
-        files = _split_cities(_name_splits(files), layout, test_cities)
-        missing = tile_files.missing_folders(files, layout)
+                found, unread = tile_files.sort_files(tree.paths(), layout)
+        found = _split_cities(_name_splits(found), layout, test_cities)
+        missing = tile_files.missing_folders(found, layout)
     if missing:
         names = [layout.splits[split] for split in layout.splits]
         raise sources.not_found(
@@ -70,8 +70,8 @@ def find_files(
             f"python -m data_prep.sample --format={sample_format} --output_dir=DIR",
             unread,
         )
-    splits = {split: files[split] for split in layout.splits if split in files}
-    unread += [file.path for split in files.keys() - splits.keys() for file in files[split]]
+    splits = {split: found[split] for split in layout.splits if split in found}
+    unread += [file.path for split in found.keys() - splits.keys() for file in found[split]]
     return tree, splits, sorted(unread)
 
 
@@ -159,7 +159,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
           sources.SourceError: if there is no such tree.
           errors.BuildError: if too many tiles are skipped, or patches are larger than any tile.
         """
-        data_dir = sources.absolute(data_dir)
+        data_dir = files.absolute(data_dir)
         layout, legends = self._labels(options)
         source, splits, found = self._find_tiles(source_dir, data_dir, options, layout)
         described = options.described_bands(is_native=False)

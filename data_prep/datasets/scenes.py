@@ -16,11 +16,10 @@ import numpy as np
 import rasterio
 import tensorflow_datasets as tfds
 
-from cromss_jax import sensors
+from cromss_jax import files, sensors
 from data_prep import errors, parallel, report
 from data_prep.datasets import blocks, scene_scan, scene_table, scene_tiles
 from data_prep.datasets.scene_table import Acquisition
-from data_prep.finding import sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import warping
 from data_prep.reading.rasters import Layer
@@ -88,7 +87,7 @@ class Scenes(builder.LocationBuilder):
         Raises:
           errors.BuildError: if the table is wrong, or too many acquisitions or tiles are skipped.
         """
-        data_dir = sources.absolute(data_dir)
+        data_dir = files.absolute(data_dir)
         findings = report.Report(data_dir, self.name, max_bad_locations)
         acquisitions = _acquisitions(scene_table.read(table), options, findings)
         levels = [a.s2_level for a in acquisitions if a.s2_level]

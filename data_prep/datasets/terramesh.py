@@ -6,7 +6,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from cromss_jax import presets
+from cromss_jax import files, presets
 from data_prep import report
 from data_prep.datasets import zarr_samples, zarr_shards
 from data_prep.finding import sources
@@ -46,8 +46,8 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
           errors.BuildError: if shards are missing or damaged, or too many samples are.
         """
         zarr_stores.check_installed()
-        data_dir = sources.absolute(data_dir)
-        found, unread = self._find(pathlib.Path(sources.absolute(source_dir)), options)
+        data_dir = files.absolute(data_dir)
+        found, unread = self._find(pathlib.Path(files.absolute(source_dir)), options)
         legend = options.legend or LULC
         band_list = options.described_bands(is_native=False)
         read = functools.partial(

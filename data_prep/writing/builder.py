@@ -12,10 +12,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
+from cromss_jax import files
 from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.errors import BadFileError
-from data_prep.finding import sources
 from data_prep.writing import records
 from data_prep.writing.records import Example, Location, Outcome, Plan, Reading, Shard
 
@@ -113,7 +113,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 self.download_and_prepare(download_dir=download_dir)
         except BaseException:
             # A bucket has no folders to rename: files are already in the final folder.
-            if sources.is_remote(self.data_path) and self.data_path.exists():
+            if files.in_bucket(self.data_path) and self.data_path.exists():
                 self.data_path.rmtree()
             raise
         finally:

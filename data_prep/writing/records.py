@@ -18,8 +18,8 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from cromss_jax import files
 from data_prep import errors, parallel
-from data_prep.finding import sources
 from data_prep.report import Finding
 
 # One record a group: random access. On real tiles zstd:-1 takes 0.64 of the raw size and reads as
@@ -133,7 +133,7 @@ class Plan:
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
     """The name of a local file that is copied to `path`: ArrayRecord cannot write to buckets."""
-    if not sources.is_remote(path):
+    if not files.in_bucket(path):
         yield os.fspath(path)
         return
     with tempfile.TemporaryDirectory() as folder:
