@@ -22,13 +22,13 @@ ROOMS = (
     "method",
     "ground",
 )
-GROUND = {"sensors", "legend", "presets", "files", "lock", "package", "platforms"}
+GROUND = {"blocks", "sensors", "legend", "presets", "files", "lock", "package", "platforms"}
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
 READERS_OF_SCENES = tuple(f"cromss_jax.{name}" for name in ("predict", "scenes", "audit", "folds"))
 # What of cromss_jax data_prep imports.
-PREPARED_WITH = ("sensors", "legend", "presets", "files", "lock")
-READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.(scene_\w+|blocks))$")
+PREPARED_WITH = ("blocks", "sensors", "legend", "presets", "files", "lock")
+READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
 
 
 @functools.cache
@@ -116,7 +116,17 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    host = ("data.input_pipeline", "sensors", "legend", "presets", "files", "lock", "package")
+    host = (
+        "data.input_pipeline",
+        "data.validation_split",
+        "blocks",
+        "sensors",
+        "legend",
+        "presets",
+        "files",
+        "lock",
+        "package",
+    )
     for name in host:
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}

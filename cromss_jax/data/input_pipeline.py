@@ -328,64 +328,6 @@ def open_dataset(
     )
 
 
-def split_locations(
-    num_locations: int,
-    validation_fraction: float,
-    seed: int,
-    blocks: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the locations into training and validation.
-
-    Validation gets at least one location if `validation_fraction` is above 0.
-
-    Args:
-      num_locations: of the data set.
-      validation_fraction: share for validation.
-      seed: of the draw.
-      blocks: [locations] int, see `TileDataset`. Whole blocks are drawn then, the smallest one at
-        least; together they hold no more than the wanted share.
-
-    Returns:
-      Indices of the training and of the validation locations, both sorted.
-
-    Raises:
-      DataError: if no training location would be left.
-    """
-    num_validation = round(num_locations * validation_fraction)
-    if validation_fraction > 0:
-        num_validation = max(num_validation, 1)
-    if blocks is not None and num_validation:
-        return _split_blocks(blocks, num_validation, seed)
-    if num_validation >= num_locations:
-        raise DataError(
-            f"no training locations are left: the data set has {num_locations} locations and "
-            f"config.data.validation_fraction is {validation_fraction}; use more locations or a "
-            "smaller fraction"
-        )
-    order = np.random.default_rng(seed).permutation(num_locations)
-    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
-
-
-def _split_blocks(
-    blocks: np.ndarray, num_validation: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the locations by whole blocks; see `split_locations`."""
-    numbers, counts = np.unique(blocks, return_counts=True)
-    if len(numbers) < 2:
-        raise DataError(
-            "all locations lie in one block, so that none can be held back for validation: build "
-            "the data set with a smaller --block_size, or set config.data.validation_fraction to 0"
-        )
-    held: list[int] = []
-    total = 0
-    for i in np.random.default_rng(seed).permutation(len(numbers)).tolist():
-        if total + counts[i] <= num_validation:
-            held.append(i)
-            total += counts[i]
-    is_held = np.isin(blocks, numbers[held or [int(np.argmin(counts))]])
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
-
-
 def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:
     """An array of a record, padded so that its sides are `factor` times as long."""
     if name in ("labels", "truth"):

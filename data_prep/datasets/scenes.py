@@ -16,9 +16,9 @@ import numpy as np
 import rasterio
 import tensorflow_datasets as tfds
 
-from cromss_jax import files, sensors
+from cromss_jax import blocks, files, sensors
 from data_prep import errors, parallel, report
-from data_prep.datasets import blocks, scene_scan, scene_table, scene_tiles
+from data_prep.datasets import scene_scan, scene_table, scene_tiles
 from data_prep.datasets.scene_table import Acquisition
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import warping

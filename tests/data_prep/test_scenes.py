@@ -15,12 +15,11 @@ from affine import Affine
 from rasterio.enums import Resampling
 from scipy import ndimage
 
-from cromss_jax import presets, sensors
+from cromss_jax import blocks, presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.legend import Legend
 from data_prep import errors, options
 from data_prep.datasets import (
-    blocks,
     scene_images,
     scene_labels,
     scene_scan,
