@@ -28,12 +28,14 @@ KINDS = {
     "labels resized": "Label maps cropped or padded with 255 at the bottom and the right.",
     "offset subtracted": "Sentinel-2 seasons with an offset that was detected and subtracted.",
     "offset disagrees": "Metadata and pixels disagree on the Sentinel-2 offset; the pixels count.",
+    "date differs": "Sentinel-2 files with another date in their name than their row. It counts.",
     "scale applied": "Files with scale and offset tags, which were applied.",
     "turned": "Files stored from south to north or east to west; they were turned.",
     "grids shifted": "Images or labels a few pixels off the grid of Sentinel-2; used as they are.",
     "S1 shifted": "Sentinel-1 lies off Sentinel-2 by what both show; used as it is.",
     "not georeferenced": "Files without georeference; their grids could not be compared.",
     "bands reordered": "Files whose band descriptions give another order or more bands; followed.",
+    "found twice": "Samples that are in two shards. The first of them is used.",
     "shards differ": "Shards of one name with other keys, or in another order; matched by key.",
     "not paired": "Images of a location without a partner of a near date. They were not read.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
@@ -134,6 +136,14 @@ class Report:
     def counts(self) -> dict[str, int]:
         """The number of findings of each kind."""
         return {kind: self._counts[kind] for kind in KINDS if kind in self._counts}
+
+    def why_skipped(self) -> str:
+        """An example of a season or tile that was skipped; empty if none was."""
+        for kind in ("season skipped", "season unlabelled", "tile skipped"):
+            if kind in self._findings:
+                example = self._findings[kind][0]
+                return f"{kind}: {example.file}: {example.detail}"
+        return ""
 
     def add_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds a table, a row for each mapping from column to value."""

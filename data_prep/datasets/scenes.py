@@ -21,13 +21,15 @@ from data_prep import errors, parallel, report
 from data_prep.datasets import scene_scan, scene_table, scene_tiles
 from data_prep.datasets.scene_table import Acquisition
 from data_prep.options import DEFAULT, Options
-from data_prep.reading import warping
+from data_prep.reading import pairing, warping
 from data_prep.reading.rasters import Layer
 from data_prep.reading.warping import Grid
 from data_prep.writing import builder
 
 _WGS84 = rasterio.CRS.from_epsg(4326).to_wkt()
 _WEB_MERCATOR = 3857
+# Bands of 20 m and Sentinel-1 of 20 m are brought onto 10 m.
+_MAX_ENLARGED = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +163,12 @@ def _acquisitions(
     found: list[Acquisition] = []
     for row in rows:
         try:
-            found.append(scene_table.acquisition(row, options))
+            acquisition = scene_table.acquisition(row, options)
+            findings.add(_dates_differ(acquisition, options))
         except errors.BadFileError as bad:
             findings.skip(f"{row.scene} {row.date:%Y-%m-%d}", bad)
+        else:
+            found.append(acquisition)
     if not found:
         findings.write_summary()
         raise errors.BuildError(f"no acquisition can be used; {findings.path} lists why")
@@ -191,6 +196,25 @@ def _acquisitions(
     return found
 
 
+def _dates_differ(acquisition: Acquisition, options: Options) -> list[report.Finding]:
+    """A finding where the files of Sentinel-2 are of another day than their row.
+
+    Raises:
+      errors.BadFileError: if they are further apart than is accepted.
+    """
+    if acquisition.s2_date is None:
+        return []
+    own, said = acquisition.s2_date, acquisition.date
+    days = pairing.days_between(own, said)
+    path = acquisition.s2[0][0].path
+    text = f"is of {own:%Y-%m-%d} by its name, its row of {said:%Y-%m-%d}"
+    if days > options.max_days:
+        raise errors.BadFileError(
+            path, f"{text}: correct the date of the row, or raise --max_days={options.max_days:g}"
+        )
+    return [report.Finding("date differs", path, text)] if days > 1 else []
+
+
 def _scenes(acquisitions: Sequence[Acquisition]) -> dict[str, list[Acquisition]]:
     """The acquisitions of each scene by date."""
     scenes: dict[str, list[Acquisition]] = {}
@@ -207,6 +231,7 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
     """
     image = (acquisition.s2 or acquisition.s1)[0][0]
     try:
+        _check_resolution(image, cutting)
         if cutting.grid == "labels":
             return _labels_grid(image, acquisition.labels[0])
         crs = rasterio.CRS.from_wkt(image.crs)
@@ -223,6 +248,21 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
         )
     except errors.BadFileError as bad:
         raise errors.BuildError(f"{bad.file}: {bad.reason}") from bad
+
+
+def _check_resolution(image: Layer, cutting: Cutting) -> None:
+    """Refuses a grid much finer than the finest band, whose pixels would all be interpolated.
+
+    Raises:
+      errors.BadFileError: naming the resolution to choose.
+    """
+    metres = image.metres
+    if cutting.grid == "s2" and metres and metres > _MAX_ENLARGED * cutting.resolution:
+        raise errors.BadFileError(
+            image.path,
+            f"is the finest band and has pixels of {metres:g} m, but tiles would have "
+            f"{cutting.resolution:g} m: give --resolution={metres:g}, or finer bands",
+        )
 
 
 def _spanned(crs: str, left: float, bottom: float, right: float, top: float, size: float) -> Grid:

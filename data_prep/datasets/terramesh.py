@@ -2,9 +2,9 @@
 
 import functools
 import os
-import pathlib
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from cromss_jax import files, presets
 from data_prep import report
@@ -47,7 +47,7 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         """
         zarr_stores.check_installed()
         data_dir = files.absolute(data_dir)
-        found, unread = self._find(pathlib.Path(files.absolute(source_dir)), options)
+        found, unread = self._find(files.absolute(source_dir), options)
         legend = options.legend or LULC
         band_list = options.described_bands(is_native=False)
         read = functools.partial(
@@ -86,9 +86,14 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         )
 
     def _find(
-        self, source_dir: pathlib.Path, options: Options
+        self, source_dir: epath.Path, options: Options
     ) -> tuple[dict[str, list[zarr_shards.Sample]], list[report.Finding]]:
         """The samples of each split, and what of the shards is not read."""
+        if files.in_bucket(source_dir):
+            raise sources.SourceError(
+                f"{source_dir} is in a bucket, and shards cannot be read there: give the path "
+                "under which the bucket is mounted"
+            )
         folders = {split: source_dir / split for split in _SPLITS}
         folders = {split: folder for split, folder in folders.items() if folder.is_dir()}
         if not folders:
@@ -100,10 +105,20 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         needed = ["LULC"] + ([f"S2{options.s2_level}"] if "s2" in options.modalities else [])
         either = zarr_samples.FOLDERS["s1"]("") if "s1" in options.modalities else ()
         also = ["S2L1C"] if options.s2_level == "L2A" and "s2" in options.modalities else []
+        known: dict[str, str] = {}
         for split, folder in folders.items():
-            samples[split], findings = zarr_shards.find(folder, needed, either, also)
+            found, findings = zarr_shards.find(folder, needed, either, also)
             unread += findings
-        return samples, unread
+            samples[split] = []
+            for sample in found:
+                shard = f"{split}/{sample.shard}"
+                first = known.setdefault(sample.location_id, shard)
+                if first is shard:
+                    samples[split].append(sample)
+                else:
+                    name = f"{shard}/{sample.location_id}"
+                    unread.append(report.Finding("found twice", name, f"also in {first}"))
+        return {split: found for split, found in samples.items() if found}, unread
 
 
 class Terramesh(ZarrBuilder):

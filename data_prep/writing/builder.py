@@ -39,9 +39,10 @@ def first_readable(
         else:
             skipped.add(result.findings)
     skipped.write_summary()
+    why = f" ({skipped.why_skipped()})" if skipped.why_skipped() else ""
     raise errors.BuildError(
-        f"none of the {len(locations)} locations can be used; {skipped.path} and "
-        f"{skipped.summary_path} list why"
+        f"none of the {len(locations)} locations can be used{why}; {skipped.path} and "
+        f"{skipped.summary_path} list all reasons"
     )
 
 
@@ -193,10 +194,11 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         locations = self._splits[split]
         # After the last location: a split without records cannot be opened.
         if location is locations[-1] and not any(self._metadata["season_counts"][split]):
+            why = self.report.why_skipped() or "its locations are bad or have no labels"
             raise errors.BuildError(
-                f"split {split} is left without records: its {len(locations)} locations are bad "
-                "or have no labels; nothing was written. Correct the files that "
-                f"{self.report.path} and {self.report.summary_path} list"
+                f"split {split} is left without records, of {len(locations)} locations ({why}); "
+                f"nothing was written. Correct the files that {self.report.path} and "
+                f"{self.report.summary_path} list"
             )
 
     def _count(self, split: str, location: Location, num_records: int) -> None:

@@ -279,6 +279,38 @@ def test_missing_shards(tmp_path):
         build(tmp_path / "train")
 
 
+def test_samples_that_are_found_twice(tmp_path):
+    write_shards(tmp_path, {"a": sample(1), "b": sample(2)})
+    write_shards(tmp_path, {"b": sample(2)}, shard="majortom_shard_000002.tar")
+    write_shards(tmp_path, {"a": sample(1), "c": sample(3)}, split="val")
+    built = build(tmp_path)
+    assert built.report.counts["found twice"] == 2
+    kept = {
+        split: [record["location_id"] for record in built.as_data_source(split)]
+        for split in ("train", "val")
+    }
+    assert kept == {"train": [b"a", b"b"], "val": [b"c"]}
+
+
+def test_samples_without_a_label_or_names_of_bands(tmp_path):
+    arrays = {
+        "bands": reflectance(2), "time": days(*DATE), "x": 500_005.0 + 10 * np.arange(SIDE),
+        "y": 5_999_995.0 - 10 * np.arange(SIDE), "crs": np.array(32633),
+    }  # fmt: skip
+    cloudy = store("LULC", np.full((1, 1, SIDE, SIDE), 8, np.uint8), DATE)
+    write_shards(tmp_path, {"a": sample(1, LULC=cloudy), "b": sample(2, S2L1C=pack(arrays))})
+    built = build(tmp_path)
+    assert built.report.counts == {"season unlabelled": 1}
+    (record,) = built.as_data_source("train")
+    want = sensors.scale_to_uint8(reflectance(2)[0, 3], "B4")
+    np.testing.assert_array_equal(record["s2"][..., 3], want)
+
+
+def test_shards_in_a_bucket(tmp_path):
+    with pytest.raises(sources.SourceError, match="shards cannot be read there: give the path"):
+        terramesh.Terramesh(source_dir="gs://bucket/terramesh", data_dir=tmp_path)
+
+
 def test_the_form_without_labels(tmp_path):
     folder = tmp_path / "train/S2L1C"
     folder.mkdir(parents=True)
