@@ -7,6 +7,7 @@ python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --be
 """
 
 import concurrent.futures.process
+import dataclasses
 import functools
 import signal
 import sys
@@ -248,11 +249,12 @@ def build(beam_args: Sequence[str] = ()) -> str:
             "leave it out"
         )
     source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
+    cutting = dataclasses.asdict(source["cutting"]) if builder_class is scenes.Scenes else {}
     write = _beam_writer(beam_args) if _BEAM.value else None
     data_dir = files.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        return _existing(final_dir, build_options, special)
+        return _existing(final_dir, build_options, special | cutting)
     start = time.monotonic()
     with lock.held(data_dir / f"{builder_class.name}.{lock.NAME}"):
         builder = builder_class(
@@ -308,7 +310,7 @@ def _scenes_source() -> dict[str, Any]:
         test_fraction=_TEST_FRACTION.value,
         block_size=_BLOCK_SIZE.value,
         block_gap=_BLOCK_GAP.value,
-        seed=_SPLIT_SEED.value,
+        split_seed=_SPLIT_SEED.value,
     )
     return {
         "table": _TABLE.value,
@@ -325,7 +327,7 @@ def _existing(
       errors.BuildError: if it was built with other options.
     """
     info = tfds.builder_from_directory(final_dir).info
-    wanted = build_options.metadata() | special
+    wanted = build_options.choices() | special
     labels = info.metadata.get("labels", options.DEFAULT.labels)
     if labels != build_options.labels:
         raise errors.BuildError(

@@ -1,6 +1,7 @@
 """What a build accepts, by flags."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from cromss_jax import sensors
@@ -47,8 +48,25 @@ class Options:
         s2_bands = self.bands.get("s2", ())
         return sensors.preset_bands(self.modalities, s2_bands, self.s2_level, is_native)
 
-    def metadata(self) -> dict[str, Any]:
-        """What the data set says about how it was built."""
+    def metadata(
+        self, legend: Legend, band_list: Sequence[sensors.Band], origin: str
+    ) -> dict[str, Any]:
+        """What the data set says about itself and how it was built.
+
+        Args:
+          legend: of its labels.
+          band_list: of its imagery.
+          origin: what it was built from.
+        """
+        return {
+            "legend": legend.to_dict(),
+            "bands": [list(band.to_row()) for band in band_list],
+            "origin": origin,
+            **self.choices(),
+        }
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen by flags."""
         return {
             "s2_offset": "auto" if self.s2_offset is None else self.s2_offset,
             "max_invalid": self.max_invalid,

@@ -190,12 +190,9 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             metadata={
                 "tile_size": side,
                 "has_truth": "truth" in legends,
-                **options.metadata(),
+                **options.metadata(legends["labels"], described, f"{self.name} in {source_dir}"),
                 "patch_size": patch_size,
                 "num_empty_patches": {split: 0 for split in splits},
-                "legend": legends["labels"].to_dict(),
-                "bands": [list(band.to_row()) for band in described],
-                "origin": f"{self.name} in {source_dir}",
                 **({"labels": options.labels} if "truth" in legends else {}),
             },
             location_bytes=tiles.num_patches((tile_size, tile_size), patch_size)

@@ -46,7 +46,7 @@ class Cutting:
       block_size: side of a block in metres; 0 for 2 to 8 tiles, by the number of tiles.
       block_gap: metres that tiles of the two splits are apart at least; those that touch always
         count as too close.
-      seed: of the draw of blocks.
+      split_seed: of the draw of blocks.
     """
 
     tile_size: int = 264
@@ -57,7 +57,7 @@ class Cutting:
     test_fraction: float = 0.1
     block_size: float = 0.0
     block_gap: float = 0.0
-    seed: int = 0
+    split_seed: int = 0
 
 
 class Scenes(builder.LocationBuilder):
@@ -100,24 +100,9 @@ class Scenes(builder.LocationBuilder):
             s2_bands=acquisitions[0].s2_bands,
         )
         band_list = options.described_bands(is_native=False)
-        scenes = _scenes(acquisitions)
-        grids = {name: _grid(dates[0], cutting) for name, dates in scenes.items()}
-        windows = {name: list(_windows(grid, cutting)) for name, grid in grids.items()}
-        scans = _scan(scenes, grids, windows, cutting, options, num_workers, findings)
-        tiles = _tiles(scans, grids, windows, cutting)
-        probable = functools.partial(
-            scene_tiles.has_content, min_labelled=cutting.min_labelled, options=options
-        )
-        kept = list(parallel.map_in_order(probable, tiles, num_workers))
-        findings.add_table(
-            "Tiles",
-            [
-                {"tiles": "laid out", "number": len(tiles)},
-                {"tiles": "empty, left out", "number": kept.count(False)},
-            ],
-        )
-        splits = _split(list(itertools.compress(tiles, kept)), cutting, findings)
-        max_seasons = max(len(dates) for dates in scans.values())
+        tiles = _find_tiles(_scenes(acquisitions), cutting, options, num_workers, findings)
+        splits = _split(tiles, cutting, findings)
+        max_seasons = max(len(tile.seasons) for tile in tiles)
         has_truth, side = bool(acquisitions[0].truth), cutting.tile_size
         super().__init__(
             data_dir=data_dir,
@@ -134,11 +119,8 @@ class Scenes(builder.LocationBuilder):
                 "tile_size": side,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
-                **options.metadata(),
+                **options.metadata(options.legend, band_list, f"{self.name} in {table}"),
                 **dataclasses.asdict(cutting),
-                "legend": options.legend.to_dict(),
-                "bands": [list(band.to_row()) for band in band_list],
-                "origin": f"{self.name} in {table}",
                 "blocks": {split: [] for split in splits},
             },
             location_bytes=max_seasons * side**2 * (len(band_list) + max_seasons + has_truth),
@@ -221,6 +203,42 @@ def _scenes(acquisitions: Sequence[Acquisition]) -> dict[str, list[Acquisition]]
     for acquisition in sorted(acquisitions, key=lambda a: a.date):
         scenes.setdefault(acquisition.scene, []).append(acquisition)
     return dict(sorted(scenes.items()))
+
+
+def _find_tiles(
+    scenes: dict[str, list[Acquisition]],
+    cutting: Cutting,
+    options: Options,
+    num_workers: int,
+    findings: report.Report,
+) -> list[scene_tiles.SceneTile]:
+    """Looks at each acquisition, and lays out the tiles that probably have content.
+
+    Raises:
+      errors.BuildError: if too many acquisitions cannot be used, or there is no such tile.
+    """
+    grids = {name: _grid(dates[0], cutting) for name, dates in scenes.items()}
+    windows = {name: list(_windows(grid, cutting)) for name, grid in grids.items()}
+    scans = _scan(scenes, grids, windows, cutting, options, num_workers, findings)
+    tiles = _tiles(scans, grids, windows, cutting)
+    probable = functools.partial(
+        scene_tiles.has_content, min_labelled=cutting.min_labelled, options=options
+    )
+    kept = list(parallel.map_in_order(probable, tiles, num_workers))
+    findings.add_table(
+        "Tiles",
+        [
+            {"tiles": "laid out", "number": len(tiles)},
+            {"tiles": "empty, left out", "number": kept.count(False)},
+        ],
+    )
+    if not any(kept):
+        findings.write_summary()
+        raise errors.BuildError(
+            "no tile has valid imagery and labels in one place: do the label maps cover the "
+            "scenes, and is --legend theirs?"
+        )
+    return list(itertools.compress(tiles, kept))
 
 
 def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
@@ -389,14 +407,8 @@ def _split(
     """The tiles of each split.
 
     Raises:
-      errors.BuildError: if there are none, or blocks are too large for the area.
+      errors.BuildError: if blocks are too large for the area.
     """
-    if not tiles:
-        findings.write_summary()
-        raise errors.BuildError(
-            "no tile has valid imagery and labels in one place: do the label maps cover the "
-            "scenes, and is --legend theirs?"
-        )
     bounds = [warping.bounds_in(t.location_id, t.grid.bounds, t.grid.crs, _WGS84) for t in tiles]
     # About 20 blocks or more, so that a tenth of the tiles can be held back.
     num_sides = min(max(math.sqrt(len(tiles) / 20), 2), 8)
@@ -413,7 +425,9 @@ def _split(
         "choose a smaller --block_size or --block_gap, or --test_fraction=0 to hold back nothing"
     )
     try:
-        kinds = blocks.split(bounds, cutting.test_fraction, size, cutting.block_gap, cutting.seed)
+        kinds = blocks.split(
+            bounds, cutting.test_fraction, size, cutting.block_gap, cutting.split_seed
+        )
     except ValueError as error:
         raise errors.BuildError(f"{error} of {size / 1000:.1f} km: {advice}") from error
     splits = {

@@ -168,10 +168,11 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
                 "tile_size": tile_size,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
-                **options.metadata(),
-                "legend": (options.legend or presets.DYNAMIC_WORLD).to_dict(),
-                "bands": [list(band.to_row()) for band in described],
-                "origin": f"{self.name} in {source_dir}",
+                **options.metadata(
+                    options.legend or presets.DYNAMIC_WORLD,
+                    described,
+                    f"{self.name} in {source_dir}",
+                ),
             },
             location_bytes=max_seasons
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),

@@ -5,6 +5,7 @@ import datetime
 import json
 import pathlib
 import shutil
+import subprocess
 import warnings
 import zipfile
 
@@ -29,6 +30,7 @@ from data_prep.datasets import (
     scenes,
 )
 from data_prep.reading import rasters, registration, warping
+from tests import runs
 
 UTM33, UTM32, DEGREES, EUROPE = "EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3035"
 LEFT, TOP = 400_000.0, 5_800_000.0
@@ -879,3 +881,21 @@ def test_geotiff_of_gcps_is_refused(tmp_path):
         f.gcps = (gcps, rasterio.CRS.from_string(DEGREES))
     with pytest.raises(errors.BadFileError, match="in radar geometry"):
         rasters.layers(str(path))
+
+
+def test_command(folder):
+    write_table(folder)
+    (folder / "legend.csv").write_text("value,name,colour\n10,water,#0000ff\n20,trees,#00ff00\n")
+    flags = {
+        "dataset": "scenes", "table": folder / "scenes.csv", "legend": folder / "legend.csv",
+        "data_dir": folder / "data", "tile_size": 64, "test_fraction": 0, "num_workers": 1,
+    }  # fmt: skip
+
+    def run(**more):
+        command = runs.command("data_prep.build", **(flags | more))
+        return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+
+    built = run()
+    assert built.stdout.startswith("9 locations written, 0 skipped, 9 records, "), built.stderr
+    assert "exists, nothing was done: 9 records" in run().stdout
+    assert "was built with --stride=64: delete it, or choose another" in run(stride=32).stderr
