@@ -6,11 +6,7 @@ import numpy as np
 
 from cromss_jax import blocks
 from cromss_jax.data import input_pipeline
-from data_prep.reading import proj  # noqa: F401 - chooses the database of reference systems
-
-# After `proj`.
-import rasterio  # isort: skip
-import rasterio.warp  # isort: skip
+from data_prep.reading import grids
 
 
 class FoldError(ValueError):
@@ -37,7 +33,7 @@ def spatial_folds(
                 f"location {record['location_id'].decode()} has no CRS, so that folds cannot be "
                 "made by place: audit without --folds"
             )
-        (x,), (y,) = rasterio.warp.transform(rasterio.CRS.from_wkt(crs), "EPSG:4326", [x], [y])
+        x, y = grids.degrees(crs, x, y)
         owned[blocks.block_of_centre((x, y, x, y), 1000 * block_km)].append(index)
     if len(owned) < num_folds:
         raise FoldError(

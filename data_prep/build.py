@@ -34,6 +34,7 @@ BUILDERS = {
         downstream.Ssl4eoS12Dw,
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
+        downstream.Sen12Ms,
         scenes.Scenes,
         terramesh.Terramesh,
         terramesh.Ssl4eoS12V11,
@@ -87,7 +88,8 @@ _TEST_FRACTION = flags.DEFINE_float(
 _BLOCK_SIZE = flags.DEFINE_float(
     "block_size",
     scenes.Cutting.block_size,
-    "scenes only: side of a block in metres; 0 for 2 to 8 tiles, by their number.",
+    "Side in metres of the blocks of the earth that are held back as a whole; of scenes for the "
+    "split test, too. 0 holds back locations singly, and of scenes blocks of 2 to 8 tiles.",
     0,
 )
 _BLOCK_GAP = flags.DEFINE_float(
@@ -184,7 +186,7 @@ _BEAM = flags.DEFINE_boolean(
 
 _SCENES_FLAGS = (
     "table", "tile_size", "stride", "grid", "resolution", "min_labelled",
-    "test_fraction", "block_size", "block_gap", "split_seed",
+    "test_fraction", "block_gap", "split_seed",
 )  # fmt: skip
 
 
@@ -218,6 +220,7 @@ def _options() -> options.Options:
         s2_bands=tuple(band for band in known if band in s2_bands),
         legend=_LEGEND.value and legends.read_legend(_LEGEND.value),
         labels=_LABELS.value,
+        block_size=_BLOCK_SIZE.value,
         s2_offset=None if offset is None else int(offset),
         max_invalid=_MAX_INVALID.value,
         max_days=_MAX_DAYS.value,

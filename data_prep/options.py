@@ -21,6 +21,8 @@ class Options:
       s2_level: processing level of the Sentinel-2 imagery, "L1C" or "L2A".
       s2_bands: its bands in the order of `sensors.S2_BANDS`; empty for all of the level.
       legend: of the labels; None for the data set's own.
+      block_size: side in metres of the blocks of the earth that are held back as a whole for
+        validation; 0 to hold back locations singly. Scenes have their own, see `scenes.Cutting`.
       labels: which labels DFC2020 is built with: "dfc", or "lc" (MODIS) with "dfc" as truth.
     """
 
@@ -34,6 +36,7 @@ class Options:
     s2_level: str = "L1C"
     s2_bands: tuple[str, ...] = ()
     legend: Legend | None = None
+    block_size: float = 0.0
     labels: str = "dfc"
 
     @property
@@ -74,6 +77,7 @@ class Options:
             "modalities": list(self.modalities),
             "s2_level": self.s2_level,
             "s2_bands": list(self.bands.get("s2", ())),
+            "block_size": self.block_size,
         }
 
 

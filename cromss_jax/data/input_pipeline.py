@@ -309,6 +309,8 @@ def open_dataset(
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     blocks = metadata.get("blocks")
+    # Tiles that were skipped have no records.
+    counts = np.asarray(metadata["season_counts"][split])
     return TileDataset(
         source=_Records(
             builder.as_data_source(split, deserialize_method=raw),
@@ -320,7 +322,7 @@ def open_dataset(
         ),
         features=tuple(builder.info.features),
         tile_size=int(metadata["tile_size"]),
-        season_counts=np.asarray(metadata["season_counts"][split]),
+        season_counts=counts[counts > 0],
         has_truth=bool(metadata["has_truth"]),
         legend=legend_of(metadata),
         bands=bands_of(metadata, tuple(builder.info.features)),

@@ -178,4 +178,5 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),
             num_workers=num_workers,
             findings=findings,
+            block_size=options.block_size,
         )

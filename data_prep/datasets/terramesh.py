@@ -80,6 +80,7 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
             location_bytes=max_seasons * tile_size**2 * (len(band_list) + max_seasons),
             num_workers=num_workers,
             findings=findings,
+            block_size=options.block_size,
         )
 
     def _find(

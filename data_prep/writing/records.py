@@ -66,6 +66,7 @@ class Written:
       classes: (2, 256) int64, for each label the number of its pixels, and of the records that have
         any of them.
       measures: see `Reading`.
+      place: its CRS as WKT and the coordinates of its middle; None without records.
     """
 
     num_records: int
@@ -73,6 +74,7 @@ class Written:
     digest: bytes
     classes: np.ndarray
     measures: tuple[tuple[str, float], ...] = ()
+    place: tuple[str, float, float] | None = None
 
 
 # The result of a location, or why it has none.
@@ -181,10 +183,22 @@ def write_shard(
                 with _write_errors():
                     writer.write(stored)
             yield Written(
-                len(result.examples), result.findings, digest.digest(), classes, result.measures
+                len(result.examples),
+                result.findings,
+                digest.digest(),
+                classes,
+                result.measures,
+                _place(result.examples[0]) if result.examples else None,
             )
         with _write_errors():
             writer.close()
+
+
+def _place(example: Example) -> tuple[str, float, float]:
+    """The CRS of a record and the coordinates of its middle."""
+    a, b, c, d, e, f = example["transform"].tolist()
+    row, column = (side / 2 for side in example["labels"].shape[-2:])
+    return example["crs"], a * column + b * row + c, d * column + e * row + f
 
 
 def write_here(plan: Plan, num_workers: int) -> Iterator[tuple[Shard, Location, Outcome]]:

@@ -306,6 +306,24 @@ def test_samples_without_a_label_or_names_of_bands(tmp_path):
     np.testing.assert_array_equal(record["s2"][..., 3], want)
 
 
+def test_blocks_that_validation_holds_back(tmp_path):
+    # 60 km apart, and beside each other; the last has no label.
+    lefts = {"a": 500_000.0, "b": 560_000.0, "c": 500_240.0, "d": 560_240.0}
+    samples = {}
+    for seed, (key, left) in enumerate(lefts.items()):
+        labels = np.zeros((1, 1, SIDE, SIDE), np.uint8) if key == "d" else classes(seed)
+        samples[key] = {
+            "S2L1C": store("S2L1C", reflectance(seed), DATE, left=left),
+            "S1RTC": store("S1RTC", radar(seed), DATE, left=left),
+            "LULC": store("LULC", labels, DATE, left=left),
+        }
+    write_shards(tmp_path, samples)
+    build(tmp_path, options=options.Options(block_size=20_000))
+    dataset = input_pipeline.open_dataset(str(tmp_path / "data"), "terramesh")
+    assert dataset.blocks.tolist() == [0, 1, 0]
+    assert dataset.season_counts.tolist() == [1, 1, 1]
+
+
 def test_shards_in_a_bucket(tmp_path):
     with pytest.raises(sources.SourceError, match="shards cannot be read there: give the path"):
         terramesh.Terramesh(source_dir="gs://bucket/terramesh", data_dir=tmp_path)
