@@ -23,7 +23,7 @@ from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
-from data_prep.reading import legends, proj
+from data_prep.reading import bands, legends, proj
 from data_prep.writing import records
 from data_prep.writing.builder import LocationBuilder
 
@@ -201,7 +201,9 @@ def _options() -> options.Options:
         raise errors.BuildError(
             f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
         )
-    modalities, s2_bands = set(_MODALITIES.value), set(_S2_BANDS.value)
+    modalities = set(_MODALITIES.value)
+    # B02 is B2.
+    s2_bands = {bands.band_name(name) or name for name in _S2_BANDS.value}
     known = list(sensors.S2_STATISTICS[_S2_LEVEL.value])
     for name, given, choice in (
         ("modalities", modalities, sensors.MODALITIES),

@@ -271,6 +271,20 @@ def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, 
     return bands
 
 
+def _not_found(root: epath.Path, data_dir: str) -> DataError:
+    """The error for a data set that does not exist, naming those that do."""
+    others = {info.parent.parent.name for info in root.parent.glob("*/*.*.*/dataset_info.json")}
+    advice = "Build"
+    if others:
+        advice = f"Choose {' or '.join(sorted(others))} by --config.data.name, or build"
+    return DataError(
+        f"no data set found: {root}/VERSION/dataset_info.json does not exist. {advice} it with "
+        f"`python -m data_prep.build --dataset={root.name} --source_dir=GEOTIFFS "
+        f"--data_dir={shlex.quote(os.fspath(data_dir))}`; `python -m data_prep.sample` makes "
+        "GeoTIFFs to try it with"
+    )
+
+
 def open_dataset(
     data_dir: str, name: str, split: str = "train", max_bad_records: int = 0
 ) -> TileDataset:
@@ -294,12 +308,7 @@ def open_dataset(
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
     )
     if not versions:
-        raise DataError(
-            f"no data set found: {root}/VERSION/dataset_info.json does not exist. Build it with "
-            f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
-            f"--data_dir={shlex.quote(os.fspath(data_dir))}`; `python -m data_prep.sample` makes "
-            "GeoTIFFs to try it with"
-        )
+        raise _not_found(root, data_dir)
     builder = tfds.builder_from_directory(versions[-1][1])
     metadata = builder.info.metadata
     if split not in builder.info.splits:

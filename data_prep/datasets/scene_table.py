@@ -117,8 +117,9 @@ def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Ro
         if not missing and header.count(unknown[0]) > 1:
             fault += f" {header.count(unknown[0])} times"
         raise errors.BuildError(
-            f"{path} {fault}: its first line must name the columns {','.join(COLUMNS)}, of which "
-            "s1 or s2, truth and mask may be left out"
+            f"{path} {fault}: its first line must name the columns {','.join(COLUMNS)}, separated "
+            "by commas, of which s1 or s2, truth and mask may be left out; it is "
+            f"{text.partition(chr(10))[0].strip()!r}"
         )
     rows = [
         _row(path, reader.line_num, header, cells, required)

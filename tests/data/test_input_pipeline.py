@@ -130,6 +130,11 @@ def test_missing_data_says_what_and_how(tmp_path):
     parts = ("python -m data_prep.build", "python -m data_prep.sample")
     for part in (str(tmp_path / "ssl4eo_s12_nol"), *parts):
         assert part in str(error.value)
+    other = tmp_path / "scenes/1.0.0"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").touch()
+    with pytest.raises(input_pipeline.DataError, match="Choose scenes by --config.data.name"):
+        input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
 
 
 @pytest.fixture(scope="module")

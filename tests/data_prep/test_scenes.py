@@ -309,6 +309,7 @@ def test_zeros_of_one_band_are_dark_pixels(folder):
             "line 2 has s1, line 3 has none: all rows must have it, or none",
         ),
         ("scene,date,s2,s1,labels", "", "has no rows"),
+        ("scene;date;s2;labels", "a;b;c;d", "separated by commas, of which s1 or s2"),
         ("scene,date,s2,s1,labels", ROW.replace("2022", "2202"), "but Sentinel images are of 2014"),
         (
             "scene,date,s2,s1,labels",
