@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from cromss_jax import files, platforms, sensors
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
@@ -149,7 +149,7 @@ def pretrain(
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)
-    locations, held_back = input_pipeline.split_locations(
+    locations, held_back = validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed, dataset.blocks
     )
     if excluded is not None:

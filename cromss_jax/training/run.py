@@ -124,9 +124,10 @@ def describe_data(
             )
         missing = [band for band in wanted if band not in found]
         if missing:
+            shown = tuple(band for band in wanted if band in found) or tuple(found)
             raise ConfigError(
                 f"the data set {name} has no {modality.upper()} band {', '.join(missing)}, only "
-                f"{', '.join(found)}: set config.s2_bands to some of these"
+                f'{", ".join(found)}: choose some of these, such as --config.s2_bands="{shown}"'
             )
     described = ml_collections.ConfigDict(config)
     with described.unlocked():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.training import loop, memory, preemption, pretrain, run, validation
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
@@ -208,7 +208,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         train_here(config, tmp_path / "run")
     first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
     dataset = input_pipeline.open_dataset(data_dir, config.data.name)
-    locations, _ = input_pipeline.split_locations(16, config.data.validation_fraction, config.seed)
+    locations, _ = validation_split.split_locations(
+        16, config.data.validation_fraction, config.seed
+    )
     batch = input_pipeline.training_records(dataset, locations, config.batch_size, config.seed)[
         first_bad
     ]
