@@ -47,7 +47,7 @@ class TrainState:
 
 
 def first_bad_step(
-    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: optax.Params
+    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params_norm: jax.Array
 ) -> jax.Array:
     """`TrainState.first_bad_step` after a step.
 
@@ -55,9 +55,9 @@ def first_bad_step(
       state: the state before the step.
       loss: scalar loss of the step.
       gradient_norm: scalar norm of the step's gradients.
-      params: the parameters after the step.
+      params_norm: scalar norm of the parameters after the step.
     """
-    is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
+    is_bad = ~jnp.isfinite(loss + gradient_norm + params_norm)
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
 
