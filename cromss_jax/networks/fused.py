@@ -9,6 +9,7 @@ Statistics are in float32, or in the dtype of the input if that is wider.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,30 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums over all dimensions but the last, of arrays of one shape, [..., C] to [C], at once."""
+def _column_sums(*arrays: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """Sums over an axis of arrays of one shape, in one operation."""
     zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
 
     def add(first: tuple, second: tuple) -> tuple:
         return tuple(a + b for a, b in zip(first, second, strict=True))
 
-    return tuple(jax.lax.reduce(arrays, zeros, add, range(arrays[0].ndim - 1)))
+    return jax.lax.reduce(arrays, zeros, add, [axis])
+
+
+# Groups of pixels that a GPU sums side by side.
+_GROUPS = 512
+
+
+def _pixel_sums(*arrays: jax.Array) -> jax.Array:
+    """Sums over all pixels of n arrays [B, H, W, C], [n, C], in two operations.
+
+    The second adds the sums of groups. Groups lie on one device, so that devices exchange only
+    their results, by one all-reduce.
+    """
+    num_channels = arrays[0].shape[-1]
+    groups = math.gcd(arrays[0].size // num_channels, _GROUPS)
+    grouped = [x.reshape(groups, -1, num_channels) for x in arrays]
+    return jnp.stack(_column_sums(*grouped, axis=1)).sum(1)
 
 
 def _like(x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:
@@ -58,9 +75,9 @@ def normalise(
 def _normalise(x, weight, bias, running_mean, relu):
     wide, count = _wide(x), x.size // x.shape[-1]
     # As in `layers.BatchNorm`: in one pass in bfloat16, else in two.
-    centre = running_mean if x.dtype == jnp.bfloat16 else _sums(wide)[0] / count
+    centre = running_mean if x.dtype == jnp.bfloat16 else wide.mean((0, 1, 2))
     centred = wide - _like(x, centre)[0]
-    total, squares = _sums(centred, jnp.square(centred))
+    total, squares = _pixel_sums(centred, jnp.square(centred))
     shift = total / count
     mean, var = centre + shift, jnp.maximum(squares / count - jnp.square(shift), 0)
     inverse = jax.lax.rsqrt(var + EPSILON)  # of the standard deviation
@@ -81,7 +98,7 @@ def _normalise_gradients(relu, residuals, output_grads):
     if relu:
         grad = jnp.where(_scaled(wide, mean, scale, bias) > 0, grad, 0)
     centred = wide - _like(x, mean)[0]
-    bias_grad, products = _sums(grad, grad * centred)
+    bias_grad, products = _pixel_sums(grad, grad * centred)
     # What the batch's mean and variance add to the gradient of an output: a constant, and a
     # multiple of the centred input.
     constant, slope = _like(x, scale * bias_grad / count, scale * inverse**2 * products / count)
@@ -124,7 +141,7 @@ def _product(x, kernel, weight, bias):
     squares = jnp.einsum("nk,nl->kl", x, x, preferred_element_type=wide)
     covariance = squares / len(x) - jnp.outer(pixel_mean, pixel_mean)
     spread = _matmul(covariance, kernel)
-    mean, var = _sums(kernel * pixel_mean.reshape(-1, 1), kernel * spread)
+    mean, var = _column_sums(kernel * pixel_mean.reshape(-1, 1), kernel * spread)
     # Rounding can make a variance of 0 negative.
     inverse = jax.lax.rsqrt(jnp.maximum(var, 0) + EPSILON)
     scaled = (kernel * (inverse * weight).reshape(1, -1)).astype(x.dtype)
@@ -138,10 +155,10 @@ def _product(x, kernel, weight, bias):
 def _product_gradients(residuals, output_grads):
     x, kernel, weight, pixel_mean, spread, mean, inverse, scaled = residuals
     grad, wide = output_grads[0], kernel.dtype
-    (bias_grad,) = _sums(_wide(grad))
+    bias_grad = _wide(grad).sum(0)
     scaled_grad = jnp.einsum("nk,nd->kd", x, grad, preferred_element_type=wide)
     scaled_grad -= jnp.outer(pixel_mean, bias_grad)
-    (scale_grad,) = _sums(kernel * scaled_grad)
+    scale_grad = (kernel * scaled_grad).sum(0)
     # The variance is w.S w for the covariance S and a column w of the kernel.
     var_grad = -0.5 * scale_grad * weight * inverse**3
     scale, twice = ((v.reshape(1, -1)) for v in (inverse * weight, 2 * var_grad))

@@ -443,9 +443,8 @@ def test_a_cpu_writes_what_several_operations_read(platform, barriers):
 def test_a_compiled_step_computes_each_residual_block_once():
     encoder = nnx.eval_shape(lambda: resnet.ResNetEncoder(18, 3))
     definition, state = nnx.split(encoder)
-    jitted = sharding.jit_step(
-        lambda state, image: nnx.merge(definition, state)(image, False), sharding.make_mesh(1)
-    )
+    cpu = sharding.make_mesh(1, jax.devices("cpu"))
+    jitted = sharding.jit_step(lambda state, image: nnx.merge(definition, state)(image, False), cpu)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     # XLA must know the option by which it leaves these alone, and still do so.
     text = jitted.lower(state, image).compile(FAST_COMPILE).as_text()
