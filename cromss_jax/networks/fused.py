@@ -31,18 +31,15 @@ def _column_sums(*arrays: jax.Array, axis: int = 0) -> list[jax.Array]:
     return jax.lax.reduce(arrays, zeros, add, [axis])
 
 
-# Groups of pixels that a GPU sums side by side.
-_GROUPS = 512
-
-
 def _pixel_sums(*arrays: jax.Array) -> jax.Array:
     """Sums over all pixels of n arrays [B, H, W, C], [n, C], in two operations.
 
-    The second adds the sums of groups. Groups lie on one device, so that devices exchange only
-    their results, by one all-reduce.
+    The second adds the sums of groups, which are as many as a group has pixels. A group lies on one
+    device, so that devices exchange only their results, by one all-reduce.
     """
-    num_channels = arrays[0].shape[-1]
-    groups = math.gcd(arrays[0].size // num_channels, _GROUPS)
+    *sides, num_channels = arrays[0].shape
+    count = math.prod(sides)
+    groups = math.gcd(count, 2 ** (count.bit_length() // 2))
     grouped = [x.reshape(groups, -1, num_channels) for x in arrays]
     return jnp.stack(_column_sums(*grouped, axis=1)).sum(1)
 
