@@ -21,7 +21,7 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _column_sums(*arrays: jax.Array, axis: int = 0) -> list[jax.Array]:
+def _sums(axis: int, *arrays: jax.Array) -> list[jax.Array]:
     """Sums over an axis of arrays of one shape, in one operation."""
     zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
 
@@ -41,7 +41,8 @@ def _pixel_sums(*arrays: jax.Array) -> jax.Array:
     count = math.prod(sides)
     groups = math.gcd(count, 2 ** (count.bit_length() // 2))
     grouped = [x.reshape(groups, -1, num_channels) for x in arrays]
-    return jnp.stack(_column_sums(*grouped, axis=1)).sum(1)
+    sums = jnp.concatenate(_sums(1, *grouped), axis=-1).sum(0)
+    return sums.reshape(-1, num_channels)
 
 
 def _like(x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:
@@ -91,19 +92,21 @@ def _scaled(wide, mean, scale, bias):
 def _normalise_gradients(relu, residuals, output_grads):
     x, weight, bias, mean, inverse = residuals
     wide, count, scale = _wide(x), x.size // x.shape[-1], inverse * weight
-    grad = _wide(output_grads[0])
-    if relu:
-        grad = jnp.where(_scaled(wide, mean, scale, bias) > 0, grad, 0)
+
+    def grad(scale: jax.Array) -> jax.Array:
+        """The output's gradient before the ReLU."""
+        grad = _wide(output_grads[0])
+        return jnp.where(_scaled(wide, mean, scale, bias) > 0, grad, 0) if relu else grad
+
     centred = wide - _like(x, mean)[0]
-    bias_grad, products = _pixel_sums(grad, grad * centred)
+    summed = grad(scale)
+    bias_grad, products = _pixel_sums(summed, summed * centred)
     # What the batch's mean and variance add to the gradient of an output: a constant, and a
     # multiple of the centred input.
     constant, slope = _like(x, scale * bias_grad / count, scale * inverse**2 * products / count)
-    if relu:
-        # The barrier makes XLA compute the mask again, where it would write it to memory.
-        again = jax.lax.optimization_barrier(scale)
-        grad = jnp.where(_scaled(wide, mean, again, bias) > 0, _wide(output_grads[0]), 0)
-    x_grad = grad * _like(x, scale)[0] - constant - centred * slope
+    # The barrier lets XLA compute the ReLU's mask again; it would write it to memory.
+    again = grad(jax.lax.optimization_barrier(scale))
+    x_grad = again * _like(x, scale)[0] - constant - centred * slope
     return x_grad.astype(x.dtype), inverse * products, bias_grad, jnp.zeros_like(mean)
 
 
@@ -137,8 +140,10 @@ def _product(x, kernel, weight, bias):
     pixel_mean = _wide(x).mean(0)
     squares = jnp.einsum("nk,nl->kl", x, x, preferred_element_type=wide)
     covariance = squares / len(x) - jnp.outer(pixel_mean, pixel_mean)
-    spread = _matmul(covariance, kernel)
-    mean, var = _column_sums(kernel * pixel_mean.reshape(-1, 1), kernel * spread)
+    # One product for the covariance and the mean.
+    products = _matmul(jnp.concatenate([covariance, pixel_mean.reshape(1, -1)]), kernel)
+    spread, mean = products[:-1], products[-1]
+    var = (kernel * spread).sum(0)
     # Rounding can make a variance of 0 negative.
     inverse = jax.lax.rsqrt(jnp.maximum(var, 0) + EPSILON)
     scaled = (kernel * (inverse * weight).reshape(1, -1)).astype(x.dtype)
@@ -154,8 +159,8 @@ def _product_gradients(residuals, output_grads):
     grad, wide = output_grads[0], kernel.dtype
     bias_grad = _wide(grad).sum(0)
     scaled_grad = jnp.einsum("nk,nd->kd", x, grad, preferred_element_type=wide)
+    scale_grad = (kernel * scaled_grad).sum(0) - mean * bias_grad
     scaled_grad -= jnp.outer(pixel_mean, bias_grad)
-    scale_grad = (kernel * scaled_grad).sum(0)
     # The variance is w.S w for the covariance S and a column w of the kernel.
     var_grad = -0.5 * scale_grad * weight * inverse**3
     scale, twice = ((v.reshape(1, -1)) for v in (inverse * weight, 2 * var_grad))
