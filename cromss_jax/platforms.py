@@ -11,7 +11,8 @@ All forms of an operation give the same numbers up to rounding; tests compare th
 | BatchNorm in training | as derived | fused | as derived |
 | filters along an axis in bfloat16 | float32 | three bfloat16 parts | float32 |
 | crop, flips, rotation | matrices, blocks | gather | matrices, blocks |
-| labels in the search for thresholds | compared once | in every round | compared once |
+| search for thresholds | by modality | of all modalities | by modality |
+| its labels | compared once | in every round | compared once |
 | U-Net | plain | plain | packed |
 | optimizer | vectors joined | vectors' gradients joined | vectors joined |
 
@@ -47,15 +48,18 @@ class Forms:
       gathers: whether samples are cropped, flipped and rotated by gathering single pixels.
       joins_vectors: whether the optimizer works on all vectors joined into one.
       fuses_norms: whether BatchNorms are computed by `networks.fused`.
+      searches_together: whether the modalities' class thresholds are found in one search.
     """
 
     packs: bool = False
     gathers: bool = False
     joins_vectors: bool = True
     fuses_norms: bool = False
+    searches_together: bool = False
 
 
-CPU, GPU = Forms(), Forms(gathers=True, joins_vectors=False, fuses_norms=True)
+CPU = Forms()
+GPU = Forms(gathers=True, joins_vectors=False, fuses_norms=True, searches_together=True)
 
 
 def forms_for(mesh: jax.sharding.Mesh, *, can_pack: bool) -> Forms:

@@ -138,7 +138,9 @@ def make_update(
 
         loss, report, batch_stats, grads = gradients.value_and_grad(
             apply,
-            lambda logits: objective.training_loss(config, logits, batch, epoch, num_scopes),
+            lambda logits: objective.training_loss(
+                config, logits, batch, epoch, num_scopes, forms.searches_together
+            ),
             state.params,
             state.batch_stats,
             {m: batch[m] for m in config.modalities},
