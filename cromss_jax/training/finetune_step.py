@@ -203,7 +203,7 @@ def make_update(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            first_bad_step=first_bad_step(state, loss, norm, optax.tree.norm(params)),
+            first_bad_step=first_bad_step(state, loss, norm, params),
         )
         return new_state, report
 

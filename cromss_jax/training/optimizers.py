@@ -88,9 +88,12 @@ def _from_one(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
 
 
-def from_one_vector(grads: Any) -> Any:
-    """Returns gradients unchanged, their vectors as parts of a single one."""
+def from_memory(grads: Any) -> Any:
+    """Returns gradients unchanged, written to memory, their vectors as parts of a single one."""
     arrays, structure = jax.tree.flatten(grads)
+    # Without the barrier XLA would transpose a convolution's gradient in the kernel of its update,
+    # and run that twice, once for the norm of the new parameters.
+    arrays = jax.lax.optimization_barrier(arrays)
     vectors = iter(_from_one([x for x in arrays if x.ndim == 1]))
     return structure.unflatten([next(vectors) if x.ndim == 1 else x for x in arrays])
 

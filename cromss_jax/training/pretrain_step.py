@@ -160,12 +160,12 @@ def make_update(
                 (params, opt_state), grads = optimizers.join((before, grads))
                 norm_of = optax.tree.norm
             else:
-                grads, norm_of = optimizers.from_one_vector(grads), optimizers.norm
+                grads, norm_of = optimizers.from_memory(grads), optimizers.norm
                 batch_stats = optimizers.count_together(state.batch_stats, batch_stats)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             norm = norm_of(grads)
-            bad_step = first_bad_step(state, loss, norm, norm_of(params))
+            bad_step = first_bad_step(state, loss, norm, params, norm_of)
         if forms.joins_vectors:
             params, opt_state = optimizers.split((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,11 @@ class TrainState:
 
 
 def first_bad_step(
-    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params_norm: jax.Array
+    state: TrainState,
+    loss: jax.Array,
+    gradient_norm: jax.Array,
+    params: optax.Params,
+    norm: Callable[[optax.Params], jax.Array] = optax.tree.norm,
 ) -> jax.Array:
     """`TrainState.first_bad_step` after a step.
 
@@ -55,9 +59,10 @@ def first_bad_step(
       state: the state before the step.
       loss: scalar loss of the step.
       gradient_norm: scalar norm of the step's gradients.
-      params_norm: scalar norm of the parameters after the step.
+      params: the parameters after the step.
+      norm: a function for their norm.
     """
-    is_bad = ~jnp.isfinite(loss + gradient_norm + params_norm)
+    is_bad = ~jnp.isfinite(loss + gradient_norm + norm(params))
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
 

@@ -57,7 +57,7 @@ def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
 
 def test_forms_for_gpus_change_no_number():
     grads = params(0)
-    jax.tree.map(np.testing.assert_array_equal, optimizers.from_one_vector(grads), grads)
+    jax.tree.map(np.testing.assert_array_equal, optimizers.from_memory(grads), grads)
     before = {"count": jnp.int32(7), "mean": jnp.zeros(3), "other": jnp.int32(0)}
     after = {"count": jnp.int32(9), "mean": jnp.ones(3), "other": jnp.int32(1)}
     found = optimizers.count_together(before, after)
