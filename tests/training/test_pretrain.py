@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -239,6 +240,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         ({"network.depth": 101}, "choose from 10, 18, 34, 50"),
         ({"augmentation.rotation_probability": 20.0}, "is 20.0; it must be from 0 to 1"),
         ({"selection.final_keep_fraction": -0.5}, "is -0.5; it must be from 0 to 1"),
+        ({"optimizer.momentum": 1.0}, "is 1.0; it must be from 0 to below 1"),
+        ({"optimizer.learning_rate": math.nan}, "is nan; it must be above 0"),
+        ({"optimizer.l2": -1e-8}, "is -1e-08; it must be at least 0"),
+        ({"schedule.factor": 1.0}, "is 1.0; it must be above 0 and below 1"),
+        ({"schedule.decay": 1.02}, "is 1.02; it must be above 0 and at most 1"),
+        ({"loss.consistency_weight": math.inf}, "is inf; it must be at least 0"),
+        ({"augmentation.max_angle": 360.0}, "is 360.0; it must be from 0 to 180"),
         ({"loss.prior_weight": 0.9, "loss.uniform_weight": 0.2}, "are 1.1 together; make them at"),
         ({"modalities": ("s1",)}, "use 'none' for one modality"),
     ],
