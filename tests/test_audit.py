@@ -1,7 +1,7 @@
 """The command `audit`: a whole data set, folds by place, what a fold's network sees."""
 
 import json
-import subprocess
+import os
 import types
 
 import numpy as np
@@ -12,7 +12,7 @@ from cromss_jax import folds as spatial
 from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
-from tests import runs
+from tests import commands, environment, runs
 from tests.mapping.weights import write_weights
 
 LOCATIONS, SEASONS, SIZE = 12, 2, 48
@@ -26,13 +26,12 @@ def data_dir(tmp_path_factory):
 
 def test_a_data_set_is_judged(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid")
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
         output=tmp_path / "audit",
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
@@ -133,14 +132,16 @@ def test_a_network_of_a_fold_never_sees_its_locations(data_dir, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_folds_are_trained_and_judge(data_dir, tmp_path):
+def test_folds_are_trained_and_judge(data_dir, tmp_path, monkeypatch):
+    # Of several programs that are compiled here, none is compared with another.
+    monkeypatch.setenv("XLA_FLAGS", " ".join([os.environ["XLA_FLAGS"], *environment.QUICKLY]))
     flags = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
     flags |= {"config.num_epochs": 1, "config.batch_size": 4}
-    line = runs.command(
+    made = commands.run_flags(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=tmp_path / "run", **flags
     )
-    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
-    line = runs.command(
+    assert made.returncode == 0, made.stderr
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "run",
         data_dir=data_dir,
@@ -148,7 +149,6 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
         folds=2,
         maps=False,
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert report["made"]["judged by"].startswith("2 networks like")
@@ -159,13 +159,12 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
 
 def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid", classes=presets.WORLDCOVER)
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
         output=tmp_path / "audit",
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
     assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]

@@ -117,9 +117,12 @@ def test_gradient_of_the_squares_is_in_bfloat16_and_right():
     )
 
 
-def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
+@pytest.mark.parametrize(
+    "variant", ["sample,modality=s2", pytest.param("sample", marks=pytest.mark.slow)]
+)
+def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch, variant):
     """Losses, thresholds, gradients of one step in float32, from the same records."""
-    config = runs.tiny_config("unused", **{"batch_size": B, "data.crop_size": SIZE})
+    config = runs.tiny_config("unused", variant, **{"batch_size": B, "data.crop_size": SIZE})
     records = {k: jnp.asarray(v) for k, v in make_records().items()}
 
     def step(forms):
