@@ -34,7 +34,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from configs import finetune, pretrain
-from tests import commands, runs
+from tests import commands, environment, runs
 
 ROOT = runs.ROOT
 PACKAGES = ("configs", "cromss_jax", "data_prep", "tests")
@@ -167,7 +167,9 @@ def patched_smp(depth: int) -> contextlib.AbstractContextManager:
     ("name", "depth"),
     [*((name, 10) for name in TEXTS), pytest.param("README.md", 18, marks=pytest.mark.slow)],
 )
-def test_blocks(name, depth, clone, pool, record_property):
+def test_blocks(name, depth, clone, pool, record_property, monkeypatch):
+    # `make test-slow` compiles as users do, which takes minutes here; no numbers are compared.
+    monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     counts = collections.Counter()
 
     def by_its_mark(example: Example, evaluate: Callable[[Example, str], None]) -> None:

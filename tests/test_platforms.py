@@ -12,7 +12,7 @@ from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import convolution, layers
 from cromss_jax.training import pretrain_step
-from tests import runs
+from tests import environment, runs
 from tests.data.test_preprocess import SIZE, B, T, make_records
 from tests.training.test_sharding import away_from_kinks
 
@@ -129,7 +129,7 @@ def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch, variant):
         definition = pretrain_step.network_definition(config)
         train_step = pretrain_step.make_train_step(config, definition, 64, forms=forms)
         state = away_from_kinks(jax.jit(init)(jax.random.key(0)))
-        return jax.jit(train_step)(state, records)
+        return jax.jit(train_step, compiler_options=environment.QUICK_OPTIONS)(state, records)
 
     def init(key):
         return pretrain_step.init_state(config, key)
