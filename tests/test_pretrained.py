@@ -15,7 +15,7 @@ from flax import nnx
 import cromss_jax
 from configs import finetune as finetune_config
 from cromss_jax import convert, presets, sensors
-from cromss_jax.data import input_pipeline, preprocess
+from cromss_jax.data import input_pipeline, preprocess, validation_split
 from cromss_jax.method import metrics
 from cromss_jax.training import finetune, pretrain
 from cromss_jax.weights import files as weight_files
@@ -120,7 +120,7 @@ def test_a_process_with_x64_gets_the_same_float32(decoder, tmp_path):
 def test_a_pretraining_runs_scores_come_from_its_predictions(pretraining, pretrained):
     workdir, config = pretraining
     dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
-    _, held_back = input_pipeline.split_locations(
+    _, held_back = validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
     (rows,) = input_pipeline.validation_records(dataset, held_back, 4)

@@ -277,6 +277,8 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"optimizer.learning_rate": 1e-6}, "learning_rate is 1e-06; make both positive"),
         ({"network.fusion": "mid"}, "choose from none"),
         ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
+        ({"optimizer.layer_decay": 0.0}, "is 0.0; it must be above 0 and at most 1"),
+        ({"data.num_train_tiles": -1}, "is -1; it must be at least 0"),
         ({"data.test_split": "exam"}, "no split 'exam': choose one of"),
         ({"data.name": "ssl4eo_s12_dw"}, "--dataset=ssl4eo_s12_dw"),
     ],
