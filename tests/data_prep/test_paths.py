@@ -117,7 +117,7 @@ def test_affinity_limits_the_workers():
         os.sched_setaffinity(0, {min(before)})
         assert cpus.available() == 1
         line = runs.command("data_prep.build", help=True)
-        result = subprocess.run(line, capture_output=True, text=True)
+        result = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
         flag = result.stdout.split("--num_workers: ")[1].split("--patch_size")[0]
         assert "(default: '1')" in flag
     finally:
