@@ -2,7 +2,7 @@
 
 Eight simulated CPU devices, counted when the backend starts; quick compilation, shared. With
 TEST_PLATFORM=cuda (or tpu, or cpu) the real devices of that platform instead, compiled as users do;
-tests that need several devices then fail on one.
+tests that need several devices then fail on one. The CPU is there, too, for tests of its programs.
 """
 
 import importlib.metadata
@@ -32,7 +32,7 @@ if not worker:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cromss_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     platform = os.environ.get("TEST_PLATFORM")
-    os.environ["JAX_PLATFORMS"] = platform or "cpu"
+    os.environ["JAX_PLATFORMS"] = f"{platform},cpu" if platform not in (None, "", "cpu") else "cpu"
     xla_flags = [] if platform else ["--xla_force_host_platform_device_count=8"]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla_flags])
     if not (platform or os.environ.get("COMPILE_AS_USERS")):

@@ -34,12 +34,12 @@ def _remembering(make: Callable[..., Callable]) -> Callable[..., Callable]:
     made = {}
 
     @functools.wraps(make)
-    def remembering(config, *arguments):
+    def remembering(config, *arguments, **named):
         fields = json.loads(config.to_json())
         fields["init_from"] = None  # weights are read before the first step
-        key = (json.dumps(fields, sort_keys=True), *arguments)
+        key = (json.dumps(fields, sort_keys=True), *arguments, *sorted(named.items()))
         if key not in made:
-            made[key] = make(config, *arguments)
+            made[key] = make(config, *arguments, **named)
         return made[key]
 
     return remembering

@@ -106,12 +106,12 @@ def jit_train_step(
 ) -> Callable:
     """`pretrain_step.make_train_step`, jitted for a mesh: batch sharded, state donated.
 
-    On TPUs a U-Net trains packed (see `fusion.make_network`), although `definition` is that of the
-    plain networks. Elsewhere packing costs more than it saves.
+    `definition` is that of the networks in their forms for CPUs; they train in the forms for the
+    mesh's devices (`platforms`).
     """
     forms = platforms.forms_for(mesh, can_pack=config.network.decoder == "unet")
-    if forms.packs:
-        definition = pretrain_step.network_definition(config, packed=True)
+    if forms.packs or forms.fuses_norms:
+        definition = pretrain_step.network_definition(config, forms)
     scopes = count_scopes(config, mesh)
     train_step = pretrain_step.make_train_step(
         config, definition, num_locations, scopes, mesh, forms

@@ -56,11 +56,12 @@ def load_run(step: epath.Path) -> Weights:
     if not description.exists():
         raise WeightsError(f"{run} is missing: it describes the network of {step}; restore it")
     try:
-        content = json.loads(description.read_text())
+        content = files.parse_json(description.read_bytes())
         if own.exists():
             bands = check_bands(content["network"]["bands"])
             network = Network(**{**content["network"], "bands": bands})
             card = dict(content["card"])
+            cards.check(card, description)
         else:
             network = Network.of_config(content)
             card = cards.of_run(step, network)

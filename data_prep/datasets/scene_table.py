@@ -109,7 +109,11 @@ def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Ro
     except (OSError, UnicodeDecodeError) as error:
         raise errors.BuildError(f"--table={path} cannot be read as UTF-8 text: {error}") from error
     reader = csv.reader(io.StringIO(text))
-    header = [cell.strip().lower() for cell in next(reader, [])]
+    try:
+        header, *lines = [(reader.line_num, cells) for cells in reader] or [(1, [])]
+    except csv.Error as error:
+        raise errors.BuildError(f"--table={path} is damaged or no table: {error}") from error
+    header = [cell.strip().lower() for cell in header[1]]
     unknown = [name for name in header if name not in COLUMNS or header.count(name) > 1]
     missing = [name for name in required if name not in header]
     if unknown or missing:
@@ -122,8 +126,8 @@ def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Ro
             f"{text.partition(chr(10))[0].strip()!r}"
         )
     rows = [
-        _row(path, reader.line_num, header, cells, required)
-        for cells in reader
+        _row(path, line, header, cells, required)
+        for line, cells in lines
         if any(map(str.strip, cells))
     ]
     if not rows:
@@ -190,19 +194,23 @@ def find_files(folder: pathlib.Path, where: str, cell: str) -> tuple[pathlib.Pat
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in filter(None, map(str.strip, cell.split(";"))):
-        # A path as it is may hold brackets.
-        exact = folder / os.path.expanduser(pattern)
-        matches = [exact] if exact.exists() else []
+        shown = pattern if pattern.isprintable() else repr(pattern)
+        try:
+            # A path as it is may hold brackets.
+            exact = folder / os.path.expanduser(pattern)
+            matches = [exact] if exact.exists() else []
+            if not matches:
+                names = glob.glob(os.path.expanduser(pattern), root_dir=folder, recursive=True)
+                matches = [folder / name for name in sorted(names)]
+        except (OSError, ValueError) as error:  # too long, or with a character that no path has
+            raise errors.BuildError(f"{where} names {shown}, which is no path ({error})") from error
         if not matches:
-            names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=folder, recursive=True))
-            matches = [folder / name for name in names]
-        if not matches:
-            raise errors.BuildError(f"{where} names {pattern}, which matches no file in {folder}")
+            raise errors.BuildError(f"{where} names {shown}, which matches no file in {folder}")
         for match in matches:
             if match.is_dir() and not safe.is_product(match):
                 raise errors.BuildError(
                     f"{where} names the folder {match.name}, which is no .SAFE product: "
-                    f"name its files, for instance {pattern.rstrip('/')}/*.tif"
+                    f"name its files, for instance {shown.rstrip('/')}/*.tif"
                 )
             found[match] = None
     return tuple(found)

@@ -1,5 +1,8 @@
 """Which record comes when: every location once an epoch, the same for any number of processes."""
 
+import dataclasses
+import hashlib
+import json
 import pathlib
 import shutil
 
@@ -124,6 +127,32 @@ def test_validation_covers_every_season_and_pads_with_ignored_labels(dataset):
     assert (dataset.source[17]["labels"] != 255).all()  # the record itself is untouched
 
 
+def test_a_row_of_padding_repeats_the_first_record_and_ignores_labels_and_truth(dataset):
+    for record in dataset.source:
+        record["truth"] = record["labels"][0]
+    with_truth = dataclasses.replace(dataset, has_truth=True)
+    batch = input_pipeline.read_batch(with_truth, ("s1", "s2"), np.array([7, 12, -1]))
+    np.testing.assert_array_equal(batch["s1"][:, 0, 0, 0], [7, 12, 7])
+    np.testing.assert_array_equal(batch["s2_60m"][:, 0, 0, 0], [7, 12, 7])
+    for name in ("labels", "truth"):
+        assert (batch[name][2] == sensors.IGNORE_LABEL).all()
+        assert (batch[name][:2] != sensors.IGNORE_LABEL).all()
+
+
+def test_the_identity_has_tile_size_seasons_and_records(dataset):
+    class Source(list):
+        built_digest = "of the records"
+
+    whole = dataclasses.replace(dataset, source=Source(dataset.source))
+    counts = hashlib.sha256(np.asarray(COUNTS, "<i8").tobytes()).hexdigest()
+    assert whole.identity == {
+        "tile_size": 6,
+        "season_counts": counts,
+        "records": {"built": "of the records"},
+    }
+    assert whole.padded_to(7).identity["tile_size"] == 12
+
+
 def test_missing_data_says_what_and_how(tmp_path):
     with pytest.raises(input_pipeline.DataError) as error:
         input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
@@ -150,6 +179,17 @@ def data_dir(built, tmp_path_factory):
     folder = shutil.copytree(built, tmp_path_factory.mktemp("earlier") / "data")
     runs.change_digest(folder, None)
     return str(folder)
+
+
+def test_the_newest_version_is_opened(built, tmp_path):
+    """By number, not by text; what a killed build leaves is none."""
+    folder = shutil.copytree(built, tmp_path / "data") / "ssl4eo_s12_nol"
+    (version,) = folder.iterdir()
+    for number in ("1.9.0", "1.10.0", "incomplete.ABC_1.11.0"):
+        shutil.copytree(version, folder / number)
+    (path,) = (folder / "1.10.0").glob("metadata.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "records_digest": {"train": "x"}}))
+    assert open_built(tmp_path / "data").source.built_digest == "x"
 
 
 def open_built(data_dir) -> input_pipeline.TileDataset:

@@ -10,6 +10,11 @@ from cromss_jax.data.input_pipeline import DataError
 def test_held_back_locations():
     train, held_back = validation_split.split_locations(1000, 0.01, seed=0)
     assert len(held_back) == 10
+    for part in (train, held_back):
+        np.testing.assert_array_equal(part, np.sort(part))
+    # 1.98 are rounded, not cut off.
+    assert len(validation_split.split_locations(99, 0.02, seed=0)[1]) == 2
+    assert not np.array_equal(held_back, validation_split.split_locations(1000, 0.01, seed=1)[1])
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
     assert len(validation_split.split_locations(4, 0.01, seed=0)[1]) == 1
     assert len(validation_split.split_locations(4, 0.0, seed=0)[1]) == 0
