@@ -8,6 +8,26 @@ from cromss_jax.legend import Legend
 
 
 @dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """Which labels an audit changes.
+
+    Attributes:
+      audit: folder of `cromss_jax.audit`.
+      above: labels that are wrong with this probability or more are changed.
+      how: "replace" by the class that is suggested, or "ignore".
+    """
+
+    audit: str
+    above: float = 0.9
+    how: str = "replace"
+
+    @property
+    def past(self) -> str:
+        """What has been done."""
+        return f"{self.how}d"
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """Limits and corrections that all data sets share.
 
@@ -21,6 +41,7 @@ class Options:
       s2_bands: its bands in the order of `sensors.S2_BANDS`; empty for all of the level.
       legend: of the labels; None for the data set's own.
       labels: which labels DFC2020 is built with: "dfc", or "lc" (MODIS) with "dfc" as truth.
+      cleaning: labels to change; None for none.
     """
 
     s2_offset: int | None = None
@@ -34,6 +55,7 @@ class Options:
     s2_bands: tuple[str, ...] = ()
     legend: Legend | None = None
     labels: str = "dfc"
+    cleaning: Cleaning | None = None
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -56,6 +78,7 @@ class Options:
             "modalities": list(self.modalities),
             "s2_level": self.s2_level,
             "s2_bands": list(self.bands.get("s2", ())),
+            **({"cleaning": dataclasses.asdict(self.cleaning)} if self.cleaning else {}),
         }
 
 
