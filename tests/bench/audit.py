@@ -52,13 +52,13 @@ Predictions = list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
 
 def make_data(folder: pathlib.Path, seed: str) -> None:
     """Writes and builds a world, unless it is there."""
-    source, more = folder / f"src{seed}", {"seasons": SEASONS}
+    source, more = folder / f"src{seed}", {"seasons": SEASONS, "locations": LOCATIONS}
     if _DATASET.value == "dfc2020":
-        more = {"format": "dfc2020", "labels": "lc"}
+        # Its first half is the training split.
+        more = {"format": "dfc2020", "labels": "lc", "locations": 2 * LOCATIONS}
     if not source.exists():
         line = runs.command(
-            "data_prep.sample", output_dir=source, locations=LOCATIONS, tile_size=SIZE, seed=seed,
-            **more,
+            "data_prep.sample", output_dir=source, tile_size=SIZE, seed=seed, **more
         )  # fmt: skip
         subprocess.run(line, check=True, cwd=runs.ROOT)
     build(folder, seed, "data")
