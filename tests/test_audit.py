@@ -1,6 +1,7 @@
 """The command `audit`: a whole data set, folds by place, what a fold's network sees."""
 
 import json
+import signal
 import subprocess
 import types
 
@@ -215,6 +216,17 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
         folds=2,
         maps=False,
     )
+    # Interrupted while it trains it saves, as training alone does, and goes on from there.
+    process = subprocess.Popen(
+        [*line, "--preemption_status=143"], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for text in process.stderr:
+        if "locations to train on" in text:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate()
+    assert process.returncode == 143, rest
+    assert "interrupted: " in rest
     done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())

@@ -301,6 +301,7 @@ def measure(folder: pathlib.Path, seed: str) -> dict:
     figures = {"ranking": shown, "rates": rates(content, found, num_classes)}
     if _DATASET.value == "ssl4eo_s12_nol":
         figures["kinds"] = by_kind(found, seed)
+    print(json.dumps({seed: figures}), flush=True)
     if "clean" in _STAGES.value:
         audit = folder / f"audit{seed}"
         build(folder, seed, "cleaned", replace_labels=audit, above=_ABOVE.value)
@@ -366,7 +367,7 @@ def main(_) -> None:
     results = {}
     for seed in _SEEDS.value:
         results[seed] = measure(folder, seed)
-        print(json.dumps({seed: results[seed]}, indent=1), flush=True)
+        print(json.dumps({seed: results[seed]}), flush=True)
     print(json.dumps({"dataset": _DATASET.value, "above": _ABOVE.value, "seeds": results}))
 
 
