@@ -12,7 +12,7 @@ from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import convolution
 from cromss_jax.training import pretrain_step
-from tests import runs
+from tests import environment, runs
 from tests.data.test_preprocess import SIZE, B, T, make_records
 from tests.training.test_sharding import away_from_kinks
 
@@ -101,16 +101,19 @@ def test_padded_channels_change_no_number(monkeypatch, in_channels, out_channels
     jax.tree.map(np.testing.assert_array_equal, results(), expected)
 
 
-def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
+@pytest.mark.parametrize(
+    "variant", ["sample,modality=s2", pytest.param("sample", marks=pytest.mark.slow)]
+)
+def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch, variant):
     """Losses, thresholds, gradients of one step in float32, from the same records."""
-    config = runs.tiny_config("unused", **{"batch_size": B, "data.crop_size": SIZE})
+    config = runs.tiny_config("unused", variant, **{"batch_size": B, "data.crop_size": SIZE})
     records = {k: jnp.asarray(v) for k, v in make_records().items()}
 
     def step(forms):
         definition = pretrain_step.network_definition(config, forms)
         train_step = pretrain_step.make_train_step(config, definition, 64, forms=forms)
         state = away_from_kinks(jax.jit(init)(jax.random.key(0)))
-        return jax.jit(train_step)(state, records)
+        return jax.jit(train_step, compiler_options=environment.QUICK_OPTIONS)(state, records)
 
     def init(key):
         return pretrain_step.init_state(config, key)

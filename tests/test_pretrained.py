@@ -57,6 +57,7 @@ def finetuning(tmp_path_factory):
     changes = {
         "data.dir": str(folder / "data"),
         "data.crop_size": 32,
+        "network.depth": 10,
         "batch_size": 4,
         "num_devices": 1,
         "num_epochs": 2,
