@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+import cromss_jax
 from cromss_jax import sensors
-from cromss_jax.mapping import job, scene_map
+from cromss_jax.mapping import job, products, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained
+from cromss_jax.training import devices, settings
 from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_scan, scene_table
 from data_prep.reading import bands, warping
@@ -193,11 +195,69 @@ def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_tabl
     return dataclasses.replace(acquisition, s2=tuple(filter(None, kept)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A scene to map; picklable.
+
+    Attributes:
+      name: of its folder; empty for the only scene.
+      date: of the Sentinel-2 image, or `NO_DATE`.
+      files: by modality.
+      s2_offset: None to find it out.
+      settings: how it is mapped.
+      folder: to write to.
+    """
+
+    name: str
+    date: datetime.datetime
+    files: Mapping[str, tuple[pathlib.Path, ...]]
+    s2_offset: int | None
+    settings: job.Settings
+    folder: pathlib.Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the map is finished."""
+        return (self.folder / products.IDENTITY).exists()
+
+
+def load(checkpoint: str, compiled: str) -> Pretrained:
+    """Loads a network that maps, and prepares JAX for it.
+
+    Args:
+      checkpoint: a run, a checkpoint, or a file of weights.
+      compiled: folder for what is compiled.
+
+    Raises:
+      SceneError: if it has no decoder.
+      WeightsError, devices.DeviceError: if it cannot be loaded or used.
+    """
+    settings.use_default_numbers()
+    settings.keep_compiled(compiled)
+    devices.check()
+    model = cromss_jax.load(checkpoint)
+    for note in model.notes:
+        _log.info("%s", note)
+    if model.description.num_classes is None:
+        raise SceneError(
+            f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
+            "it, and give that run"
+        )
+    return model
+
+
+def map_task(task: Task, model: Pretrained) -> None:
+    """Opens and maps a scene; raises what `open_scene` and `job.make_map` raise."""
+    name = task.name or "the scene"
+    scene, facts = open_scene(task.files, name, task.date, model, task.s2_offset)
+    predict(model, scene, facts, task.settings, task.folder)
+
+
 def predict(
     model: Pretrained,
     scene: Scene,
     facts: Mapping[str, Any],
-    settings: job.Settings,
+    chosen: job.Settings,
     folder: pathlib.Path,
 ) -> None:
     """Maps a scene; see `job.make_map`.
@@ -206,7 +266,7 @@ def predict(
       model: a whole network of the scene's modalities.
       scene: to map.
       facts: what was found out about it, for the summary.
-      settings: how.
+      chosen: how.
       folder: to write to.
     """
     images = {}
@@ -224,7 +284,7 @@ def predict(
         scene,
         MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform),
         job.Network(model.network, decoders.STRIDES[model.description.decoder], _legend(model)),
-        settings,
+        chosen,
         folder,
         {"images": images, "s2_offset": scene.units.s2_offset},
         told,

@@ -9,6 +9,7 @@ python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --be
 import concurrent.futures.process
 import dataclasses
 import functools
+import os
 import signal
 import sys
 import time
@@ -23,8 +24,9 @@ from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
+from data_prep.finding import sources
 from data_prep.reading import bands, legends, proj
-from data_prep.writing import records
+from data_prep.writing import cleaning, records
 from data_prep.writing.builder import LocationBuilder
 
 BUILDERS = {
@@ -176,6 +178,21 @@ _IGNORE_CLOUDS = flags.DEFINE_boolean(
     False,
     "terramesh and ssl4eo_s12_v1_1 only: what their cloud_mask calls cloud or shadow has no label.",
 )
+_REPLACE_LABELS = flags.DEFINE_string(
+    "replace_labels",
+    None,
+    "Folder of cromss_jax.audit: labels that it found wrong become the class that it suggests.",
+)
+_IGNORE_LABELS = flags.DEFINE_string(
+    "ignore_labels", None, "The same, but these labels are ignored (255) instead."
+)
+_ABOVE = flags.DEFINE_float(
+    "above",
+    options.Cleaning.above,
+    "Labels that are wrong with this probability or more are replaced or ignored.",
+    lower_bound=0.01,
+    upper_bound=1,
+)
 _BEAM = flags.DEFINE_boolean(
     "beam",
     False,
@@ -217,6 +234,7 @@ def _options() -> options.Options:
     if not modalities:
         raise errors.BuildError("--modalities is empty: choose s1, s2 or both")
     return options.Options(
+        cleaning=_cleaning(),
         modalities=tuple(m for m in sensors.MODALITIES if m in modalities),
         s2_level=_S2_LEVEL.value,
         s2_bands=tuple(band for band in known if band in s2_bands),
@@ -228,6 +246,30 @@ def _options() -> options.Options:
         max_days=_MAX_DAYS.value,
         test_cities=tuple(_TEST_CITIES.value),
     )
+
+
+def _cleaning() -> options.Cleaning | None:
+    """Which labels are changed.
+
+    Raises:
+      errors.BuildError: if the flags contradict each other, or the audit is not finished.
+    """
+    given = {"replace": _REPLACE_LABELS.value, "ignore": _IGNORE_LABELS.value}
+    chosen = [how for how, folder in given.items() if folder is not None]
+    if len(chosen) > 1:
+        raise errors.BuildError(
+            "--replace_labels and --ignore_labels are given: choose one of them"
+        )
+    if not chosen:
+        if _ABOVE.present:
+            raise errors.BuildError(
+                f"--above={_ABOVE.value:g} is for --replace_labels or --ignore_labels: add one of "
+                "them with the folder of an audit"
+            )
+        return None
+    found = options.Cleaning(os.fspath(sources.absolute(given[chosen[0]])), _ABOVE.value, chosen[0])
+    cleaning.check(found)
+    return found
 
 
 def build(beam_args: Sequence[str] = ()) -> str:
@@ -343,6 +385,12 @@ def _existing(
             f"{final_dir} was built with another legend than --legend={_LEGEND.value}: delete it, "
             "or choose another --data_dir"
         )
+    changed = wanted.pop("cleaning", None)
+    if info.metadata.get("cleaning") != changed:
+        raise errors.BuildError(
+            f"{final_dir} was built with other labels, {_cleaned_text(info.metadata)}: delete it, "
+            "or choose another --data_dir"
+        )
     for name, value in wanted.items():
         # Data sets of earlier versions do not say all options.
         found = info.metadata.get(name, value)
@@ -356,6 +404,13 @@ def _existing(
         f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
         "build it again."
     )
+
+
+def _cleaned_text(metadata: Mapping[str, Any]) -> str:
+    """What was done to the labels of a data set."""
+    if not (found := metadata.get("cleaning")):
+        return "those of its sources"
+    return f"--{found['how']}_labels={found['audit']} --above={found['above']:g}"
 
 
 def _text(value: object) -> str:

@@ -9,6 +9,26 @@ from cromss_jax.legend import Legend
 
 
 @dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """Which labels an audit changes.
+
+    Attributes:
+      audit: folder of `cromss_jax.audit`.
+      above: labels that are wrong with this probability or more are changed.
+      how: "replace" by the class that is suggested, or "ignore".
+    """
+
+    audit: str
+    above: float = 0.9
+    how: str = "replace"
+
+    @property
+    def past(self) -> str:
+        """What has been done."""
+        return f"{self.how}d"
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """Limits and corrections that all data sets share.
 
@@ -24,6 +44,7 @@ class Options:
       block_size: side in metres of the blocks of the earth that are held back as a whole for
         validation; 0 to hold back locations singly. Scenes have their own, see `scenes.Cutting`.
       labels: which labels DFC2020 is built with: "dfc", or "lc" (MODIS) with "dfc" as truth.
+      cleaning: labels to change; None for none.
     """
 
     s2_offset: int | None = None
@@ -38,6 +59,7 @@ class Options:
     legend: Legend | None = None
     block_size: float = 0.0
     labels: str = "dfc"
+    cleaning: Cleaning | None = None
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -78,6 +100,7 @@ class Options:
             "s2_level": self.s2_level,
             "s2_bands": list(self.bands.get("s2", ())),
             "block_size": self.block_size,
+            **({"cleaning": dataclasses.asdict(self.cleaning)} if self.cleaning else {}),
         }
 
 

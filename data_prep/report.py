@@ -38,6 +38,7 @@ KINDS = {
     "found twice": "Samples that are in two shards. The first of them is used.",
     "shards differ": "Shards of one name with other keys, or in another order; matched by key.",
     "not paired": "Images of a location without a partner of a near date. They were not read.",
+    "not audited": "Locations without maps in the audit; their labels were kept.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
 }
 # Files named for each kind of finding. Those that were not read are listed, the others counted.

@@ -25,7 +25,9 @@ ROOMS = (
 GROUND = {"blocks", "sensors", "legend", "presets", "files", "lock", "package", "platforms"}
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
-READERS_OF_SCENES = tuple(f"cromss_jax.{name}" for name in ("predict", "scenes", "audit", "folds"))
+READERS_OF_SCENES = tuple(
+    f"cromss_jax.{name}" for name in ("predict", "predict_beam", "scenes", "audit", "folds")
+)
 # What of cromss_jax data_prep imports.
 PREPARED_WITH = ("blocks", "sensors", "legend", "presets", "files", "lock")
 READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")

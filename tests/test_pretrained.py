@@ -57,6 +57,7 @@ def finetuning(tmp_path_factory):
     changes = {
         "data.dir": str(folder / "data"),
         "data.crop_size": 32,
+        "network.depth": 10,
         "batch_size": 4,
         "num_devices": 1,
         "num_epochs": 2,
@@ -265,7 +266,7 @@ def test_a_run_a_checkpoint_and_a_folder_are_the_same(finetuning, finetuned, tmp
     for model in (cromss_jax.load(path), cromss_jax.load(saved(tmp_path / "copy", source))):
         assert model.card == finetuned.card
         assert model.legend == finetuned.legend
-        assert repr(model).startswith("Pretrained(ResNet-18 PSPNet of S2 B1 B2")
+        assert repr(model).startswith("Pretrained(ResNet-10 PSPNet of S2 B1 B2")
         kernel = model.network.encoder.conv1.weight[...]
         np.testing.assert_array_equal(kernel, finetuned.network.encoder.conv1.weight[...])
 

@@ -21,7 +21,7 @@ from data_prep.finding import file_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import geotiff
 from data_prep.report import Finding
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 
 def find_files(
@@ -195,7 +195,10 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         super().__init__(
             data_dir=data_dir,
             splits=splits,
-            read=functools.partial(read, tile_size=tile_size, patch_size=patch_size),
+            read=cleaning.cleaned(
+                functools.partial(read, tile_size=tile_size, patch_size=patch_size),
+                options.cleaning,
+            ),
             features=tiles.features(side, described, "truth" in legends),
             metadata={
                 "tile_size": side,

@@ -24,7 +24,7 @@ from data_prep.options import DEFAULT, Options
 from data_prep.reading import pairing, warping
 from data_prep.reading.rasters import Layer
 from data_prep.reading.warping import Grid
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 _WGS84 = rasterio.CRS.from_epsg(4326).to_wkt()
 _WEB_MERCATOR = 3857
@@ -107,12 +107,15 @@ class Scenes(builder.LocationBuilder):
         super().__init__(
             data_dir=data_dir,
             splits=splits,
-            read=functools.partial(
-                scene_tiles.read_tile,
-                band_list=band_list,
-                max_seasons=max_seasons,
-                min_labelled=cutting.min_labelled,
-                options=options,
+            read=cleaning.cleaned(
+                functools.partial(
+                    scene_tiles.read_tile,
+                    band_list=band_list,
+                    max_seasons=max_seasons,
+                    min_labelled=cutting.min_labelled,
+                    options=options,
+                ),
+                options.cleaning,
             ),
             features=scene_tiles.features(side, max_seasons, band_list, has_truth),
             metadata={

@@ -25,7 +25,7 @@ from data_prep.datasets.nol_table import TABLE, Location, read_table
 from data_prep.finding import component_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.report import Finding
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 # The names that each component has in the published archives.
 COMPONENTS = {
@@ -160,8 +160,11 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         super().__init__(
             data_dir=data_dir,
             splits={"train": locations},
-            read=functools.partial(
-                read, tile_size=tile_size, has_truth=has_truth, is_native=is_native
+            read=cleaning.cleaned(
+                functools.partial(
+                    read, tile_size=tile_size, has_truth=has_truth, is_native=is_native
+                ),
+                options.cleaning,
             ),
             features=nol_locations.features(tile_size, max_seasons, has_truth, described),
             metadata={

@@ -12,7 +12,7 @@ from data_prep.datasets import zarr_samples, zarr_shards
 from data_prep.finding import sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import zarr_stores
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 # 0 is nodata, 8 is cloud.
 LULC = presets.ESRI.with_values({1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 9: 7}, ignored=(0, 8))
@@ -68,7 +68,10 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         super().__init__(
             data_dir=data_dir,
             splits=found,
-            read=functools.partial(read, tile_size=tile_size, max_seasons=max_seasons),
+            read=cleaning.cleaned(
+                functools.partial(read, tile_size=tile_size, max_seasons=max_seasons),
+                options.cleaning,
+            ),
             features=zarr_samples.features(tile_size, max_seasons, band_list),
             metadata={
                 "tile_size": tile_size,

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import pathlib
 import shutil
-import subprocess
 import tarfile
 import zipfile
 
@@ -22,7 +21,7 @@ from data_prep.options import Options
 from data_prep.reading import labels as label_reading
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import world
-from tests import runs
+from tests import commands
 
 TILE_SIZE = 36
 SEED = 3
@@ -587,10 +586,7 @@ def test_wrong_tree_says_what_was_looked_for(templates, tmp_path, name, missing,
 
 
 def test_commands(templates, tmp_path):
-    def run(module, **flags):
-        line = runs.command(module, **flags)
-        return subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
-
+    run = commands.run_flags
     tree, data_dir = tmp_path / "tree", tmp_path / "data"
     flags = {"output_dir": tree, "format": "dfc2020", "locations": 3, "tile_size": 24}
     refused = run("data_prep.sample", seasons=2, **flags)

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from data_prep import errors
 from data_prep.datasets import downstream
 from data_prep.options import Options
 from data_prep.reading import legends
-from tests import runs
+from tests import commands
 from tests.data_prep import trees
 
 CSV = "value,name,colour\n111,urban,#E6004D\n311,forest,#80ff00\n"
@@ -179,8 +178,7 @@ def test_rasters_without_a_legend(tmp_path):
 
 
 def build_command(*flags) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "data_prep.build", *map(str, flags)]
-    return subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    return commands.run("data_prep.build", *flags)
 
 
 @pytest.fixture(scope="module")

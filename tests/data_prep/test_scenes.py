@@ -5,7 +5,6 @@ import datetime
 import json
 import pathlib
 import shutil
-import subprocess
 import warnings
 import zipfile
 
@@ -30,7 +29,7 @@ from data_prep.datasets import (
     scenes,
 )
 from data_prep.reading import rasters, registration, warping
-from tests import runs
+from tests import commands
 
 UTM33, UTM32, DEGREES, EUROPE = "EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3035"
 LEFT, TOP = 400_000.0, 5_800_000.0
@@ -893,8 +892,7 @@ def test_command(folder):
     }  # fmt: skip
 
     def run(**more):
-        command = runs.command("data_prep.build", **(flags | more))
-        return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+        return commands.run_flags("data_prep.build", **(flags | more))
 
     built = run()
     assert built.stdout.startswith("9 locations written, 0 skipped, 9 records, "), built.stderr

@@ -21,6 +21,7 @@ from data_prep.datasets import ssl4eo_s12_nol
 from data_prep.finding import sources
 from data_prep.options import Options
 from data_prep.writing import records
+from tests import commands
 
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}
@@ -114,10 +115,8 @@ def reported(data_dir):
         return [tuple(row.values()) for row in csv.DictReader(file)]
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments]
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, **options)
+def run(*arguments):
+    return commands.run("data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments)
 
 
 def assert_scaled_files(record, tree):

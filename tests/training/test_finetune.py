@@ -22,10 +22,16 @@ from cromss_jax.weights import torch_keys
 from cromss_jax.weights.network import WeightsError
 from data_prep.datasets import downstream
 from data_prep.sample import downstream as sample_downstream
-from tests import runs
+from tests import runs, steps
 
 VARIANT = "task=dfc2020,input=s2,sample"
 TILE_SIZE, SHORT, NUM_TRAIN, NUM_TEST = 36, 29, 6, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_steps():
+    with steps.shared():
+        yield
 
 
 @pytest.fixture(scope="module")
