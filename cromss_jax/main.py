@@ -14,8 +14,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and
 _PREEMPTION_STATUS = flags.DEFINE_integer(
     "preemption_status",
     0,
-    "Exit status after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, in every phase of the run; schedulers "
-    "that start again what failed want another than 0. A second Ctrl-C ends at once, with 130",
+    "Exit status after SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C, in every phase of the run; "
+    "schedulers that start again what failed want another than 0. A second Ctrl-C ends at once, "
+    "with 130",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
