@@ -12,6 +12,7 @@ must be named in one sentence, and no data set be left.
 disks_*: seven kinds of output where the disk is full, a quota is used up, the disk cannot be
 written any more or the folder has vanished. It must be said in a sentence, nothing half-written be
 left under its name, and the last checkpoint load.
+hostile: files that would take all memory or time. They must be refused in a sentence.
 writers: two processes that lock a folder at once. One must have it.
 
 The full form takes less than half an hour on two idle cores; --share=0.1 injects a tenth.
@@ -30,13 +31,14 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import pytest
 from absl import app, flags, logging
 
 from cromss_jax import command_line
 from cromss_jax.training import checkpoint, pretrain_step
 from cromss_jax.weights import manifest
 from data_prep import errors
-from tests import disks, places, runs
+from tests import disks, places, runs, test_full_disk, test_hostile
 from tests.bench import kills
 
 _SEED = flags.DEFINE_integer("seed", 0, "Of the places and the moments")
@@ -188,6 +190,50 @@ def writers(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[s
         yield GOOD if has_one else f"{said}"
 
 
+# ---------------------------------------------------------------- hostile files
+
+# By what the file does, the test that says what must be said of it.
+HOSTILE: dict[str, Callable[[pathlib.Path, pytest.MonkeyPatch], None]] = {
+    "tile in a zip of 1.5 GB": lambda path, _: (
+        test_hostile.test_a_file_in_a_zip_that_unpacks_to_more_than_a_gigabyte(path)
+    ),
+    "table in a zip of 1.5 GB": lambda path, _: (
+        test_hostile.test_a_table_in_a_zip_that_unpacks_to_more_than_a_gigabyte(path)
+    ),
+    "tar.gz bomb, a member": lambda path, patch: test_hostile.test_a_tar_gz_bomb(
+        path, "member", patch
+    ),
+    "tar.gz bomb, the tail": lambda path, patch: test_hostile.test_a_tar_gz_bomb(
+        path, "tail", patch
+    ),
+    "GeoTIFF of 10 GB of pixels": lambda path, _: (
+        test_hostile.test_a_geotiff_that_declares_more_pixels_than_memory_has(path)
+    ),
+    "reversed safetensors file": lambda path, _: test_hostile.test_a_reversed_safetensors_file(
+        path
+    ),
+    "float8 tensors": lambda path, _: test_hostile.test_safetensors_that_lie(
+        path, {"dtype": "F8_E4M3"}, "has float8 tensors"
+    ),
+    ".pt of 10 TB": lambda path, _: test_hostile.test_pickles_that_ask_for_terabytes(path),
+    "truncated config.json, garbage in metrics.jsonl": lambda path, _: (
+        test_full_disk.test_damaged_files_of_a_run_are_one_sentence(path)
+    ),
+}
+
+
+def hostile(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
+    """Yields how long it took to refuse each of these files in a sentence."""
+    del rng
+    for number, (name, refused) in enumerate(list(HOSTILE.items())[:trials]):
+        own = folder / str(number)
+        own.mkdir()
+        started = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            refused(own, patch)
+        yield f"{name}: a sentence in {time.monotonic() - started:.1f} s"
+
+
 PARTS = {
     "bits": (bits, 200),
     "kills_pretraining": (kills.kills("pretrain", 1), 16),
@@ -201,6 +247,7 @@ PARTS = {
     },
     **{f"disks_{name}": (damaged_disks(name), len(places.PLACES)) for name in places.DAMAGES},
     "writers": (writers, 20),
+    "hostile": (hostile, len(HOSTILE)),
 }
 _ONLY = flags.DEFINE_list("only", list(PARTS), f"Parts to run, of {', '.join(PARTS)}")
 
