@@ -1,5 +1,6 @@
 """Checkpoints: folders of any name, checksums, damage."""
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
@@ -82,6 +83,26 @@ def test_a_step_is_saved_once(tmp_path):
         checkpoints.wait()
         assert [(path, path.stat().st_mtime_ns) for path in all_files(folder)] == before
     assert restore(folder) == 1
+
+
+def test_two_checkpoints_must_fit_before_the_first(tmp_path, monkeypatch):
+    """A state of 20 bytes; later one must, as another is removed."""
+    usage = shutil.disk_usage(tmp_path)
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        for free, fits in ((40, True), (39, False)):
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+            )
+            with contextlib.nullcontext() if fits else pytest.raises(checkpoint.CheckpointError):
+                checkpoints.check_space(state_of(0))
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        for free, fits in ((20, True), (19, False)):
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+            )
+            with contextlib.nullcontext() if fits else pytest.raises(checkpoint.CheckpointError):
+                checkpoints.check_space(state_of(0))
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
