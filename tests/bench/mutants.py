@@ -48,7 +48,7 @@ MODULES = {
     "method/metrics": ("method/test_metrics",),
     "training/objective": ("training/test_objective",),
     "data/preprocess": ("data/test_preprocess", "test_platforms"),
-    "data/input_pipeline": ("data/test_input_pipeline",),
+    "data/input_pipeline": ("data/test_input_pipeline", "training/test_data_says"),
     "training/checkpoint": ("training/test_checkpoint",),
     "weights/manifest": ("training/test_checkpoint",),
 }
@@ -68,9 +68,29 @@ EQUAL = {
         "maps = {name: x[..., 1].astype(jnp.uint8) for name, x in labels.items()}",
     ): "JAX clamps an index beyond the only channel",
     (
+        "data/preprocess",
+        "side = min(math.ceil((block - 1) * math.sqrt(2)) + 3, size)",
+    ): "a larger square holds the same pixels",
+    (
+        "data/preprocess",
+        "side = min(math.ceil((block - 1) * math.sqrt(3)) + 2, size)",
+    ): "a larger square holds the same pixels",
+    (
+        "data/preprocess",
+        "size, ends = maps[0].shape[1], np.cumsum([x.shape[-1] for x in maps])",
+    ): "crops are square",
+    (
+        "data/preprocess",
+        'return jnp.max(jnp.where(is_drawn, records["labels"], 0), axis=1, dtype=jnp.int32)',
+    ): "of zeros and one number from 0, sum and maximum are the same",
+    (
         "data/input_pipeline",
         'stored_size = decoded["labels"].shape[1]',
     ): "labels are square",
+    (
+        "method/smoothing",
+        "if maps.dtype == jnp.bfloat16:",
+    ): "both forms give the same numbers; which is faster is a matter of GPUs",
     (
         "method/smoothing",
         "folded = (np.arange(size) - offset) % (2 * size)",

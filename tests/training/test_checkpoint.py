@@ -112,6 +112,19 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
+@pytest.mark.parametrize(("processes", "waits"), [(1, True), (2, False), (3, False)])
+def test_a_save_is_not_waited_for_where_another_process_is_lost(
+    processes, waits, tmp_path, monkeypatch
+):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    waited = []
+    monkeypatch.setattr(checkpoints, "_finish", lambda: waited.append(True))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    error = jax.errors.JaxRuntimeError("lost")
+    checkpoints.__exit__(type(error), error, None)
+    assert waited == [True] * waits
+
+
 def all_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
 
