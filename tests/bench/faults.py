@@ -25,6 +25,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -262,8 +263,10 @@ def main(_) -> None:
         inject, full = PARTS[name]
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            found = inject(pathlib.Path(folder), random.Random(_SEED.value), count(full))
-            happened = collections.Counter(found)
+            happened: collections.Counter = collections.Counter()
+            for outcome in inject(pathlib.Path(folder), random.Random(_SEED.value), count(full)):
+                happened[outcome] += 1
+                print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         figures[name] = dict(happened)
         said = ", ".join(f"{outcome}: {number}" for outcome, number in happened.items())
         seconds = time.monotonic() - started
