@@ -161,6 +161,8 @@ class Started:
 
 
 def _is_validating(run: Started) -> bool:
+    if not re.search(r"step \d+/|continuing", run.said()):  # the log may be of a run before
+        return False
     last = run.last_metrics()
     return last["split"] == "train" and last["step"] in (4, 7) and last["step"] in run.saved()
 
