@@ -45,8 +45,7 @@ class Reader:
 
 def _read_card(path: pathlib.Path) -> None:
     """The card beside a file of weights, and all that is made of it."""
-    weights = path.with_name("weights.safetensors")
-    card = weight_files.parse_card(path.read_bytes(), weights)
+    card = weight_files.parse_card(path.read_bytes(), path, "x.safetensors")
     network = Network("encoder", 10, {"s1": ("VV", "VH")}, None)
     cards.text(cards.make(types.SimpleNamespace(card=card), network, "encoder"), "x")
 
