@@ -1,4 +1,4 @@
-"""Writing files that are never partial, and reading logs whose last line may be incomplete."""
+"""Paths, files that are never partial, logs whose last line may be incomplete, errors in a line."""
 
 import glob
 import json
@@ -83,6 +83,11 @@ def write_whole(path: epath.Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of an error, in a line: its first, or the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -295,7 +295,7 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
                 "you trust where it comes from, keep its weights alone by `torch.save("
                 f"torch.jit.load('{path.name}').state_dict(), 'weights.pt')`"
             ) from error
-        raise WeightsError(f"{path} is damaged: {folders.first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged: {files.first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(found).__name__}")
     settings = found.get("hyper_parameters")

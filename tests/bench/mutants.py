@@ -48,6 +48,7 @@ MODULES = {
     "method/metrics": ("method/test_metrics",),
     "training/objective": ("training/test_objective",),
     "data/preprocess": ("data/test_preprocess", "test_platforms"),
+    "data/validation_split": ("data/test_validation_split",),
     "data/input_pipeline": ("data/test_input_pipeline", "training/test_data_says"),
     "training/checkpoint": ("training/test_checkpoint",),
     "weights/manifest": ("training/test_checkpoint",),

@@ -90,6 +90,25 @@ PARTS = {
         "10 min for each of 9 readers",
         ("tests.bench.fuzz",),
     ),
+    "maps": Part(
+        "maps of scenes against a tiled loop of smp", "half an hour; torch", ("tests.bench.maps",)
+    ),
+    "audit": Part(
+        "wrong labels found by networks that never saw them, and what cleaning brings",
+        "two hours",
+        ("tests.bench.audit", "--workdir=runs/audit_{commit}", "--compared=1"),
+    ),
+    "audit_dfc2020": Part(
+        "the same of coarse labels, as of MODIS",
+        "quarter of an hour",
+        (
+            "tests.bench.audit",
+            "--workdir=runs/audit_dfc2020_{commit}",
+            "--dataset=dfc2020",
+            "--seeds=0",
+            "--stages=audit",
+        ),
+    ),
     "parity": Part(
         "all networks against smp's", "three quarters of an hour", ("tests.bench.parity",), True
     ),

@@ -198,3 +198,53 @@ def test_claims():
     ]
     assert rows(differences)[1:] == [["CromSS minus random", "42.2 ± 3.4 (40.0, 44.5)"]]
     assert rows(selected)[1:] == [["CromSS, S2", "35 %", "20 %", "26 %"]]
+
+
+def test_audit():
+    def ranked(auroc):
+        return {"auroc": auroc, "auprc": 0.8, **{f"precision_at_{n}": 0.9 for n in (1, 5, 10)}}
+
+    def seed(shift):
+        iou = {"s1": 40 + shift, "both": 50.0}
+        return {
+            "ranking": {"audit": ranked(0.9 + shift / 100)},
+            "rates": {
+                "estimate": 0.3,
+                "truth": 0.34,
+                "calibration_error": 0.04,
+                "classes": {"water": [0.1, 0.125], "trees": [None, None]},
+            },
+            "kinds": {"confused": dict.fromkeys(
+                ("share", "auroc", "mean_probability", "found_at_0.5", "suggested_right"), 0.5
+            )},
+            "selection": {"audit, with": ranked(0.91)},
+            "cleaned": {
+                "labels": dict.fromkeys(
+                    ("changed", "changed_was_wrong", "changed_is_right", "wrong_before",
+                     "wrong_after"), 0.25
+                ),
+                "folds": [{f"{when}, {group}": iou for when in ("before", "after")
+                           for group in ("held back", "other fold")}],
+            },
+        }  # fmt: skip
+
+    shown = tables.audit({"seeds": {"0": seed(0), "1": seed(1)}})
+    found = [rows(part) for part in shown.split("\n\n")[1:]]
+    assert found[0][1][:3] == ["audit", "0.900, 0.910", "0.800, 0.800"]
+    assert found[1][1:] == [
+        ["all labels", "30.0, 30.0", "34.0, 34.0"],
+        ["water", "10.0, 10.0", "12.5, 12.5"],
+        ["trees", "–, –", "–, –"],
+        ["calibration error", "4.0, 4.0", ""],
+    ]
+    assert found[2][1] == ["confused", *["0.50, 0.50"] * 5]
+    assert found[3][1][0] == "audit, with"
+    assert ["mIoU of s1, held back", "40.0 to 40.0, 41.0 to 41.0"] in found[4]
+
+
+def test_maps():
+    figures = {f"{n}_pixels_per_{k}": 1234.5 for n in ("predict", "loop") for k in
+               ("processors", "seconds")} | {"same_classes": 0.9997}  # fmt: skip
+    shown = tables.maps(figures)
+    assert rows(shown.partition("\n\n")[0])[1] == ["`predict`", "1,234", "1,234"]
+    assert shown.endswith("99.97 % of the pixels.")

@@ -153,44 +153,17 @@ def test_the_identity_has_tile_size_seasons_and_records(dataset):
     assert whole.padded_to(7).identity["tile_size"] == 12
 
 
-def test_held_back_locations():
-    train, held_back = input_pipeline.split_locations(1000, 0.01, seed=0)
-    assert len(held_back) == 10
-    for part in (train, held_back):
-        np.testing.assert_array_equal(part, np.sort(part))
-    # 1.98 are rounded, not cut off.
-    assert len(input_pipeline.split_locations(99, 0.02, seed=0)[1]) == 2
-    assert not np.array_equal(held_back, input_pipeline.split_locations(1000, 0.01, seed=1)[1])
-    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
-    assert len(input_pipeline.split_locations(4, 0.01, seed=0)[1]) == 1
-    assert len(input_pipeline.split_locations(4, 0.0, seed=0)[1]) == 0
-    with pytest.raises(input_pipeline.DataError, match="1 locations and .*fraction is 0.01"):
-        input_pipeline.split_locations(1, 0.01, seed=0)
-
-
-def test_validation_takes_whole_blocks():
-    blocks = np.repeat(np.arange(10), [30, 5, 8, 10, 12, 9, 7, 6, 10, 3])
-    train, held_back = input_pipeline.split_locations(100, 0.2, 0, blocks)
-    assert np.array_equal(np.union1d(train, held_back), np.arange(100))
-    assert not set(blocks[train]) & set(blocks[held_back])
-    assert 10 < len(held_back) <= 20
-    # A tenth of a block: the smallest one.
-    assert set(blocks[input_pipeline.split_locations(100, 0.01, 0, blocks)[1]]) == {9}
-    assert len(input_pipeline.split_locations(100, 0.0, 0, blocks)[1]) == 0
-    # As many blocks as fit exactly; of two blocks one.
-    fours = np.repeat(np.arange(4), 5)
-    assert len(input_pipeline.split_locations(20, 0.5, 0, fours)[1]) == 10
-    assert len(input_pipeline.split_locations(10, 0.5, 0, fours[:10])[1]) == 5
-    with pytest.raises(input_pipeline.DataError, match="all locations lie in one block"):
-        input_pipeline.split_locations(100, 0.2, 0, np.zeros(100))
-
-
 def test_missing_data_says_what_and_how(tmp_path):
     with pytest.raises(input_pipeline.DataError) as error:
         input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
     parts = ("python -m data_prep.build", "python -m data_prep.sample")
     for part in (str(tmp_path / "ssl4eo_s12_nol"), *parts):
         assert part in str(error.value)
+    other = tmp_path / "scenes/1.0.0"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").touch()
+    with pytest.raises(input_pipeline.DataError, match="Choose scenes by --config.data.name"):
+        input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ def test_band_order(num_bands):
         position = sensors.S2_BANDS_BY_RESOLUTION[resolution].index(band)
         native = records[f"s2_{resolution}m"][..., position : position + 1]
         alone = preprocess.upsample(native, resolution // 10)[..., 0]
-        np.testing.assert_array_equal(stacked[..., index], alone)
+        # On a GPU the products of one band are not always those of several, to the last bit.
+        np.testing.assert_allclose(stacked[..., index], alone, rtol=0, atol=255 * 2**-21)
 
 
 @pytest.mark.parametrize("chosen", [("B4", "B3", "B2"), ("B12", "B1"), sensors.S2_BANDS])
@@ -262,8 +263,8 @@ def test_every_array_is_seen_alike():
         geometry.crop(SIZE, 1),
     )
     expected, _ = preprocess.rotate_some({"prior": prior}, {"x": prior}, geometry.angle, 1)
-    # Compiled together or one by one: sums in another order.
-    np.testing.assert_allclose(batch["prior"], expected["prior"], atol=1e-6)
+    # Compiled together or one by one, and on a GPU of one array or several: sums in another order.
+    np.testing.assert_allclose(batch["prior"], expected["prior"], rtol=0, atol=1e-6)
 
 
 def test_draws_are_pinned_by_the_key():
