@@ -57,6 +57,7 @@ def test_a_closed_terminal_keeps_no_process_alive():
     time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=10) == STATUS
+    process.stdout.close()
 
 
 def test_what_was_deferred_ends_a_part_in_which_it_no_longer_is():
