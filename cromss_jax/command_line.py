@@ -81,7 +81,7 @@ def define_preemption_status() -> flags.FlagHolder[int]:
     return flags.DEFINE_integer(
         "preemption_status",
         0,
-        "Exit status after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, in every phase of the run; "
+        "Exit status after SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C, in every phase of the run; "
         "schedulers that start again what failed want another than 0. A second Ctrl-C ends at "
         "once, with 130",
     )

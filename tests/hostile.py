@@ -1,5 +1,6 @@
 """Readers of files that strangers send, and what they may raise: for tests and the fuzzer."""
 
+import contextlib
 import dataclasses
 import pathlib
 import resource
@@ -44,10 +45,16 @@ class Reader:
 
 def _read_card(path: pathlib.Path) -> None:
     """The card beside a file of weights, and all that is made of it."""
-    weights = path.with_name("weights.safetensors")
-    card = weight_files.parse_card(path.read_bytes(), weights)
+    card = weight_files.parse_card(path.read_bytes(), path, "x.safetensors")
     network = Network("encoder", 10, {"s1": ("VV", "VH")}, None)
     cards.text(cards.make(types.SimpleNamespace(card=card), network, "encoder"), "x")
+
+
+def _read_weights(path: pathlib.Path) -> None:
+    """The tensors of a file, and a network if there is one in them."""
+    weight_files.read(files.absolute(path))
+    with contextlib.suppress(WeightsError):
+        weight_files.load(str(path))
 
 
 def _read_saved_legend(path: pathlib.Path) -> None:
@@ -101,7 +108,7 @@ READERS: Mapping[str, Reader] = {
     "card": Reader(".json", _read_card, (WeightsError,), (*_TEXT, *_JSON)),
     "safetensors": Reader(
         ".safetensors",
-        lambda path: weight_files.load(str(path)),
+        _read_weights,
         (WeightsError,),
         (*_NUMBERS, *_JSON, b"F8_E4M3", b"BF16", b"__metadata__"),
     ),

@@ -213,7 +213,7 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
                 f"{card_path} has {card_path.stat().length:,} bytes, more than the "
                 f"{cards.MAX_BYTES:,} that a card may have: restore or delete it"
             )
-        card = parse_card(card_path.read_bytes(), card_path)
+        card = parse_card(card_path.read_bytes(), card_path, path.name)
         # A card written for other weights with the same file name is ignored.
         if card.get("sha256") != hashlib.sha256(content).hexdigest():
             card = {}
@@ -223,12 +223,13 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
     return tensors, dict(card)
 
 
-def parse_card(text: str | bytes, path: os.PathLike) -> dict:
+def parse_card(text: str | bytes, path: os.PathLike, name: str) -> dict:
     """The card in a JSON text; an empty one if it is none of ours.
 
     Args:
       text: the JSON.
       path: where it stands, for errors.
+      name: of the file of weights, for errors.
 
     Raises:
       WeightsError: if it is damaged.
@@ -237,7 +238,7 @@ def parse_card(text: str | bytes, path: os.PathLike) -> dict:
         card = files.parse_json(text)
     except ValueError as error:
         raise WeightsError(
-            f"{path} is damaged ({error}): restore or delete this card of weights"
+            f"{path}, the card of {name}, is damaged ({error}): restore or delete it"
         ) from error
     if not isinstance(card, Mapping) or card.get("format") != cards.FORMAT:
         return {}

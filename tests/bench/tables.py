@@ -282,10 +282,22 @@ def processes(figures: Mapping) -> str:
     return "\n\n".join(shown)
 
 
-def kills(figures: Mapping) -> str:
-    """How many runs were killed, and how many of them ended with the same bits."""
-    row = [str(figures["kills"]), str(figures["bit_equal_endings"])]
-    return table(["runs killed", "of which end with the same bits and logs"], [row])
+def mutants(figures: Mapping) -> str:
+    """How many wrong lines were noticed, and how many could not be."""
+    noticed = figures.get("failed", 0) + figures.get("took too long", 0)
+    counts = [noticed, figures.get("LIVED", 0), figures.get("equal", 0)]
+    share = f"{100 * figures['killed_share']:.0f} %"
+    head = ["wrong lines noticed", "not noticed", "equal in effect", "noticed of the first two"]
+    return table(head, [[*map(str, counts), share]])
+
+
+def fuzz(figures: Mapping) -> str:
+    """What happened to the files of each reader."""
+    rows = [
+        [name.replace("_", " "), *(str(found[key]) for key in ("read", "refused", "faults"))]
+        for name, found in figures.items()
+    ]
+    return table(["reader", "files read", "refused in a sentence", "faults"], rows)
 
 
 def faults(figures: Mapping) -> str:
@@ -418,8 +430,9 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "gpu": gpu,
     "scaling": scaling,
     "processes": processes,
-    "kills": kills,
     "faults": faults,
+    "mutants": mutants,
+    "fuzz": fuzz,
     "maps": maps,
     "audit": audit,
     "audit_dfc2020": audit,

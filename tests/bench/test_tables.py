@@ -38,7 +38,7 @@ def test_text_outside_of_markers_is_kept():
 
 def test_a_part_is_measured_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "find_commit", lambda: "abc1234")
-    figures = {"kills": 3, "bit_equal_endings": 2}
+    figures = {"bits": {"as it must be": 3}}
     (tmp_path / "abc1234.json").write_text(json.dumps(figures))
     # A bench that prints these figures.
     part = parts.Part("", "", ("json.tool", "--compact", f"{tmp_path}/{{commit}}.json"))
@@ -48,12 +48,12 @@ def test_a_part_is_measured_and_shown(tmp_path, monkeypatch):
     assert entry["versions"]["jax"] == jax.__version__
     entry |= {"date": "2026-12-01", "processor": "CPU, 2 cores", "seconds": 5}
     entry["versions"] = {"python": "3.11.1", "jax": "0.9.0"}
-    assert tables.blocks(RESULTS | {"kills": entry})["kills"] == (
-        "`make bench ONLY=kills`, 2026-12-01, commit abc1234, CPU, 2 cores, python 3.11.1, "
+    assert tables.blocks(RESULTS | {"faults": entry})["faults"] == (
+        "`make bench ONLY=faults`, 2026-12-01, commit abc1234, CPU, 2 cores, python 3.11.1, "
         "jax 0.9.0, 5 s in all.\n\n"
-        "| runs killed | of which end with the same bits and logs |\n"
-        "| --- | --- |\n"
-        "| 3 | 2 |"
+        "| fault | injected | what happened |\n"
+        "| --- | --- | --- |\n"
+        "| bits | 3 | as it must be: 3 |"
     )
 
 
@@ -169,6 +169,13 @@ def test_faults():
         "| bits | 3 | as it must be: 3 |",
         "| disks | 2 | as it must be: 1, NOT NOTICED: 1 |",
     ]
+
+
+def test_mutants_and_fuzz():
+    figures = {"failed": 90, "took too long": 1, "LIVED": 4, "equal": 5, "killed_share": 0.958}
+    assert rows(tables.mutants(figures))[1:] == [["91", "4", "5", "96 %"]]
+    figures = {"legend_csv": {"read": 2, "refused": 3, "failed": 0, "faults": 1}}
+    assert rows(tables.fuzz(figures))[1:] == [["legend csv", "2", "3", "1"]]
 
 
 def test_parity():

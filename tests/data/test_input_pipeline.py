@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cromss_jax import presets, sensors
+from cromss_jax import files, presets, sensors
 from cromss_jax.data import input_pipeline
 from tests import runs
 
@@ -223,6 +223,25 @@ def test_records_with_other_labels_are_others(data_dir, tmp_path, chosen):
     assert open_built(runs.relabel(data_dir, tmp_path / "again", ())).identity == original.identity
 
 
+def test_the_sampled_digest_is_of_the_ends_of_the_files(tmp_path):
+    """The last 128 KiB, the size, and the sampled records."""
+    path = files.absolute(tmp_path / "shard")
+
+    def digest(content: bytes, records: tuple[bytes, ...] = (b"a", b"b")) -> str:
+        path.write_bytes(content)
+        return input_pipeline._Records(records, {}, [path], [2], None, 0).sample_digest
+
+    content = bytes(200_000)
+    change = lambda position: content[:position] + b"x" + content[position + 1 :]
+    assert digest(content) == digest(content)
+    for position in (199_999, 200_000 - (128 << 10)):
+        assert digest(change(position)) != digest(content)
+    assert digest(change(200_000 - (128 << 10) - 1)) == digest(content)
+    assert digest(content, (b"a", b"c")) != digest(content)
+    assert digest(b"\0" + content) != digest(content)
+    assert digest(b"short") != digest(b"other")
+
+
 def test_a_digest_in_the_metadata_stands_for_the_records(data_dir, built, tmp_path):
     original = open_built(data_dir)
     folder = shutil.copytree(built, tmp_path / "data")
@@ -247,6 +266,7 @@ def test_a_batch_of_padding_alone_is_ignored(dataset):
     batch = input_pipeline.read_batch(dataset, ("s1",), np.full(2, -1))
     assert not batch["is_real"].any()
     assert (batch["labels"] == sensors.IGNORE_LABEL).all()
+    assert (batch["s1"] == dataset.source[0]["s1"]).all()  # of the first record
 
 
 @pytest.fixture

@@ -267,6 +267,18 @@ def test_every_array_is_seen_alike():
     np.testing.assert_allclose(batch["prior"], expected["prior"], rtol=0, atol=1e-6)
 
 
+def test_draws_are_pinned_by_the_key():
+    # Literal: others would make old runs irreproducible.
+    geometry = preprocess.random_geometry(
+        jax.random.key(0), 4, 8, flip_probability=0.5, rotation_probability=0.5, max_angle=90
+    )
+    assert geometry.top.tolist() == [1, 8, 1, 1]
+    assert geometry.left.tolist() == [1, 7, 4, 7]
+    assert geometry.flip_rows.tolist() == [True, False, False, True]
+    assert geometry.flip_columns.tolist() == [False, True, False, True]
+    np.testing.assert_allclose(np.rad2deg(geometry.angle), [-62.34, 0, 0, -8.7], atol=0.01)
+
+
 def test_draws_depend_on_the_key_alone_and_have_the_stated_odds():
     draw = lambda seed: preprocess.random_geometry(
         jax.random.key(seed), 40000, 8, flip_probability=0.5, rotation_probability=0.2, max_angle=90

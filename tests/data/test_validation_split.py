@@ -31,6 +31,10 @@ def test_validation_takes_whole_blocks():
     # A tenth of a block: the smallest one.
     assert set(blocks[validation_split.split_locations(100, 0.01, 0, blocks)[1]]) == {9}
     assert len(validation_split.split_locations(100, 0.0, 0, blocks)[1]) == 0
+    # As many blocks as fit exactly; of two blocks one.
+    fours = np.repeat(np.arange(4), 5)
+    assert len(validation_split.split_locations(20, 0.5, 0, fours)[1]) == 10
+    assert len(validation_split.split_locations(10, 0.5, 0, fours[:10])[1]) == 5
     with pytest.raises(DataError, match="all locations lie in one block"):
         validation_split.split_locations(100, 0.2, 0, np.zeros(100))
     with pytest.raises(DataError, match="no training locations are left"):

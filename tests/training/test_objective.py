@@ -136,21 +136,26 @@ def test_a_single_modality_is_neither_entangled_nor_taught():
 
 
 def test_what_is_reported_by_hand():
-    """Two pixels of three are labelled; one label is wrong and one prediction."""
+    """Three pixels of five are labelled, one of them wrongly, one without truth."""
     config = pretrain.get_config()
     with config.unlocked():
         config.network.num_classes = 3
     config.loss.prior_weight = config.loss.uniform_weight = 0.0
     config.selection.enabled = False
-    logits = jnp.log(jnp.array([[[[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]]]]))
-    batch = {"labels": jnp.array([[[0, 1, 255]]]), "truth": jnp.array([[[0, 2, 1]]])}
+    probs = [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8], [0.2, 0.7, 0.1]]
+    logits = jnp.log(jnp.array([[probs]]))
+    labels, truth = jnp.array([[[0, 1, 255, 3, 1]]]), jnp.array([[[0, 2, 1, 2, 255]]])
+    batch = {"labels": labels, "truth": truth}
     _, report = objective.training_loss(config, {"s1": logits, "s2": logits}, batch, jnp.int32(80))
     for m in NAMES:
-        np.testing.assert_allclose(report[f"accuracy/{m}"], 0.5)
-        np.testing.assert_allclose(report[f"label_confidence/{m}"], 0.35, rtol=1e-6)
+        np.testing.assert_allclose(report[f"accuracy/{m}"], 2 / 3, rtol=1e-6)
+        np.testing.assert_allclose(report[f"label_confidence/{m}"], 1.4 / 3, rtol=1e-6)
         np.testing.assert_allclose(report[f"selection_weight/{m}"], 1.0)
         np.testing.assert_allclose(report[f"wrong_labels_selected/{m}"], 0.5)
     assert report["ramp"] == 1
+    config.loss.segmentation, config.loss.consistency = ("cross_entropy",), "none"
+    loss, _ = objective.training_loss(config, {"s1": logits}, batch, jnp.int32(80))
+    np.testing.assert_allclose(loss, (np.log(2) + np.log(5) - np.log(0.7)) / 3, rtol=1e-6)
 
 
 def test_a_prior_is_needed_where_labels_are_smoothed():

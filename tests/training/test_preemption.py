@@ -51,6 +51,15 @@ def test_a_signal_is_deferred_until_the_run_is_saved(number):
                                             "command continues")  # fmt: skip
 
 
+def test_a_closed_terminal_keeps_no_process_alive():
+    process = start("outside")
+    process.stderr.close()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == STATUS
+    process.stdout.close()
+
+
 def test_what_was_deferred_ends_a_part_in_which_it_no_longer_is():
     process = start("told before")
     process.send_signal(signal.SIGTERM)
