@@ -36,7 +36,7 @@ def main(_) -> None:
     # Other versions than those of the lock files warn of other things.
     line = [sys.executable, "-m", "pytest", "-o", "addopts=", "-W", "default", "-v", "--tb=short"]
     line += ["-p", "no:cacheprovider", "-p", "no:warnings", "--color=no", "-m", "not slow"]
-    line += ["-p", "tests.bench.gpu.failures"]
+    line += ["-p", "tests.bench.gpu.failures", "--no-summary"]
     line += ["--maxfail=20", f"--deselect={SEVERAL_DEVICES}", *workers, *chosen]
     figures = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0, "failed": []}
     process = subprocess.Popen(line, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
