@@ -368,8 +368,8 @@ def test_fused_gradients_are_as_right_in_bfloat16(apply):
         ]
 
     # Both round input, kernel, products and results to 8 bits, in another order.
-    for fused, derived in zip(errors(True), errors(False), strict=True):
-        assert fused <= 1.2 * derived + 1e-6
+    for by_hand, derived in zip(errors(True), errors(False), strict=True):
+        assert by_hand <= 1.2 * derived + 1e-6
 
 
 @pytest.mark.parametrize("fused", [False, True])
