@@ -20,7 +20,9 @@ from cromss_jax.legend import Legend
 
 TITLES = {"s1": "Sentinel-1", "s2": "Sentinel-2", "labels": "Noisy label", "prior": "Prior"}
 TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "Label confidence"}
-TITLES |= {"selection_weights": "Selection weights"}
+TITLES |= {"selection_weights": "Selection weights", "suggested": "Suggested"}
+TITLES |= {"wrong_probability": "Label is wrong"}
+_SHARES = ("label_confidence", "selection_weights", "wrong_probability")
 
 
 def class_colours(labels: np.ndarray, legend: Legend) -> np.ndarray:
@@ -45,7 +47,7 @@ def _drawable(
         colours = [s2_bands.index(band) for band in ("B4", "B3", "B2") if band in s2_bands]
         # If red, green or blue is missing, the first band is shown in grey.
         return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
-    if name.startswith(("label_confidence", "selection_weights")):
+    if name.startswith(_SHARES):
         return values
     return class_colours(values, legend)
 
