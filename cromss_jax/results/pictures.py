@@ -69,8 +69,9 @@ def draw_samples(
     order = [name for name in order if name in shown]
     order += sorted(name for name in shown if "/" in name)
     count = len(shown["labels"])
-    # Below the samples, nine classes a line.
-    bottom = 0.4 + 0.2 * ((len(legend) - 1) // 9)
+    # Below the samples, nine classes a line, or five below few maps.
+    per_line = 9 if len(order) > 5 else 5
+    bottom = 0.4 + 0.2 * ((len(legend) - 1) // per_line)
     height = 1.72 * count + 0.35 + bottom
     figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), height), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -84,8 +85,9 @@ def draw_samples(
                 kind, _, modality = name.partition("/")
                 axis.set_title(f"{TITLES[kind]} {modality.upper()}".strip(), fontsize=8)
     handles = [matplotlib.patches.Patch(color=c) for c in legend.colours]
-    figure.legend(handles, legend.names, loc="lower center", ncols=9, fontsize=8)
-    figure.subplots_adjust(0.005, bottom / height, 0.995, 0.95, 0.03, 0.03)
+    figure.legend(handles, legend.names, loc="lower center", ncols=per_line, fontsize=8)
+    top = max(0.95, 1 - 0.4 / height)
+    figure.subplots_adjust(0.005, bottom / height, 0.995, top, 0.03, 0.03)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
