@@ -8,12 +8,13 @@ All forms of an operation give the same numbers up to rounding; tests compare th
 | convolution of 13, 2 or 9 channels | as it is | padded to 16, 8, 16 | packed |
 | convolution after upsampling | matrix products | transposed convolution | convolution |
 | 3x3 maximum | by axes | by axes | by cells |
-| covariance's gradient in bfloat16 | float32 | bfloat16 | float32 |
+| BatchNorm in training | as derived | fused | as derived |
 | filters along an axis in bfloat16 | float32 | three bfloat16 parts | float32 |
 | crop, flips, rotation | matrices, blocks | gather | matrices, blocks |
-| labels in the search for thresholds | compared once | in every round | compared once |
+| search for thresholds | by modality | of all modalities | by modality |
+| its labels | compared once | in every round | compared once |
 | U-Net | plain | plain | packed |
-| optimizer | vectors joined | array by array | vectors joined |
+| optimizer | vectors joined | vectors' gradients joined | vectors joined |
 
 Layers choose when they are compiled, by `choose`. A step chooses when it is built, by `Forms`.
 """
@@ -46,14 +47,19 @@ class Forms:
       packs: whether a U-Net computes on packed images (`networks.packing`).
       gathers: whether samples are cropped, flipped and rotated by gathering single pixels.
       joins_vectors: whether the optimizer works on all vectors joined into one.
+      fuses_norms: whether BatchNorms are computed by `networks.fused`.
+      searches_together: whether the modalities' class thresholds are found in one search.
     """
 
     packs: bool = False
     gathers: bool = False
     joins_vectors: bool = True
+    fuses_norms: bool = False
+    searches_together: bool = False
 
 
-CPU, GPU = Forms(), Forms(gathers=True, joins_vectors=False)
+CPU = Forms()
+GPU = Forms(gathers=True, joins_vectors=False, fuses_norms=True, searches_together=True)
 
 
 def forms_for(mesh: jax.sharding.Mesh, *, can_pack: bool) -> Forms:

@@ -25,7 +25,6 @@ from data_prep.datasets import scene_images, scene_scan, scene_table
 from data_prep.reading import bands, warping
 
 # After `warping`, which chooses the database of coordinate reference systems.
-import rasterio  # isort: skip
 
 _log = logging.getLogger(__name__)
 # Size of the pixels that networks are trained on, and by which factor others may differ from it.
@@ -122,7 +121,12 @@ def open_scene(
     row = scene_table.Row(
         0, name, date, {c: files_by_modality.get(c, ()) for c in scene_table.COLUMNS[2:]}
     )
-    choice = options.Options(s2_offset=s2_offset, modalities=given, max_days=float("inf"))
+    choice = options.Options(
+        s2_offset=s2_offset,
+        modalities=given,
+        max_days=float("inf"),
+        s2_level="".join(_levels(model)[:1]),
+    )
     try:
         acquisition = scene_table.acquisition(row, choice)
     except errors.BadFileError:
@@ -137,8 +141,7 @@ def open_scene(
         for row in range(0, grid.height, _SCAN_SIZE)
         for column in range(0, grid.width, _SCAN_SIZE)
     ]
-    crs = rasterio.CRS.from_wkt(layer.crs)
-    metres = layer.pixel_size * crs.linear_units_factor[1] if crs.is_projected else None
+    metres = layer.metres
     if metres and not 1 / _MOST_OFF < metres / _METRES < _MOST_OFF:
         _log.warning(
             "%s has pixels of %g m; networks are trained on %g m, and know others badly",
@@ -168,14 +171,19 @@ def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> Non
             f"{', '.join(acquisition.s2_bands)}: give the files of all bands, or choose weights "
             "of those bands"
         )
-    scaling = (model.card.get("input") or {}).get("by_band", {})
-    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands["s2"]}
-    levels = {level for level in sensors.S2_STATISTICS for unit in units if level in unit}
-    if acquisition.s2_level and levels and levels != {acquisition.s2_level}:
+    levels = _levels(model)
+    if acquisition.s2_level and levels and levels != [acquisition.s2_level]:
         raise SceneError(
             f"{acquisition.scene} is {acquisition.s2_level}, {model.source} was trained on "
             f"{' and '.join(levels)}, whose values differ: give the {' or '.join(levels)} product"
         )
+
+
+def _levels(model: Pretrained) -> list[str]:
+    """The processing levels of Sentinel-2 that the weights say they were trained on."""
+    scaling = (model.card.get("input") or {}).get("by_band", {})
+    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands.get("s2", ())}
+    return [level for level in sensors.S2_STATISTICS if any(level in unit for unit in units)]
 
 
 def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_table.Acquisition:

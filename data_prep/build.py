@@ -7,6 +7,7 @@ python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --be
 """
 
 import concurrent.futures.process
+import dataclasses
 import functools
 import os
 import signal
@@ -19,12 +20,12 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import lock, presets, sensors
+from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
 from data_prep.finding import sources
-from data_prep.reading import legends, proj
+from data_prep.reading import bands, legends, proj
 from data_prep.writing import cleaning, records
 from data_prep.writing.builder import LocationBuilder
 
@@ -35,6 +36,7 @@ BUILDERS = {
         downstream.Ssl4eoS12Dw,
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
+        downstream.Sen12Ms,
         scenes.Scenes,
         terramesh.Terramesh,
         terramesh.Ssl4eoS12V11,
@@ -88,7 +90,8 @@ _TEST_FRACTION = flags.DEFINE_float(
 _BLOCK_SIZE = flags.DEFINE_float(
     "block_size",
     scenes.Cutting.block_size,
-    "scenes only: side of a block in metres; 0 for 2 to 8 tiles, by their number.",
+    "Side in metres of the blocks of the earth that are held back as a whole; of scenes for the "
+    "split test, too. 0 holds back locations singly, and of scenes blocks of 2 to 8 tiles.",
     0,
 )
 _BLOCK_GAP = flags.DEFINE_float(
@@ -200,7 +203,7 @@ _BEAM = flags.DEFINE_boolean(
 
 _SCENES_FLAGS = (
     "table", "tile_size", "stride", "grid", "resolution", "min_labelled",
-    "test_fraction", "block_size", "block_gap", "split_seed",
+    "test_fraction", "block_gap", "split_seed",
 )  # fmt: skip
 
 
@@ -215,7 +218,9 @@ def _options() -> options.Options:
         raise errors.BuildError(
             f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
         )
-    modalities, s2_bands = set(_MODALITIES.value), set(_S2_BANDS.value)
+    modalities = set(_MODALITIES.value)
+    # B02 is B2.
+    s2_bands = {bands.band_name(name) or name for name in _S2_BANDS.value}
     known = list(sensors.S2_STATISTICS[_S2_LEVEL.value])
     for name, given, choice in (
         ("modalities", modalities, sensors.MODALITIES),
@@ -235,6 +240,7 @@ def _options() -> options.Options:
         s2_bands=tuple(band for band in known if band in s2_bands),
         legend=_LEGEND.value and legends.read_legend(_LEGEND.value),
         labels=_LABELS.value,
+        block_size=_BLOCK_SIZE.value,
         s2_offset=None if offset is None else int(offset),
         max_invalid=_MAX_INVALID.value,
         max_days=_MAX_DAYS.value,
@@ -290,11 +296,12 @@ def build(beam_args: Sequence[str] = ()) -> str:
             "leave it out"
         )
     source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
+    cutting = dataclasses.asdict(source["cutting"]) if builder_class is scenes.Scenes else {}
     write = _beam_writer(beam_args) if _BEAM.value else None
-    data_dir = sources.absolute(_DATA_DIR.value)
+    data_dir = files.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        return _existing(final_dir, build_options, special)
+        return _existing(final_dir, build_options, special | cutting)
     start = time.monotonic()
     with lock.held(data_dir / f"{builder_class.name}.{lock.NAME}"):
         builder = builder_class(
@@ -350,7 +357,7 @@ def _scenes_source() -> dict[str, Any]:
         test_fraction=_TEST_FRACTION.value,
         block_size=_BLOCK_SIZE.value,
         block_gap=_BLOCK_GAP.value,
-        seed=_SPLIT_SEED.value,
+        split_seed=_SPLIT_SEED.value,
     )
     return {
         "table": _TABLE.value,
@@ -367,7 +374,7 @@ def _existing(
       errors.BuildError: if it was built with other options.
     """
     info = tfds.builder_from_directory(final_dir).info
-    wanted = build_options.metadata() | special
+    wanted = build_options.choices() | special
     labels = info.metadata.get("labels", options.DEFAULT.labels)
     if labels != build_options.labels:
         raise errors.BuildError(

@@ -14,7 +14,7 @@ from cromss_jax import folds as spatial
 from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
-from tests import runs
+from tests import commands, environment, runs
 from tests.mapping.weights import write_weights
 
 LOCATIONS, SEASONS, SIZE = 12, 2, 48
@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
 
 def test_a_data_set_is_judged(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid")
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
@@ -36,7 +36,6 @@ def test_a_data_set_is_judged(data_dir, tmp_path):
         parcels=write_parcels(tmp_path / "parcels.geojson", data_dir),
         min_area=0.02,
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
@@ -203,25 +202,20 @@ def test_a_network_of_a_fold_never_sees_its_locations(data_dir, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_folds_are_trained_and_judge(data_dir, tmp_path):
+def test_folds_are_trained_and_judge(data_dir, tmp_path, monkeypatch):
+    # `make test-slow` compiles as users do, which takes minutes here; no numbers are compared.
+    monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     flags = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
     flags |= {"config.num_epochs": 1, "config.batch_size": 4}
-    line = runs.command(
+    made = commands.run_flags(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=tmp_path / "run", **flags
     )
-    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
-    line = runs.command(
-        "cromss_jax.audit",
-        checkpoint=tmp_path / "run",
-        data_dir=data_dir,
-        output=tmp_path / "audit",
-        folds=2,
-        maps=False,
-    )
+    assert made.returncode == 0, made.stderr
+    flags = {"checkpoint": tmp_path / "run", "data_dir": data_dir, "output": tmp_path / "audit"}
+    flags |= {"folds": 2, "maps": False}
     # Interrupted while it trains it saves, as training alone does, and goes on from there.
-    process = subprocess.Popen(
-        [*line, "--preemption_status=143"], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True
-    )
+    line = runs.command("cromss_jax.audit", preemption_status=143, **flags)
+    process = subprocess.Popen(line, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
     for text in process.stderr:
         if "locations to train on" in text:
             break
@@ -229,7 +223,7 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
     _, rest = process.communicate()
     assert process.returncode == 143, rest
     assert "interrupted: " in rest
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    done = commands.run_flags("cromss_jax.audit", **flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert report["made"]["judged by"].startswith("2 networks like")
@@ -240,13 +234,12 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
 
 def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid", classes=presets.WORLDCOVER)
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
         output=tmp_path / "audit",
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
     assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]

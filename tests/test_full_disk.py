@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
 from unittest import mock
 
 import jax
@@ -18,7 +17,8 @@ from cromss_jax.training import checkpoint, run
 from cromss_jax.weights import cards, folders, torch_keys
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.network import Network, Weights, WeightsError
-from tests import disks, runs
+from data_prep.sample import nol
+from tests import commands, disks, runs
 
 # Of threads of Orbax and futures of TensorStore, on a full disk.
 pytestmark = [
@@ -117,25 +117,16 @@ def test_exports_on_a_full_disk(disk):
 @pytest.fixture(scope="module")
 def geotiffs(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("sample") / "geotiffs"
-    line = runs.command(
-        "data_prep.sample", output_dir=folder, locations=16, seasons=4, tile_size=96, seed=0
-    )
-    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
+    nol.write_sample(folder, 16, seasons=4, tile_size=96, seed=0)
     return folder
 
 
 @pytest.mark.parametrize("options", ["", "ro"])
 def test_a_build_on_a_full_or_read_only_disk(geotiffs, tmp_path, options):
-    line = runs.command(
-        "data_prep.build",
-        dataset="ssl4eo_s12_nol",
-        source_dir=geotiffs,
-        data_dir=tmp_path / "disk",
-        num_workers=1,
-    )
+    flags = dict(source_dir=geotiffs, data_dir=tmp_path / "disk", num_workers=1)
     try:
         with disks.small(tmp_path / "disk", "1m", options) as folder:
-            done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+            done = commands.run_flags("data_prep.build", dataset="ssl4eo_s12_nol", **flags)
             left = {path.name for path in folder.rglob("*") if path.is_file()}
     except disks.NoMountError as error:
         pytest.skip(str(error))

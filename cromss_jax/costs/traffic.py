@@ -154,6 +154,8 @@ def _written_bytes(instruction: Instruction, computation: Computation, fused: Co
     roots, shapes = [root], [instruction.shape]
     if root.opcode == "tuple":  # a fusion with several results
         roots = [inside[name] for name in root.operands]
+        # A reduction of several arrays has several results, too.
+        roots = [i for i in roots for _ in _SHAPE.findall(i.shape)]
         shapes = [found[0] for found in re.finditer(_SHAPE, instruction.shape)]
     total = 0
     for result, shape in zip(roots, shapes, strict=True):

@@ -257,9 +257,11 @@ def _four_taps(kernel: jax.Array) -> jax.Array:
     Along an axis an input pixel reaches the four output pixels around it through the taps 2, 1 + 2,
     0 + 1 and 0 of the kernel [3, 3, C, D].
     """
-    taps = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], kernel.dtype)
-    # Sums of at most four taps, in float32: exact enough for any compute dtype.
-    return jnp.einsum("it,ju,tucd->ijdc", taps, taps, kernel, precision="highest")
+    for axis in (0, 1):
+        before, after = ([(n, 1 - n) if i == axis else (0, 0) for i in range(4)] for n in (0, 1))
+        kernel = jnp.flip(kernel, axis)
+        kernel = jnp.pad(kernel, before) + jnp.pad(kernel, after)
+    return kernel.swapaxes(2, 3)
 
 
 def _downsampled(y: jax.Array, taps: jax.Array) -> jax.Array:

@@ -114,8 +114,8 @@ class UNetBlock(nnx.Module):
 
     def _rest(self, y: jax.Array, train: bool) -> jax.Array:
         """The layers after the first convolution."""
-        x = jax.nn.relu(self.conv1[1](y, train))
-        return jax.nn.relu(conv_bn(self.conv2, x, train))
+        x = self.conv1[1](y, train, relu=True)
+        return conv_bn(self.conv2, x, train, relu=True)
 
 
 class UNetDecoder(Decoder):
@@ -206,7 +206,7 @@ class PSPDecoder(Decoder):
         self, features: Sequence[jax.Array], train: bool, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Maps features to [B, H/8, W/8, 512]. Dropout zeroes whole channels."""
-        x = jax.nn.relu(conv_bn(self.conv, self.psp(features[-1], train), train))
+        x = conv_bn(self.conv, self.psp(features[-1], train), train, relu=True)
         return dropout(x, self.dropout_rate, dropout_key if train else None, whole_channels=True)
 
 
@@ -246,10 +246,10 @@ class ASPP(nnx.Module):
     def __call__(self, x: jax.Array, train: bool, dropout_key: jax.Array | None) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H, W, out_channels]. Dropout zeroes single values."""
         *convs, (_, *pooling) = self.convs
-        branches = [jax.nn.relu(conv_bn(conv, x, train)) for conv in convs]
-        pooled = jax.nn.relu(conv_bn(pooling, average_pool(x, 1), train))
+        branches = [conv_bn(conv, x, train, relu=True) for conv in convs]
+        pooled = conv_bn(pooling, average_pool(x, 1), train, relu=True)
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-        y = jax.nn.relu(conv_bn(self.project, jnp.concatenate(branches, axis=-1), train))
+        y = conv_bn(self.project, jnp.concatenate(branches, axis=-1), train, relu=True)
         return dropout(y, self.dropout_rate, dropout_key if train else None, whole_channels=False)
 
 
@@ -284,10 +284,10 @@ class DeepLabV3PlusDecoder(Decoder):
         """Maps features to [B, H/4, W/4, 256]. Dropout in ASPP zeroes single values."""
         aspp, *refining = self.aspp
         x = aspp(features[-1], train, dropout_key)
-        x = jax.nn.relu(conv_bn(refining, x, train))
-        fine = jax.nn.relu(conv_bn(self.block1, features[1], train))
+        x = conv_bn(refining, x, train, relu=True)
+        fine = conv_bn(self.block1, features[1], train, relu=True)
         x = jnp.concatenate([resize(x, *fine.shape[1:3]), fine], axis=-1)
-        return jax.nn.relu(conv_bn(self.block2, x, train))
+        return conv_bn(self.block2, x, train, relu=True)
 
 
 class FPNBlock(nnx.Module):

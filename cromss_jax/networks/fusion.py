@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from cromss_jax.networks.decoders import DECODERS, STRIDES, UNetBlock, segmentation_head
-from cromss_jax.networks.layers import draw_kernels
+from cromss_jax.networks.layers import BatchNorm, draw_kernels
 from cromss_jax.networks.packing import unpack_planes
 from cromss_jax.networks.resampling import resize
 from cromss_jax.networks.resnet import (
@@ -249,6 +249,7 @@ def make_network(
     decoder: str = "unet",
     packed: bool = False,
     rematerialise: bool = False,
+    fused_norms: bool = False,
 ) -> nnx.Module:
     """Builds a network, initialised as smp does.
 
@@ -275,6 +276,8 @@ def make_network(
         in `resampling.max_pool`.
       rematerialise: whether activations within the encoders' and the U-Net's blocks are computed
         again for the gradient instead of stored. Values are the same up to rounding.
+      fused_norms: whether BatchNorms are computed by `fused`, which suits GPUs. Values are the same
+        up to rounding.
 
     Raises:
       ValueError: for an unknown `fusion`, `depth`, `dtype` or `decoder`; for modalities that do
@@ -299,8 +302,9 @@ def make_network(
         raise ValueError(f"decoder {decoder!r} does not support packed images: use 'unet'")
     network = FUSIONS[fusion](depth, num_channels, num_classes, dtype, decoder, packed)
     draw_kernels(network, rngs)
-    if rematerialise:
-        for _, block in nnx.iter_modules(network):
-            if isinstance(block, BasicBlock | Bottleneck | UNetBlock):
-                block.rematerialise = True
+    for _, module in nnx.iter_modules(network):
+        if rematerialise and isinstance(module, BasicBlock | Bottleneck | UNetBlock):
+            module.rematerialise = True
+        if fused_norms and isinstance(module, BatchNorm):
+            module.fused = True
     return network

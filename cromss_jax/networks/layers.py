@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cromss_jax import platforms
-from cromss_jax.networks import packing
+from cromss_jax.networks import fused, packing
 from cromss_jax.networks.convolution import convolve
 
 
@@ -140,10 +140,14 @@ class BatchNorm(nnx.Module):
     `MOMENTUM` towards the new value. Statistics are float32 for every input dtype. Under `jax.jit`
     they are the statistics of the whole batch, however it is sharded. For bfloat16 inputs they are
     computed relative to the running mean.
+
+    Attributes:
+      fused: whether training uses the functions of `fused`; not for packed images.
     """
 
     MOMENTUM = 0.1
-    EPSILON = 1e-5
+    EPSILON = fused.EPSILON
+    fused = False
 
     def __init__(self, num_channels: int):
         self.weight = nnx.Param(jnp.ones(num_channels))
@@ -153,8 +157,20 @@ class BatchNorm(nnx.Module):
         # Not used here. torch counts batches, so conversion from and to torch keeps the count.
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalises [B, H, W, C]; with `train`, uses and tracks the batch's statistics."""
+    def __call__(self, x: jax.Array, train: bool, *, relu: bool = False) -> jax.Array:
+        """Normalises [B, H, W, C]; with `train`, uses and tracks the batch's statistics.
+
+        With `relu`, negative results become 0.
+        """
+        if train and self.fused:
+            vectors = (self.weight[...], self.bias[...], self.running_mean[...])
+            y, mean, var = fused.normalise(x, *vectors, relu)
+            self.track(mean, var, x.size // mean.size)
+            return y
+        y = self._normalised(x, train)
+        return jax.nn.relu(y) if relu else y
+
+    def _normalised(self, x: jax.Array, train: bool) -> jax.Array:
         if train:
             mean, var = self._statistics(x)
             self.track(mean, var, x.size // mean.size)
@@ -242,8 +258,8 @@ def run_block(block: nnx.Module, *inputs: jax.Array | None, train: bool) -> jax.
     return call(block, *inputs, train)
 
 
-def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
-    """Applies a convolution and its BatchNorm.
+def conv_bn(layers: Sequence, x: jax.Array, train: bool, *, relu: bool = False) -> jax.Array:
+    """Applies a convolution and its BatchNorm; with `relu`, negative results become 0.
 
     In bfloat16, a training step is limited by memory, not by arithmetic. A 1x1 convolution that
     increases the number of channels is then computed by `normalised_product`.
@@ -253,8 +269,9 @@ def conv_bn(layers: Sequence, x: jax.Array, train: bool) -> jax.Array:
     if train and isinstance(conv, Conv) and x.dtype == jnp.bfloat16:
         size, _, in_channels, out_channels = conv.weight.shape
         if size == 1 and in_channels < out_channels and conv.bias is None:
-            return normalised_product(conv, norm, x)
-    return norm(conv(x), train)
+            y = normalised_product(conv, norm, x)
+            return jax.nn.relu(y) if relu else y
+    return norm(conv(x), train, relu=relu)
 
 
 def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
@@ -268,8 +285,13 @@ def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
     x = x[:, :: conv.stride, :: conv.stride]
     kernel = conv.weight[0, 0]
     pixels = x.reshape(-1, x.shape[-1])
+    if norm.fused:
+        y, mean, var = fused.normalised_product(pixels, kernel, norm.weight[...], norm.bias[...])
+        norm.track(mean, var, len(pixels))
+        return y.reshape(*x.shape[:-1], -1)
     mean = _at_least_float32(pixels).mean(0)
-    squares = platforms.choose(pixels, gpu=_squares_for_gpu, default=_squares)
+    wide = jnp.promote_types(pixels.dtype, jnp.float32)
+    squares = jnp.einsum("nc,nd->cd", pixels, pixels, preferred_element_type=wide)
     covariance = squares / len(pixels) - jnp.outer(mean, mean)
 
     # The matrices are small, so float32 products are affordable on TPUs too.
@@ -282,33 +304,6 @@ def normalised_product(conv: Conv, norm: BatchNorm, x: jax.Array) -> jax.Array:
     shift = norm.bias[...] - product(mean, _at_least_float32(scaled))
     y = _at_least_float32(convolve(x, scaled.reshape(1, 1, *scaled.shape)))
     return (y + shift.reshape(1, 1, 1, -1)).astype(x.dtype)
-
-
-def _squares(pixels: jax.Array) -> jax.Array:
-    """Sum over pixels of the products of all pairs of channels, [N, C] to [C, C] float32."""
-    wide = jnp.promote_types(pixels.dtype, jnp.float32)
-    return jnp.einsum("nc,nd->cd", pixels, pixels, preferred_element_type=wide)
-
-
-@jax.custom_vjp
-def _squares_for_gpu(pixels: jax.Array) -> jax.Array:
-    """`_squares` with a gradient in the dtype of the pixels.
-
-    A GPU would compute the gradient as a product in float32, at a fraction of the speed, and write
-    it in float32.
-    """
-    return _squares(pixels)
-
-
-def _squares_for_gpu_forward(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _squares(pixels), pixels
-
-
-def _squares_for_gpu_backward(pixels: jax.Array, output_grad: jax.Array) -> tuple[jax.Array]:
-    return (pixels @ (output_grad + output_grad.T).astype(pixels.dtype),)
-
-
-_squares_for_gpu.defvjp(_squares_for_gpu_forward, _squares_for_gpu_backward)
 
 
 def materialised(x: jax.Array) -> jax.Array:

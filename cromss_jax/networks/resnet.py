@@ -44,7 +44,7 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, channels]."""
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn1(self.conv1(x), train, relu=True)
         y = self.bn2(self.conv2(y), train)
         shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
         return materialised(jax.nn.relu(y + shortcut))
@@ -68,8 +68,8 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [B, H, W, in_channels] to [B, H / stride, W / stride, 4 channels]."""
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn1(self.conv1(x), train, relu=True)
+        y = self.bn2(self.conv2(y), train, relu=True)
         y = conv_bn((self.conv3, self.bn3), y, train)
         shortcut = x if self.downsample is None else conv_bn(self.downsample, x, train)
         return materialised(jax.nn.relu(y + shortcut))
@@ -171,7 +171,7 @@ class ResNetEncoder(nnx.Module):
 
     def _stem(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
         """The first features, and the input of the first stage."""
-        x = jax.nn.relu(self.bn1(self.conv1(x), train))
+        x = self.bn1(self.conv1(x), train, relu=True)
         return x, max_pool(x, self.bn1.weight.size)
 
     @staticmethod

@@ -25,7 +25,9 @@ ENCODERS = ("frozen", "trained", "late")
 _ENCODER_STAGES = ("layer4", "layer3", "layer2", "layer1", "stem")
 
 
-def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+def make_network(
+    config: ml_collections.ConfigDict, rngs: nnx.Rngs, forms: platforms.Forms = platforms.CPU
+) -> nnx.Module:
     """The network of the configuration, with one encoder and one decoder."""
     (modality,) = config.modalities
     bands = sensors.S1_BANDS if modality == "s1" else config.s2_bands
@@ -37,12 +39,15 @@ def make_network(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Modul
         jnp.dtype(config.network.dtype),
         rngs,
         decoder=config.network.decoder,
+        fused_norms=forms.fuses_norms,
     )
 
 
-def network_definition(config: ml_collections.ConfigDict) -> nnx.GraphDef:
-    """The network without arrays, for `nnx.merge`."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
+def network_definition(
+    config: ml_collections.ConfigDict, forms: platforms.Forms = platforms.CPU
+) -> nnx.GraphDef:
+    """The network without arrays, for `nnx.merge`, in the forms of a step."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), forms)))
 
 
 def split_encoder(params: nnx.State) -> dict[str, nnx.State]:
@@ -101,7 +106,7 @@ def make_train_step(
 
     Args:
       config: the configuration.
-      definition: the network, from `network_definition`.
+      definition: the network, from `network_definition`, in the step's forms.
       num_tiles: number of training records, which is the number of samples in an epoch.
       train_encoder: if false, the encoder's parameters and BatchNorm statistics do not change.
       mesh: devices over which the batch is sharded.

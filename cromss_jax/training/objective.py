@@ -4,6 +4,8 @@ Each equation is a function in `cromss_jax.method`. Dimensions: B batch, H heigh
 C classes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -54,21 +56,27 @@ def selection_weights(
     labels: jax.Array,
     ramp: jax.Array,
     num_scopes: int,
+    together: bool = False,
 ) -> dict[str, jax.Array]:
-    """Weights of the segmentation loss by modality, [B, H, W], 0 at ignored pixels."""
+    """Weights of the segmentation loss by modality, [B, H, W], 0 at ignored pixels.
+
+    `num_scopes` and `together` are as for `training_loss`.
+    """
     if not config.selection.enabled:
         return dict.fromkeys(confidences, (labels < num_classes(config)).astype(jnp.float32))
     keep = selection.keep_fraction(ramp, config.selection.final_keep_fraction)
-    return {
-        modality: selection.selection_weights(
-            confidence,
-            labels,
-            keep,
-            num_classes=num_classes(config),
-            num_scopes=num_scopes,
-        )
-        for modality, confidence in entangled(confidences).items()
-    }
+    weigh = functools.partial(
+        selection.selection_weights,
+        labels=labels,
+        keep_fraction=keep,
+        num_classes=num_classes(config),
+        num_scopes=num_scopes,
+    )
+    confidences = entangled(confidences)
+    if not together:
+        return {modality: weigh(confidence) for modality, confidence in confidences.items()}
+    weights = jax.vmap(weigh)(jnp.stack(list(confidences.values())))
+    return dict(zip(confidences, weights, strict=True))
 
 
 @jax.named_scope("selection")
@@ -119,6 +127,7 @@ def training_loss(
     batch: Maps,
     epoch: jax.Array,
     num_scopes: int = 1,
+    together: bool = False,
 ) -> tuple[jax.Array, Metrics]:
     """The loss to minimise and the metrics to report (paper, Section III).
 
@@ -129,6 +138,7 @@ def training_loss(
       batch: examples from `preprocess.examples`, with a prior if the configuration needs one.
       epoch: scalar, counted from 0; determines the ramp.
       num_scopes: number of equal parts of the batch that have their own class thresholds.
+      together: whether the modalities' thresholds are found in one search, in fewer operations.
 
     Returns:
       The scalar loss, and scalar metrics by name.
@@ -139,7 +149,7 @@ def training_loss(
     ramp = schedules.ramp_up(epoch, config.selection.ramp_epochs, config.selection.ramp)
 
     confidences = label_confidences(log_probs, labels)
-    weights = selection_weights(config, confidences, labels, ramp, num_scopes)
+    weights = selection_weights(config, confidences, labels, ramp, num_scopes, together)
     targets = smoothed_targets(config, batch)
     parts = {
         f"segmentation/{m}": losses.segmentation_loss(

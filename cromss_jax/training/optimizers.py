@@ -1,6 +1,8 @@
 """Optimizers. A network's vectors are joined into one, so that an update has few operations."""
 
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,3 +72,56 @@ def split(tree: Any, like: Any) -> Any:
         return structure.unflatten([next(vectors if x.ndim == 1 else others) for x in arrays])
 
     return jax.tree.map(split_state, like, tree, is_leaf=_is_state)
+
+
+# A GPU runs the update of an array as one kernel. XLA merges the kernels of arrays of one shape if
+# they read from one array. The functions below give them one.
+
+
+def _from_one(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same arrays, of one dtype, read from their concatenation."""
+    joined = jnp.concatenate([x.ravel() for x in arrays])
+    # Without the barrier XLA would read the original arrays.
+    joined = jax.lax.optimization_barrier(joined)
+    ends = list(itertools.accumulate(x.size for x in arrays))
+    parts = jnp.split(joined, ends[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
+def from_memory(grads: Any) -> Any:
+    """Returns gradients unchanged, written to memory, their vectors as parts of a single one."""
+    arrays, structure = jax.tree.flatten(grads)
+    # Without the barrier XLA would transpose a convolution's gradient in the kernel of its update,
+    # and run that twice, once for the norm of the new parameters.
+    arrays = jax.lax.optimization_barrier(arrays)
+    vectors = iter(_from_one([x for x in arrays if x.ndim == 1]))
+    return structure.unflatten([next(vectors) if x.ndim == 1 else x for x in arrays])
+
+
+def count_together(before: Any, after: Any) -> Any:
+    """Returns a tree's values `after` unchanged, its integer scalars from those of `before`."""
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    is_count = [x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) for x in new]
+    counts = iter(_from_one([x for x, counted in zip(old, is_count, strict=True) if counted]))
+    leaves = [
+        next(counts) + (b - a) if counted else b
+        for a, b, counted in zip(old, new, is_count, strict=True)
+    ]
+    return jax.tree.structure(after).unflatten(leaves)
+
+
+# A GPU sums up to so many numbers without a second kernel for the sums of parts.
+_SUMMED_AT_ONCE = 4096
+
+
+def norm(tree: Any) -> jax.Array:
+    """The square root of the sum of all squares, as `optax.tree.norm`.
+
+    The sums of parts of all arrays are summed in one operation, not in one for each array.
+    """
+    rows = [
+        jnp.square(x).reshape(-1, math.gcd(x.size, _SUMMED_AT_ONCE)).sum(1)
+        for x in jax.tree.leaves(join(tree))
+    ]
+    # Without the barrier XLA would sum each array by itself.
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())

@@ -28,7 +28,7 @@ def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformat
 
 
 def make_network(
-    config: ml_collections.ConfigDict, rngs: nnx.Rngs, packed: bool = False
+    config: ml_collections.ConfigDict, rngs: nnx.Rngs, forms: platforms.Forms = platforms.CPU
 ) -> nnx.Module:
     """The networks of the configuration."""
     num_channels = {"s1": len(sensors.S1_BANDS), "s2": len(config.s2_bands)}
@@ -40,8 +40,9 @@ def make_network(
         jnp.dtype(config.network.dtype),
         rngs,
         decoder=config.network.get("decoder", "unet"),
-        packed=packed,
+        packed=forms.packs,
         rematerialise=config.get("rematerialise", False),
+        fused_norms=forms.fuses_norms,
     )
 
 
@@ -61,9 +62,11 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array) -> TrainState:
     )
 
 
-def network_definition(config: ml_collections.ConfigDict, packed: bool = False) -> nnx.GraphDef:
-    """The networks without arrays, for `nnx.merge`; `packed` as for `fusion.make_network`."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), packed)))
+def network_definition(
+    config: ml_collections.ConfigDict, forms: platforms.Forms = platforms.CPU
+) -> nnx.GraphDef:
+    """The networks without arrays, for `nnx.merge`, in the forms of a step."""
+    return nnx.graphdef(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0), forms)))
 
 
 def draw_geometry(
@@ -90,11 +93,11 @@ def make_train_step(
 
     Args:
       config: the configuration.
-      definition: the networks, from `network_definition`.
+      definition: the networks, from `network_definition`, in the step's forms.
       num_locations: number of training locations, which is the number of samples in an epoch.
       num_scopes: as for `objective.training_loss`; 1 is the global batch.
       mesh: devices over which the batch is sharded.
-      forms: forms of the step; `definition` is that of packed networks if they ask for it.
+      forms: forms of the step.
 
     Returns:
       A function (state, records) -> (state, metrics), to be jitted with its state donated.
@@ -135,7 +138,9 @@ def make_update(
 
         loss, report, batch_stats, grads = gradients.value_and_grad(
             apply,
-            lambda logits: objective.training_loss(config, logits, batch, epoch, num_scopes),
+            lambda logits: objective.training_loss(
+                config, logits, batch, epoch, num_scopes, forms.searches_together
+            ),
             state.params,
             state.batch_stats,
             {m: batch[m] for m in config.modalities},
@@ -153,10 +158,14 @@ def make_update(
             params, opt_state = before
             if forms.joins_vectors:
                 (params, opt_state), grads = optimizers.join((before, grads))
+                norm_of = optax.tree.norm
+            else:
+                grads, norm_of = optimizers.from_memory(grads), optimizers.norm
+                batch_stats = optimizers.count_together(state.batch_stats, batch_stats)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-            norm = optax.tree.norm(optimizers.join(grads))
-            bad_step = first_bad_step(state, loss, norm, optimizers.join(params))
+            norm = norm_of(grads)
+            bad_step = first_bad_step(state, loss, norm, params, norm_of)
         if forms.joins_vectors:
             params, opt_state = optimizers.split((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,11 @@ class TrainState:
 
 
 def first_bad_step(
-    state: TrainState, loss: jax.Array, gradient_norm: jax.Array, params: optax.Params
+    state: TrainState,
+    loss: jax.Array,
+    gradient_norm: jax.Array,
+    params: optax.Params,
+    norm: Callable[[optax.Params], jax.Array] = optax.tree.norm,
 ) -> jax.Array:
     """`TrainState.first_bad_step` after a step.
 
@@ -56,8 +60,9 @@ def first_bad_step(
       loss: scalar loss of the step.
       gradient_norm: scalar norm of the step's gradients.
       params: the parameters after the step.
+      norm: a function for their norm.
     """
-    is_bad = ~jnp.isfinite(loss + gradient_norm + optax.tree.norm(params))
+    is_bad = ~jnp.isfinite(loss + gradient_norm + norm(params))
     return jnp.where((state.first_bad_step < 0) & is_bad, state.step, state.first_bad_step)
 
 

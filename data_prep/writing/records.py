@@ -18,8 +18,8 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from cromss_jax import files
 from data_prep import errors, parallel
-from data_prep.finding import sources
 from data_prep.report import Finding
 
 # One record a group: random access. On real tiles zstd:-1 takes 0.64 of the raw size and reads as
@@ -66,6 +66,7 @@ class Written:
       classes: (2, 256) int64, for each label the number of its pixels, and of the records that have
         any of them.
       measures: see `Reading`.
+      place: its CRS as WKT and the coordinates of its middle; None without records.
     """
 
     num_records: int
@@ -73,6 +74,7 @@ class Written:
     digest: bytes
     classes: np.ndarray
     measures: tuple[tuple[str, float], ...] = ()
+    place: tuple[str, float, float] | None = None
 
 
 # The result of a location, or why it has none.
@@ -133,7 +135,7 @@ class Plan:
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
     """The name of a local file that is copied to `path`: ArrayRecord cannot write to buckets."""
-    if not sources.is_remote(path):
+    if not files.in_bucket(path):
         yield os.fspath(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -181,10 +183,22 @@ def write_shard(
                 with _write_errors():
                     writer.write(stored)
             yield Written(
-                len(result.examples), result.findings, digest.digest(), classes, result.measures
+                len(result.examples),
+                result.findings,
+                digest.digest(),
+                classes,
+                result.measures,
+                _place(result.examples[0]) if result.examples else None,
             )
         with _write_errors():
             writer.close()
+
+
+def _place(example: Example) -> tuple[str, float, float]:
+    """The CRS of a record and the coordinates of its middle."""
+    a, b, c, d, e, f = example["transform"].tolist()
+    row, column = (side / 2 for side in example["labels"].shape[-2:])
+    return example["crs"], a * column + b * row + c, d * column + e * row + f
 
 
 def write_here(plan: Plan, num_workers: int) -> Iterator[tuple[Shard, Location, Outcome]]:

@@ -15,7 +15,7 @@ from data_prep.datasets import downstream, ssl4eo_s12_nol
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
 from data_prep.writing import records
-from tests import runs
+from tests import commands, runs
 
 BUILDERS = {"nol": ssl4eo_s12_nol.Ssl4eoS12Nol, "dfc2020": downstream.Dfc2020}
 OPTIONS = {"nol": {}, "dfc2020": {"patch_size": 20}}
@@ -173,8 +173,7 @@ def test_pipeline_that_does_not_wait_is_an_error(templates, tmp_path, monkeypatc
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments]
-    return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    return commands.run("data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments)
 
 
 @needs_beam

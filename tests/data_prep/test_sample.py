@@ -2,8 +2,6 @@
 
 import itertools
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from cromss_jax.sensors import (
 from data_prep import options
 from data_prep.datasets.downstream import Dfc2020
 from data_prep.sample import downstream, imagery, nol, world
+from tests import commands
 
 WATER, TREES, BARE, SNOW = (
     DYNAMIC_WORLD.names.index(name) for name in ("water", "trees", "bare ground", "snow & ice")
@@ -266,8 +265,7 @@ def test_directory_in_use_is_not_changed(tmp_path):
 
 def test_command(tmp_path):
     def run(*args):
-        command = [sys.executable, "-m", "data_prep.sample", f"--output_dir={tmp_path / 'out'}"]
-        return subprocess.run([*command, *args], capture_output=True, text=True)
+        return commands.run("data_prep.sample", f"--output_dir={tmp_path / 'out'}", *args)
 
     done = run("--locations=2", "--seasons=1", "--tile_size=24", "--num_workers=1")
     assert done.returncode == 0, done.stderr

@@ -63,6 +63,34 @@ def restore(folder: pathlib.Path) -> tuple:
     return step
 
 
+def test_the_newest_few_are_kept(tmp_path):
+    """By number, not by text."""
+    folder = save(tmp_path / "run" / "checkpoints", 7, 8, 9, 10)
+    assert sorted(int(path.name) for path in folder.iterdir()) == [8, 9, 10]
+    assert restore(folder) == 10
+    assert folders.find_checkpoint(str(tmp_path / "run")) == folder / "10"
+
+
+def test_a_step_is_saved_once(tmp_path):
+    folder = files.absolute(tmp_path)
+    with checkpoint.Checkpoints(folder, keep=3) as checkpoints:
+        checkpoints.save(1, state_of(1), {"iterator": 1})
+        checkpoints.wait()
+        assert checkpoints.latest_step == 1
+        before = [(path, path.stat().st_mtime_ns) for path in all_files(folder)]
+        checkpoints.save(1, state_of(2), {"iterator": 2})
+        checkpoints.wait()
+        assert [(path, path.stat().st_mtime_ns) for path in all_files(folder)] == before
+    assert restore(folder) == 1
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    folder = save(tmp_path, 1)
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp-0")
+    assert restore(folder) == 1
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
 def all_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
 

@@ -1,6 +1,7 @@
 """Joined vectors: nothing is lost on the way there and back, and an optimizer steps them alike."""
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -52,6 +53,27 @@ def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
     # Number by number, so not a bit differs.
     found = optimizers.split((updates, after), like=(state, before))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_forms_for_gpus_change_no_number():
+    grads = params(0)
+    jax.tree.map(np.testing.assert_array_equal, optimizers.from_memory(grads), grads)
+    before = {"count": jnp.int32(7), "mean": jnp.zeros(3), "other": jnp.int32(0)}
+    after = {"count": jnp.int32(9), "mean": jnp.ones(3), "other": jnp.int32(1)}
+    found = optimizers.count_together(before, after)
+    jax.tree.map(np.testing.assert_array_equal, found, after)
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(after)]
+
+
+def test_a_norm_by_rows_is_the_norm():
+    # Sizes that rows of 4096 numbers divide, and one that only rows of 4 do.
+    rng = np.random.default_rng(0)
+    tree = nnx.List([layers.Conv(64, 64, 3, init=layers.TORCH_INIT), layers.BatchNorm(4)])
+    arrays, structure = jax.tree.flatten(nnx.state(tree, nnx.Param))
+    arrays = [rng.normal(size=x.shape).astype(np.float32) for x in arrays]
+    exact = np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in arrays))
+    # Sums of positive numbers, in float32.
+    np.testing.assert_allclose(optimizers.norm(structure.unflatten(arrays)), exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

@@ -76,8 +76,8 @@ def compile_step(config, num_devices: int):
 
 
 def jit_step(config, mesh, *, packed):
-    definition = pretrain_step.network_definition(config, packed=packed)
     forms = platforms.Forms(packs=packed)
+    definition = pretrain_step.network_definition(config, forms)
     train_step = pretrain_step.make_train_step(config, definition, 64, mesh=mesh, forms=forms)
     return sharding.jit_step(train_step, mesh)
 

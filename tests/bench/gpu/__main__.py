@@ -1,9 +1,10 @@
-"""Measures and tests on one GPU: `python -m tests.bench.gpu [--only=PARTS] [--minutes=N]`.
+"""Measures and tests on one GPU: `python -m tests.bench.gpu [--only=PARTS] [--minutes=8]`.
 
 Each part runs in a process of its own, so that one's memory and failure are not the next one's, the
 most important first. It prints what it finds, as it finds it, and its last line of JSON goes to
---output, also of a part that fails or is stopped. The exit status is 1 unless all parts succeeded.
-`--tiny` tries all of it on a CPU. What is compiled is kept in --compiled, so that parts share it.
+--output, also of a part that fails or is stopped. Parts that measure no time run beside each other.
+The exit status is 1 unless all parts succeeded. `--tiny` tries all of it on a CPU. What is compiled
+is kept in --compiled, so that parts, and later calls for what was not reached, share it.
 
 On a machine that has the packages of requirements-test.lock this needs nothing more. Where JAX,
 PyTorch, Flax, Orbax, timm and pytest are, and nothing can be fetched, these wheels suffice, 12 MB:
@@ -27,7 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 
 from absl import app, flags
 
@@ -43,28 +45,28 @@ class Part:
       arguments: after `python -m tests.bench.gpu.`
       seconds: after which it is stopped.
       environment: beside that of this process.
+      is_timed: whether it must have the device to itself.
     """
 
     measures: str
     arguments: tuple[str, ...]
     seconds: int
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_timed: bool = True
 
 
 # PyTorch's side takes the whole card: its process only imports JAX.
 _TORCH = {"JAX_PLATFORMS": "cpu"}
-# Several workers share the card; float32 products are not to be rounded to TF32.
-_TESTS = {
-    "TEST_PLATFORM": "cuda",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-}
+# Several processes share the card.
+_SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# float32 products are not to be rounded to TF32.
+_TESTS = {**_SHARED, "TEST_PLATFORM": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 PARTS = {
-    "step": Part("our step at 64, and its kernels", ("step", "--batch_size=64", "--trace"), 270),
-    "torch": Part("PyTorch's at 64", ("pytorch", "--batch_size=64"), 180, _TORCH),
-    "resume": Part("a killed run against a whole one", ("resume",), 180),
-    "data": Part("reading, and `main` by reading threads", ("reading", "--batch_size=64"), 150),
-    "tests": Part("tests of single layers", ("layers",), 150, _TESTS),
+    "step": Part("our step at 64, and its kernels", ("step", "--batch_size=64", "--trace"), 240),
+    "torch": Part("PyTorch's at 64", ("pytorch", "--batch_size=64"), 150, _TORCH),
+    "resume": Part("a killed run against a whole one", ("resume",), 170, _SHARED, is_timed=False),
+    "tests": Part("tests of single layers", ("layers",), 170, _TESTS, is_timed=False),
+    "data": Part("`main` by reading threads", ("reading", "--batch_size=64"), 120),
     "step128": Part("our step at 128", ("step", "--batch_size=128"), 180),
     "torch128": Part(
         "PyTorch's at 128, as called", ("pytorch", "--batch_size=128", "--nocompile"), 60, _TORCH
@@ -76,7 +78,7 @@ flags.register_validator(
     lambda names: set(names) <= PARTS.keys(),
     message=f"There is no such part. Choose from: {', '.join(PARTS)}.",
 )
-_MINUTES = flags.DEFINE_float("minutes", 60, "Of all parts together; the rest is stopped")
+_MINUTES = flags.DEFINE_float("minutes", 8, "Of all parts together; the rest is stopped")
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for all figures")
 _COMPILED = flags.DEFINE_string("compiled", None, "Where compiled programs are kept")
 _TINY = flags.DEFINE_bool("tiny", False, "Sizes for a CPU")
@@ -111,7 +113,7 @@ def run_part(name: str, seconds: float, environment: Mapping[str, str]) -> tuple
         if text.startswith("{"):
             figures = json.loads(text)
         else:
-            print(text, end="", flush=True)
+            print(text if part.is_timed else f"{name}: {text}", end="", flush=True)
     process.wait()
     timer.cancel()
     took = time.monotonic() - started
@@ -119,6 +121,17 @@ def run_part(name: str, seconds: float, environment: Mapping[str, str]) -> tuple
     if took >= seconds:
         return figures, f"stopped after {seconds:.0f} s"
     return figures, f"status {process.returncode}" if process.returncode else ""
+
+
+def groups(names: Sequence[str]) -> list[list[str]]:
+    """Parts that run beside each other: neighbours that measure no time."""
+    found: list[list[str]] = []
+    for name in names:
+        if found and not any(PARTS[other].is_timed for other in (name, found[-1][-1])):
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return found
 
 
 def ratios(figures: Mapping[str, Mapping]) -> dict[str, float]:
@@ -144,14 +157,19 @@ def main(_) -> None:
             "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(_COMPILED.value or folder).absolute()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        for name in _ONLY.value:
+        for names in groups(_ONLY.value):
             left = deadline - time.monotonic()
-            print(f"\n==== {name}: {PARTS[name].measures} ({left:.0f} s left)", flush=True)
+            for name in names:
+                print(f"\n==== {name}: {PARTS[name].measures} ({left:.0f} s left)", flush=True)
             if left < _LEAST_SECONDS:
-                figures[name], failed[name] = {}, "not run: no time was left"
-            else:
-                limit = left if _TINY.value else min(left, PARTS[name].seconds)
-                figures[name], why = run_part(name, limit, environment)
+                figures |= {name: {} for name in names}
+                failed |= dict.fromkeys(names, "not run: no time was left")
+                continue
+            limits = [left if _TINY.value else min(left, PARTS[name].seconds) for name in names]
+            with futures.ThreadPoolExecutor(len(names)) as pool:
+                done = pool.map(run_part, names, limits, [environment] * len(names))
+            for name, (found, why) in zip(names, done, strict=True):
+                figures[name] = found
                 failed |= {name: why} if why else {}
             if _OUTPUT.value:
                 written = {**figures, "ratios": ratios(figures), "failed": failed}

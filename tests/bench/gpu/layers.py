@@ -36,6 +36,7 @@ def main(_) -> None:
     # Other versions than those of the lock files warn of other things.
     line = [sys.executable, "-m", "pytest", "-o", "addopts=", "-W", "default", "-v", "--tb=short"]
     line += ["-p", "no:cacheprovider", "-p", "no:warnings", "--color=no", "-m", "not slow"]
+    line += ["-p", "tests.bench.gpu.failures"]
     line += ["--maxfail=20", f"--deselect={SEVERAL_DEVICES}", *workers, *chosen]
     figures = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0, "failed": []}
     process = subprocess.Popen(line, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
@@ -52,7 +53,9 @@ def main(_) -> None:
         outcome = ended[1]
         figures[outcome] += 1
         if outcome in ("FAILED", "ERROR"):
-            figures["failed"].append(re.search(r"\S+::\S.*?(?= (?:FAILED|ERROR)|\s*$)", text)[0])
+            name = re.search(r"\S+::\S.*?(?= (?:FAILED|ERROR)|\s*$)", text)[0]
+            figures["failed"].append(name)
+            print(f"{outcome} {name}", flush=True)
         recipe.show(figures)
     timer.cancel()
     sys.exit(process.wait())

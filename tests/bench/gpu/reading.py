@@ -22,9 +22,9 @@ from tests import runs
 from tests.bench import records
 from tests.bench.gpu import recipe
 
-_THREADS = flags.DEFINE_list("threads", ["2", "8", "16"], "Numbers of reading threads")
+_THREADS = flags.DEFINE_list("threads", ["8", "16", "2"], "Numbers of reading threads")
 _BATCHES = flags.DEFINE_integer("batches", 40, "Batches to read, and steps to train")
-_RUN_THREADS = flags.DEFINE_list("run_threads", ["2", "16", "8"], "The same, for runs of `main`")
+_RUN_THREADS = flags.DEFINE_list("run_threads", ["16", "2"], "The same, for runs of `main`")
 
 
 def reading_speed(dataset: input_pipeline.TileDataset, num_threads: int) -> float:
