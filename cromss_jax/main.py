@@ -1,5 +1,6 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
+import gc
 import logging
 import sys
 
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
     from cromss_jax.weights.network import WeightsError
 
     memory.keep_freed_memory()
+    gc.freeze()  # modules stay: collections while tracing need not go through them
     try:
         workdir = str(files.absolute(_WORKDIR.value))
         settings.use_default_numbers()

@@ -1,6 +1,7 @@
 """The forms that run on GPUs give the numbers of those that run on CPUs; both run here."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,19 @@ def test_each_platform_gets_its_function():
         "tpu": "tan",
     }.items():
         assert f"stablehlo.{operation}" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_on_a_known_platform_its_form_alone_is_traced():
+    def traced():
+        # A new function each time, as JAX remembers what it traced.
+        form = functools.partial(platforms.choose, cpu=jnp.sin, gpu=jnp.cos, default=jnp.tan)
+        text = str(jax.make_jaxpr(lambda x: form(x))(1.0))
+        return set(re.findall(r"\b(?:sin|cos|tan)\b", text))
+
+    assert traced() == {"sin", "cos", "tan"}
+    for platform, name in {"cpu": "sin", "gpu": "cos", "tpu": "tan"}.items():
+        with platforms.known(platform):
+            assert traced() == {name}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

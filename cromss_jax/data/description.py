@@ -115,13 +115,13 @@ def record_shapes(
     return records
 
 
-def num_train_locations(config: ml_collections.ConfigDict, described: Description) -> int:
-    """Number of training locations, without those for validation."""
+def split_sizes(config: ml_collections.ConfigDict, described: Description) -> tuple[int, int]:
+    """Numbers of locations for training and for validation."""
     blocks = described.blocks
     if blocks is not None and len(blocks) != described.num_locations:
         # Another number of locations was given.
         blocks = None
-    locations, _ = validation_split.split_locations(
+    locations, held_back = validation_split.split_locations(
         described.num_locations, config.data.validation_fraction, config.seed, blocks
     )
-    return len(locations)
+    return len(locations), len(held_back)
