@@ -1,8 +1,9 @@
 """Judges labels: `python -m cromss_jax.audit --checkpoint=RUN --data_dir=DIR --output=DIR`.
 
 For every labelled pixel of a built data set the probability that its label is wrong, and the class
-that it should be. Writes `report.md`, `report.json`, and for each date of each location the maps
-`wrong_probability.tif` (percent) and `suggested.tif`.
+that it should be. Writes `report.md`, `report.json`; for each date of each location the maps
+`wrong_probability.tif` (percent), `suggested.tif`, `given.tif` and `reason.tif`; from them the
+polygons `suspects.gpkg`; and with --parcels a row for each parcel.
 
 With --folds=K, K networks are pretrained like the run, each without one part of the locations, and
 each location is judged by the one that never saw it.
@@ -21,13 +22,13 @@ from etils import epath
 
 import cromss_jax
 from cromss_jax import command_line, files, folds, lock
-from cromss_jax.auditing import job
+from cromss_jax.auditing import job, vectors
 from cromss_jax.auditing.predictions import Predictor
 from cromss_jax.data import input_pipeline
 from cromss_jax.mapping.job import Network
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained, WeightsError
-from cromss_jax.training import devices, pretrain, run, settings, sharding
+from cromss_jax.training import devices, preemption, pretrain, run, settings, sharding
 from data_prep.reading import proj
 
 _log = logging.getLogger("cromss_jax")
@@ -46,7 +47,21 @@ _FOLDS = flags.DEFINE_integer(
 _BLOCK_KM = flags.DEFINE_float(
     "block_km", 50.0, "Folds: locations of a block of this side share their fold", lower_bound=0.1
 )
-_MAPS = flags.DEFINE_boolean("maps", True, "Whether maps are written beside the report")
+_MAPS = flags.DEFINE_boolean("maps", True, "Whether maps and suspects are written, too")
+_ABOVE = flags.DEFINE_float(
+    "above",
+    job.Settings.above,
+    "Suspects: labels that are wrong with this probability or more",
+    lower_bound=0.01,
+    upper_bound=1,
+)
+_MIN_AREA = flags.DEFINE_float(
+    "min_area", job.Settings.min_area, "Suspects: smallest polygon in hectares", lower_bound=0
+)
+_PARCELS = flags.DEFINE_string(
+    "parcels", None, "GeoPackage, shapefile or GeoJSON of polygons; each gets a row in parcels.gpkg"
+)
+_PREEMPTION_STATUS = command_line.define_preemption_status()
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Records on the devices at once", lower_bound=1)
 
 
@@ -103,8 +118,15 @@ def audit(output: pathlib.Path) -> None:
     """Audits as the flags say.
 
     Raises:
-      AuditError, WeightsError, input_pipeline.DataError, run.ConfigError: each with a sentence.
+      AuditError, vectors.VectorError, folds.FoldError, WeightsError, input_pipeline.DataError,
+        run.ConfigError: each with a sentence.
+      preemption.Preempted: after a signal; what was trained is saved.
     """
+    polygons = None
+    if _PARCELS.value:
+        if not _MAPS.value:
+            raise AuditError("--parcels are counted on the maps: leave out --maps=False")
+        polygons = vectors.read(_PARCELS.value)
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _DATASET.value, _SPLIT.value)
     mesh_size = sharding.make_mesh().size
     facts = {"data set": f"{_DATASET.value}, {_SPLIT.value}, {dataset.num_locations} locations"}
@@ -123,13 +145,17 @@ def audit(output: pathlib.Path) -> None:
     else:
         fold_of = np.zeros(dataset.num_locations, int)
         predictors = [_predictor(cromss_jax.load(_CHECKPOINT.value), dataset, mesh_size)]
-        facts["judged by"] = f"{_CHECKPOINT.value}, which was trained on these labels"
+        facts["judged by"] = (
+            f"{_CHECKPOINT.value}, which was trained on these labels and judges them too kindly: "
+            "with --folds=2 each is judged by a network that never saw it"
+        )
     job.audit(
         dataset,
         lambda index: predictors[fold_of[index]].location(index),
         output,
-        job.Settings(maps=_MAPS.value),
+        job.Settings(maps=_MAPS.value, above=_ABOVE.value, min_area=_MIN_AREA.value),
         facts,
+        polygons,
     )
     _log.info("%s\n\n%s", output, (output / "report.md").read_text())
 
@@ -139,6 +165,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
     command_line.log_progress()
+    command_line.quieten_orbax()
     try:
         if files.in_bucket(_OUTPUT.value):
             raise AuditError(f"--output={_OUTPUT.value}: a local folder is needed")
@@ -151,9 +178,13 @@ def main(arguments: list[str]) -> None:
         devices.check()
         with lock.held(epath.Path(output / lock.NAME)):
             audit(output)
+    except preemption.Preempted as interruption:
+        _log.info("%s", interruption)
+        sys.exit(_PREEMPTION_STATUS.value)
     except (
         AuditError,
         folds.FoldError,
+        vectors.VectorError,
         WeightsError,
         input_pipeline.DataError,
         run.ConfigError,
@@ -164,4 +195,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    preemption.watch(command_line.find_preemption_status)
     app.run(main, flags_parser=command_line.parse)

@@ -1,5 +1,6 @@
 """What the commands have in common: --config, the log, and what is said of mistyped flags."""
 
+import argparse
 import logging
 import os
 import pathlib
@@ -73,6 +74,25 @@ def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
     flag = flags.FLAGS["config"]
     flag.parser = _ConfigParser(flag.parser)
     return holder
+
+
+def define_preemption_status() -> flags.FlagHolder[int]:
+    """Defines --preemption_status; see `find_preemption_status`."""
+    return flags.DEFINE_integer(
+        "preemption_status",
+        0,
+        "Exit status after SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C, in every phase of the run; "
+        "schedulers that start again what failed want another than 0. A second Ctrl-C ends at "
+        "once, with 130",
+    )
+
+
+def find_preemption_status() -> int:
+    """The value of --preemption_status, also before the flags are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = flags.FLAGS["preemption_status"].default
+    parser.add_argument("--preemption_status", "-preemption_status", type=int, default=default)
+    return parser.parse_known_args()[0].preemption_status
 
 
 def log_progress() -> None:

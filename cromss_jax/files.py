@@ -1,4 +1,4 @@
-"""Writing files that are never partial, and reading logs whose last line may be incomplete."""
+"""Paths, files that are never partial, logs whose last line may be incomplete, errors in a line."""
 
 import glob
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -84,6 +85,23 @@ def write_whole(path: epath.Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of an error, in a line: its first, or the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+      ValueError: if it is none, or is nested deeper than any of ours.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_metrics(path: epath.PathLike) -> list[dict]:
     """The complete lines of a `metrics.jsonl`; an empty list if the file does not exist.
 
@@ -97,7 +115,7 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
         if not line.endswith(b"\n"):  # a killed run's last one
             break
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             is_ours = isinstance(entry["step"], int) and isinstance(entry["split"], str)
         except (ValueError, KeyError, TypeError):
             is_ours = False

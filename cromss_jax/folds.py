@@ -4,13 +4,9 @@ import collections
 
 import numpy as np
 
+from cromss_jax import blocks
 from cromss_jax.data import input_pipeline
-from data_prep.datasets import blocks
-from data_prep.reading import proj  # noqa: F401 - chooses the database of reference systems
-
-# After `proj`.
-import rasterio  # isort: skip
-import rasterio.warp  # isort: skip
+from data_prep.reading import grids
 
 
 class FoldError(ValueError):
@@ -21,8 +17,6 @@ def spatial_folds(
     dataset: input_pipeline.TileDataset, num_folds: int, block_km: float
 ) -> np.ndarray:
     """The fold of each location, [L] int; locations of one block of the earth share it.
-
-    Blocks are dealt from the largest on, each to the fold with the fewest locations.
 
     Raises:
       FoldError: if there are fewer blocks than folds.
@@ -39,16 +33,15 @@ def spatial_folds(
                 f"location {record['location_id'].decode()} has no CRS, so that folds cannot be "
                 "made by place: audit without --folds"
             )
-        (x,), (y,) = rasterio.warp.transform(rasterio.CRS.from_wkt(crs), "EPSG:4326", [x], [y])
+        x, y = grids.degrees(crs, x, y)
         owned[blocks.block_of_centre((x, y, x, y), 1000 * block_km)].append(index)
     if len(owned) < num_folds:
         raise FoldError(
             f"the locations lie in {len(owned)} blocks of {block_km:g} km, --folds={num_folds} "
             "needs as many: choose a smaller --block_km or fewer folds"
         )
-    folds, sizes = np.zeros(dataset.num_locations, int), np.zeros(num_folds, int)
-    for _, members in sorted(owned.items(), key=lambda item: (-len(item[1]), item[0])):
-        fold = int(sizes.argmin())
-        folds[members] = fold
-        sizes[fold] += len(members)
+    fold_of = blocks.deal({block: len(members) for block, members in owned.items()}, num_folds)
+    folds = np.zeros(dataset.num_locations, int)
+    for block, members in owned.items():
+        folds[members] = fold_of[block]
     return folds

@@ -199,7 +199,9 @@ class Legend:
                 values=tuple(tuple(c["values"]) for c in saved["classes"]),
                 ignored=None if saved["ignored"] is None else tuple(saved["ignored"]),
             )
-        except (KeyError, TypeError) as error:
+        except LegendError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise LegendError(
                 f"the saved legend {str(saved)[:60]!r} has no classes with name, colour and values"
             ) from error

@@ -1,6 +1,6 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
-import argparse
+import gc
 import logging
 import sys
 
@@ -11,27 +11,13 @@ from cromss_jax.training import preemption
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results")
-_PREEMPTION_STATUS = flags.DEFINE_integer(
-    "preemption_status",
-    0,
-    "Exit status after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, in every phase of the run; schedulers "
-    "that start again what failed want another than 0. A second Ctrl-C ends at once, with 130",
-)
+_PREEMPTION_STATUS = command_line.define_preemption_status()
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "One of several processes; found out by itself under SLURM and on GKE"
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0", lower_bound=0)
-
-
-def _find_preemption_status() -> int:
-    """The flag --preemption_status, which may not have been parsed yet."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--preemption_status", "-preemption_status", type=int, default=_PREEMPTION_STATUS.default
-    )
-    return parser.parse_known_args()[0].preemption_status
 
 
 def main(arguments: list[str]) -> None:
@@ -60,6 +46,7 @@ def main(arguments: list[str]) -> None:
     from cromss_jax.weights.network import WeightsError
 
     memory.keep_freed_memory()
+    gc.freeze()  # modules stay: collections while tracing need not go through them
     try:
         workdir = str(files.absolute(_WORKDIR.value))
         settings.use_default_numbers()
@@ -98,5 +85,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    preemption.watch(_find_preemption_status)
+    preemption.watch(command_line.find_preemption_status)
     app.run(main, flags_parser=command_line.parse)

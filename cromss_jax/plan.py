@@ -36,7 +36,7 @@ from jax.experimental import topologies
 from cromss_jax import command_line, files
 from cromss_jax.costs import chips, costs, table, traffic
 from cromss_jax.data import description, input_pipeline
-from cromss_jax.training import pretrain, pretrain_step, run, settings
+from cromss_jax.training import loop, pretrain, pretrain_step, run, settings
 from cromss_jax.training.state import TrainState
 
 _CONFIG = command_line.define_config()
@@ -245,6 +245,11 @@ def num_rotated(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> f
     return config.augmentation.rotation_probability * config.batch_size / mesh.size
 
 
+def num_validations(config: ml_collections.ConfigDict, train_locations: int) -> int:
+    """How often a run validates, if it has locations for that."""
+    return len(loop.Schedule(config, train_locations, validates=True).eval_steps)
+
+
 def abstract_state(config: ml_collections.ConfigDict) -> TrainState:
     """Shapes of the training state."""
     return jax.eval_shape(lambda: pretrain_step.init_state(config, jax.random.key(config.seed)))
@@ -270,7 +275,7 @@ def compile_step(
     train_step = pretrain.jit_train_step(
         config,
         pretrain_step.network_definition(config),
-        description.num_train_locations(config, described),
+        description.split_sizes(config, described)[0],
         mesh,
     )
     records = description.record_shapes(described, config.modalities, config.batch_size)
@@ -376,7 +381,7 @@ def make_plan(
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     chip = find_chip(topology)
-    train_locations = description.num_train_locations(config, described)
+    train_locations, held_back = description.split_sizes(config, described)
     figures = {
         "topology": topology,
         "data": described.source,
@@ -417,6 +422,7 @@ def make_plan(
         num_chips=mesh.size,
         batch_size=config.batch_size,
         num_samples=config.num_epochs * train_locations,
+        num_validated=num_validations(config, train_locations) * held_back * described.seasons,
         num_hosts=num_hosts if chip.is_gpu else 1,
     )
     figures["reading"] = costs.reading(

@@ -4,20 +4,19 @@ Writes `classes.tif`, what `--write` names beside it, and `summary.md`. Interrup
 command goes on. With --table, each scene gets a folder of its own.
 """
 
-import datetime
 import logging
 import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
 
-import cromss_jax
 from cromss_jax import command_line, files, scenes
 from cromss_jax.mapping import blending, job, work
 from cromss_jax.pretrained import WeightsError
-from cromss_jax.training import devices, settings
+from cromss_jax.training import devices
 from data_prep import errors
 from data_prep.datasets import scene_table
 from data_prep.reading import proj
@@ -59,30 +58,71 @@ _NUM_THREADS = flags.DEFINE_integer(
 _S2_OFFSET = flags.DEFINE_integer(
     "s2_offset", None, "Subtracted from raw Sentinel-2 pixels; found out where it is not given"
 )
+_BEAM = flags.DEFINE_boolean(
+    "beam",
+    False,
+    "Map the scenes of --table in an Apache Beam pipeline. Its options follow after --, for "
+    "instance -- --direct_running_mode=multi_processing --direct_num_workers=8",
+)
 
 
 class PredictError(ValueError):
     """Flags that cannot be followed. The message is for the user."""
 
 
-def _scenes() -> dict[str, tuple[datetime.datetime, dict[str, tuple]]]:
-    """Date and files by modality of each scene, by its folder in the output."""
+def _tasks(chosen: job.Settings, output: pathlib.Path) -> list[scenes.Task]:
+    """The scenes to map, with a folder each if there may be several."""
     if _TABLE.value:
         if _S2.value or _S1.value:
             raise PredictError("--table and --s2 or --s1 are given: give one or the other")
         rows = scene_table.read(_TABLE.value, required=("scene", "date"))
-        return {f"{row.scene}_{row.date:%Y%m%d}": (row.date, dict(row.files)) for row in rows}
-    given = {"s2": _S2.value, "s1": _S1.value}
-    if not any(given.values()):
-        raise PredictError("no image is given: name one by --s2, or many by --table")
-    here = pathlib.Path.cwd()
-    found = {m: scene_table.find_files(here, f"--{m}", text) for m, text in given.items() if text}
-    return {"": (scenes.NO_DATE, found)}
+        given = {f"{row.scene}_{row.date:%Y%m%d}": (row.date, dict(row.files)) for row in rows}
+    else:
+        named = {"s2": _S2.value, "s1": _S1.value}
+        if not any(named.values()):
+            raise PredictError("no image is given: name one by --s2, or many by --table")
+        here = pathlib.Path.cwd()
+        found = {
+            m: scene_table.find_files(here, f"--{m}", text) for m, text in named.items() if text
+        }
+        given = {"": (scenes.NO_DATE, found)}
+    return [
+        scenes.Task(name, date, found, _S2_OFFSET.value, chosen, output / name)
+        for name, (date, found) in given.items()
+    ]
+
+
+def _map_here(tasks: list[scenes.Task], compiled: pathlib.Path) -> None:
+    """Maps scenes one after the other."""
+    model = scenes.load(_CHECKPOINT.value, str(compiled))
+    for task in tasks:
+        scenes.map_task(task, model)
+    # What was compiled, which an interrupted command takes up.
+    shutil.rmtree(compiled, ignore_errors=True)
+
+
+def _map_in_pipeline(
+    tasks: list[scenes.Task], folder: pathlib.Path, arguments: Sequence[str]
+) -> None:
+    """Maps scenes by the workers of a Beam pipeline."""
+    if not _TABLE.value:
+        raise PredictError("--beam maps many scenes: list them in a --table")
+    try:
+        from cromss_jax import predict_beam
+    except ModuleNotFoundError as error:
+        raise PredictError(
+            "--beam needs Apache Beam, which is not installed: pip install -e .[beam], in an "
+            "environment of its own"
+        ) from error
+    try:
+        predict_beam.map_all(tasks, os.path.abspath(_CHECKPOINT.value), folder, arguments)
+    except predict_beam.PipelineError as error:
+        raise PredictError(str(error)) from error
 
 
 def main(arguments: list[str]) -> None:
     """Maps what the flags name; a sentence and exit code 1 for what the user can mend."""
-    if len(arguments) > 1:
+    if len(arguments) > 1 and not _BEAM.value:
         raise app.UsageError(f"unknown arguments {arguments[1:]}; flags start with --")
     command_line.log_progress()
     try:
@@ -98,24 +138,11 @@ def main(arguments: list[str]) -> None:
             raise PredictError(f"--output={_OUTPUT.value}: maps are written to local folders only")
         output = pathlib.Path(files.absolute(_OUTPUT.value))
         proj.check()
-        settings.use_default_numbers()
-        settings.keep_compiled(str(output / "work"))
-        devices.check()
-        model = cromss_jax.load(_CHECKPOINT.value)
-        for note in model.notes:
-            _log.info("%s", note)
-        if model.description.num_classes is None:
-            raise PredictError(
-                f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
-                "it, and give that run"
-            )
-        for name, (date, found) in _scenes().items():
-            scene, facts = scenes.open_scene(
-                found, name or "the scene", date, model, _S2_OFFSET.value
-            )
-            scenes.predict(model, scene, facts, chosen, output / name)
-        # What was compiled, which an interrupted command takes up.
-        shutil.rmtree(output / "work", ignore_errors=True)
+        tasks = _tasks(chosen, output)
+        if _BEAM.value:
+            _map_in_pipeline(tasks, output / "work", arguments[1:])
+        else:
+            _map_here(tasks, output / "work")
     except errors.BadFileError as error:
         sys.exit(f"error: {error.file}: {error.reason}")
     except (

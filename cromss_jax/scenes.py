@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
+import cromss_jax
 from cromss_jax import sensors
-from cromss_jax.mapping import job, scene_map
+from cromss_jax.mapping import job, products, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained
+from cromss_jax.training import devices, settings
 from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_scan, scene_table
 from data_prep.reading import bands, warping
 
 # After `warping`, which chooses the database of coordinate reference systems.
-import rasterio  # isort: skip
 
 _log = logging.getLogger(__name__)
 # Size of the pixels that networks are trained on, and by which factor others may differ from it.
@@ -120,7 +121,12 @@ def open_scene(
     row = scene_table.Row(
         0, name, date, {c: files_by_modality.get(c, ()) for c in scene_table.COLUMNS[2:]}
     )
-    choice = options.Options(s2_offset=s2_offset, modalities=given, max_days=float("inf"))
+    choice = options.Options(
+        s2_offset=s2_offset,
+        modalities=given,
+        max_days=float("inf"),
+        s2_level="".join(_levels(model)[:1]),
+    )
     try:
         acquisition = scene_table.acquisition(row, choice)
     except errors.BadFileError:
@@ -135,8 +141,7 @@ def open_scene(
         for row in range(0, grid.height, _SCAN_SIZE)
         for column in range(0, grid.width, _SCAN_SIZE)
     ]
-    crs = rasterio.CRS.from_wkt(layer.crs)
-    metres = layer.pixel_size * crs.linear_units_factor[1] if crs.is_projected else None
+    metres = layer.metres
     if metres and not 1 / _MOST_OFF < metres / _METRES < _MOST_OFF:
         _log.warning(
             "%s has pixels of %g m; networks are trained on %g m, and know others badly",
@@ -166,14 +171,19 @@ def _check_bands(acquisition: scene_table.Acquisition, model: Pretrained) -> Non
             f"{', '.join(acquisition.s2_bands)}: give the files of all bands, or choose weights "
             "of those bands"
         )
-    scaling = (model.card.get("input") or {}).get("by_band", {})
-    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands["s2"]}
-    levels = {level for level in sensors.S2_STATISTICS for unit in units if level in unit}
-    if acquisition.s2_level and levels and levels != {acquisition.s2_level}:
+    levels = _levels(model)
+    if acquisition.s2_level and levels and levels != [acquisition.s2_level]:
         raise SceneError(
             f"{acquisition.scene} is {acquisition.s2_level}, {model.source} was trained on "
             f"{' and '.join(levels)}, whose values differ: give the {' or '.join(levels)} product"
         )
+
+
+def _levels(model: Pretrained) -> list[str]:
+    """The processing levels of Sentinel-2 that the weights say they were trained on."""
+    scaling = (model.card.get("input") or {}).get("by_band", {})
+    units = {str(scaling.get(band, {}).get("unit", "")) for band in model.bands.get("s2", ())}
+    return [level for level in sensors.S2_STATISTICS if any(level in unit for unit in units)]
 
 
 def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_table.Acquisition:
@@ -185,11 +195,69 @@ def _only(acquisition: scene_table.Acquisition, model: Pretrained) -> scene_tabl
     return dataclasses.replace(acquisition, s2=tuple(filter(None, kept)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A scene to map; picklable.
+
+    Attributes:
+      name: of its folder; empty for the only scene.
+      date: of the Sentinel-2 image, or `NO_DATE`.
+      files: by modality.
+      s2_offset: None to find it out.
+      settings: how it is mapped.
+      folder: to write to.
+    """
+
+    name: str
+    date: datetime.datetime
+    files: Mapping[str, tuple[pathlib.Path, ...]]
+    s2_offset: int | None
+    settings: job.Settings
+    folder: pathlib.Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the map is finished."""
+        return (self.folder / products.IDENTITY).exists()
+
+
+def load(checkpoint: str, compiled: str) -> Pretrained:
+    """Loads a network that maps, and prepares JAX for it.
+
+    Args:
+      checkpoint: a run, a checkpoint, or a file of weights.
+      compiled: folder for what is compiled.
+
+    Raises:
+      SceneError: if it has no decoder.
+      WeightsError, devices.DeviceError: if it cannot be loaded or used.
+    """
+    settings.use_default_numbers()
+    settings.keep_compiled(compiled)
+    devices.check()
+    model = cromss_jax.load(checkpoint)
+    for note in model.notes:
+        _log.info("%s", note)
+    if model.description.num_classes is None:
+        raise SceneError(
+            f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
+            "it, and give that run"
+        )
+    return model
+
+
+def map_task(task: Task, model: Pretrained) -> None:
+    """Opens and maps a scene; raises what `open_scene` and `job.make_map` raise."""
+    name = task.name or "the scene"
+    scene, facts = open_scene(task.files, name, task.date, model, task.s2_offset)
+    predict(model, scene, facts, task.settings, task.folder)
+
+
 def predict(
     model: Pretrained,
     scene: Scene,
     facts: Mapping[str, Any],
-    settings: job.Settings,
+    chosen: job.Settings,
     folder: pathlib.Path,
 ) -> None:
     """Maps a scene; see `job.make_map`.
@@ -198,7 +266,7 @@ def predict(
       model: a whole network of the scene's modalities.
       scene: to map.
       facts: what was found out about it, for the summary.
-      settings: how.
+      chosen: how.
       folder: to write to.
     """
     images = {}
@@ -216,7 +284,7 @@ def predict(
         scene,
         MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform),
         job.Network(model.network, decoders.STRIDES[model.description.decoder], _legend(model)),
-        settings,
+        chosen,
         folder,
         {"images": images, "s2_offset": scene.units.s2_offset},
         told,

@@ -7,7 +7,9 @@ python -m data_prep.build --dataset=dfc2020 --source_dir=DIR --data_dir=DIR --be
 """
 
 import concurrent.futures.process
+import dataclasses
 import functools
+import os
 import signal
 import sys
 import time
@@ -18,13 +20,12 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from etils import epath
 
-from cromss_jax import lock, presets, sensors
+from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
-from data_prep.finding import sources
-from data_prep.reading import legends, proj
-from data_prep.writing import records
+from data_prep.reading import bands, legends, proj
+from data_prep.writing import cleaning, records
 from data_prep.writing.builder import LocationBuilder
 
 BUILDERS = {
@@ -34,6 +35,7 @@ BUILDERS = {
         downstream.Ssl4eoS12Dw,
         downstream.Ssl4eoS12Osm,
         downstream.Dfc2020,
+        downstream.Sen12Ms,
         scenes.Scenes,
         terramesh.Terramesh,
         terramesh.Ssl4eoS12V11,
@@ -87,7 +89,8 @@ _TEST_FRACTION = flags.DEFINE_float(
 _BLOCK_SIZE = flags.DEFINE_float(
     "block_size",
     scenes.Cutting.block_size,
-    "scenes only: side of a block in metres; 0 for 2 to 8 tiles, by their number.",
+    "Side in metres of the blocks of the earth that are held back as a whole; of scenes for the "
+    "split test, too. 0 holds back locations singly, and of scenes blocks of 2 to 8 tiles.",
     0,
 )
 _BLOCK_GAP = flags.DEFINE_float(
@@ -174,6 +177,21 @@ _IGNORE_CLOUDS = flags.DEFINE_boolean(
     False,
     "terramesh and ssl4eo_s12_v1_1 only: what their cloud_mask calls cloud or shadow has no label.",
 )
+_REPLACE_LABELS = flags.DEFINE_string(
+    "replace_labels",
+    None,
+    "Folder of cromss_jax.audit: labels that it found wrong become the class that it suggests.",
+)
+_IGNORE_LABELS = flags.DEFINE_string(
+    "ignore_labels", None, "The same, but these labels are ignored (255) instead."
+)
+_ABOVE = flags.DEFINE_float(
+    "above",
+    options.Cleaning.above,
+    "Labels that are wrong with this probability or more are replaced or ignored.",
+    lower_bound=0.01,
+    upper_bound=1,
+)
 _BEAM = flags.DEFINE_boolean(
     "beam",
     False,
@@ -184,7 +202,7 @@ _BEAM = flags.DEFINE_boolean(
 
 _SCENES_FLAGS = (
     "table", "tile_size", "stride", "grid", "resolution", "min_labelled",
-    "test_fraction", "block_size", "block_gap", "split_seed",
+    "test_fraction", "block_gap", "split_seed",
 )  # fmt: skip
 
 
@@ -199,7 +217,9 @@ def _options() -> options.Options:
         raise errors.BuildError(
             f"--s2_offset={offset} is neither auto nor a whole number from 0 to 10000"
         )
-    modalities, s2_bands = set(_MODALITIES.value), set(_S2_BANDS.value)
+    modalities = set(_MODALITIES.value)
+    # B02 is B2.
+    s2_bands = {bands.band_name(name) or name for name in _S2_BANDS.value}
     known = list(sensors.S2_STATISTICS[_S2_LEVEL.value])
     for name, given, choice in (
         ("modalities", modalities, sensors.MODALITIES),
@@ -213,16 +233,42 @@ def _options() -> options.Options:
     if not modalities:
         raise errors.BuildError("--modalities is empty: choose s1, s2 or both")
     return options.Options(
+        cleaning=_cleaning(),
         modalities=tuple(m for m in sensors.MODALITIES if m in modalities),
         s2_level=_S2_LEVEL.value,
         s2_bands=tuple(band for band in known if band in s2_bands),
         legend=_LEGEND.value and legends.read_legend(_LEGEND.value),
         labels=_LABELS.value,
+        block_size=_BLOCK_SIZE.value,
         s2_offset=None if offset is None else int(offset),
         max_invalid=_MAX_INVALID.value,
         max_days=_MAX_DAYS.value,
         test_cities=tuple(_TEST_CITIES.value),
     )
+
+
+def _cleaning() -> options.Cleaning | None:
+    """Which labels are changed.
+
+    Raises:
+      errors.BuildError: if the flags contradict each other, or the audit is not finished.
+    """
+    given = {"replace": _REPLACE_LABELS.value, "ignore": _IGNORE_LABELS.value}
+    chosen = [how for how, folder in given.items() if folder is not None]
+    if len(chosen) > 1:
+        raise errors.BuildError(
+            "--replace_labels and --ignore_labels are given: choose one of them"
+        )
+    if not chosen:
+        if _ABOVE.present:
+            raise errors.BuildError(
+                f"--above={_ABOVE.value:g} is for --replace_labels or --ignore_labels: add one of "
+                "them with the folder of an audit"
+            )
+        return None
+    found = options.Cleaning(os.fspath(files.absolute(given[chosen[0]])), _ABOVE.value, chosen[0])
+    cleaning.check(found)
+    return found
 
 
 def build(beam_args: Sequence[str] = ()) -> str:
@@ -249,11 +295,12 @@ def build(beam_args: Sequence[str] = ()) -> str:
             "leave it out"
         )
     source = _scenes_source() if builder_class is scenes.Scenes else _tree_source()
+    cutting = dataclasses.asdict(source["cutting"]) if builder_class is scenes.Scenes else {}
     write = _beam_writer(beam_args) if _BEAM.value else None
-    data_dir = sources.absolute(_DATA_DIR.value)
+    data_dir = files.absolute(_DATA_DIR.value)
     final_dir = data_dir / builder_class.name / str(builder_class.VERSION)
     if final_dir.exists():
-        return _existing(final_dir, build_options, special)
+        return _existing(final_dir, build_options, special | cutting)
     start = time.monotonic()
     with lock.held(data_dir / f"{builder_class.name}.{lock.NAME}"):
         builder = builder_class(
@@ -309,7 +356,7 @@ def _scenes_source() -> dict[str, Any]:
         test_fraction=_TEST_FRACTION.value,
         block_size=_BLOCK_SIZE.value,
         block_gap=_BLOCK_GAP.value,
-        seed=_SPLIT_SEED.value,
+        split_seed=_SPLIT_SEED.value,
     )
     return {
         "table": _TABLE.value,
@@ -326,7 +373,7 @@ def _existing(
       errors.BuildError: if it was built with other options.
     """
     info = tfds.builder_from_directory(final_dir).info
-    wanted = build_options.metadata() | special
+    wanted = build_options.choices() | special
     labels = info.metadata.get("labels", options.DEFAULT.labels)
     if labels != build_options.labels:
         raise errors.BuildError(
@@ -335,6 +382,12 @@ def _existing(
     if build_options.legend and build_options.legend != Legend.from_dict(info.metadata["legend"]):
         raise errors.BuildError(
             f"{final_dir} was built with another legend than --legend={_LEGEND.value}: delete it, "
+            "or choose another --data_dir"
+        )
+    changed = wanted.pop("cleaning", None)
+    if info.metadata.get("cleaning") != changed:
+        raise errors.BuildError(
+            f"{final_dir} was built with other labels, {_cleaned_text(info.metadata)}: delete it, "
             "or choose another --data_dir"
         )
     for name, value in wanted.items():
@@ -350,6 +403,13 @@ def _existing(
         f"{sum(split.num_examples for split in info.splits.values())} records. Delete it to "
         "build it again."
     )
+
+
+def _cleaned_text(metadata: Mapping[str, Any]) -> str:
+    """What was done to the labels of a data set."""
+    if not (found := metadata.get("cleaning")):
+        return "those of its sources"
+    return f"--{found['how']}_labels={found['audit']} --above={found['above']:g}"
 
 
 def _text(value: object) -> str:

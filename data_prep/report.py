@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from cromss_jax import files
 from cromss_jax.legend import IGNORE_LABEL
 from data_prep.errors import BadFileError, BuildError
 
@@ -28,14 +28,17 @@ KINDS = {
     "labels resized": "Label maps cropped or padded with 255 at the bottom and the right.",
     "offset subtracted": "Sentinel-2 seasons with an offset that was detected and subtracted.",
     "offset disagrees": "Metadata and pixels disagree on the Sentinel-2 offset; the pixels count.",
+    "date differs": "Sentinel-2 files with another date in their name than their row. It counts.",
     "scale applied": "Files with scale and offset tags, which were applied.",
     "turned": "Files stored from south to north or east to west; they were turned.",
     "grids shifted": "Images or labels a few pixels off the grid of Sentinel-2; used as they are.",
     "S1 shifted": "Sentinel-1 lies off Sentinel-2 by what both show; used as it is.",
     "not georeferenced": "Files without georeference; their grids could not be compared.",
     "bands reordered": "Files whose band descriptions give another order or more bands; followed.",
+    "found twice": "Samples that are in two shards. The first of them is used.",
     "shards differ": "Shards of one name with other keys, or in another order; matched by key.",
     "not paired": "Images of a location without a partner of a near date. They were not read.",
+    "not audited": "Locations without maps in the audit; their labels were kept.",
     "not read": "Files and folders that are no part of the data set. They were not read.",
 }
 # Files named for each kind of finding. Those that were not read are listed, the others counted.
@@ -135,6 +138,14 @@ class Report:
         """The number of findings of each kind."""
         return {kind: self._counts[kind] for kind in KINDS if kind in self._counts}
 
+    def why_skipped(self) -> str:
+        """An example of a season or tile that was skipped; empty if none was."""
+        for kind in ("season skipped", "season unlabelled", "tile skipped"):
+            if kind in self._findings:
+                example = self._findings[kind][0]
+                return f"{kind}: {example.file}: {example.detail}"
+        return ""
+
     def add_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds a table, a row for each mapping from column to value."""
         self._tables[title] = rows
@@ -148,6 +159,10 @@ class Report:
         """Adds values by name, of which the report gives the range; see `records.Reading`."""
         for name, value in measures:
             self._measures.setdefault(name, []).append(value)
+
+    def measures(self, name: str) -> Sequence[float]:
+        """The values of a measure so far."""
+        return self._measures.get(name, ())
 
     def _measure_rows(self) -> list[dict[str, Any]]:
         """The range of each measure."""
@@ -220,7 +235,7 @@ class Report:
             more = self._counts[kind] - len(self._findings[kind])
             if more:
                 lines.append(f"- and {more} more")
-        _write_whole(self.summary_path, "\n".join(lines) + "\n")
+        files.write_whole(self.summary_path, ("\n".join(lines) + "\n").encode())
         content = {
             "name": self._name,
             "skipped": self.count,
@@ -231,12 +246,12 @@ class Report:
                 for kind in self.counts
             },
         }
-        _write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
+        files.write_whole(self.json_path, (json.dumps(content, indent=1) + "\n").encode())
 
     def _write(self, row: list[str]) -> None:
         csv.writer(self._text).writerow(row)
         # The whole file each time: a file in a bucket cannot be appended to.
-        _write_whole(self.path, self._text.getvalue())
+        files.write_whole(self.path, self._text.getvalue().encode())
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -250,16 +265,3 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all, also on a disk that becomes full."""
-    if "://" in os.fspath(path):  # a bucket, where every write is atomic
-        path.write_bytes(text.encode())
-        return
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -70,6 +70,6 @@ def observe() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    preemption.watch(main._find_preemption_status)
+    preemption.watch(command_line.find_preemption_status)
     observe()
     app.run(main.main, flags_parser=command_line.parse)

@@ -17,6 +17,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from configs import pretrain
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,11 +30,12 @@ def command(module: str, **flags) -> list[str]:
 def make_data(folder: pathlib.Path, dataset: str = "ssl4eo_s12_nol", **sample_flags) -> str:
     """Writes the procedural sample as GeoTIFFs and builds it; returns the data folder."""
     source, target = folder / "geotiffs", folder / "data"
-    for line in (
-        command("data_prep.sample", output_dir=source, **sample_flags),
-        command("data_prep.build", dataset=dataset, source_dir=source, data_dir=target),
+    for module, flags in (
+        ("data_prep.sample", dict(output_dir=source, **sample_flags)),
+        ("data_prep.build", dict(dataset=dataset, source_dir=source, data_dir=target)),
     ):
-        subprocess.run(line, check=True, cwd=ROOT, capture_output=True)
+        done = commands.run_flags(module, **flags)
+        assert done.returncode == 0, done.stderr
     return str(target)
 
 

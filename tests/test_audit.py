@@ -1,10 +1,12 @@
 """The command `audit`: a whole data set, folds by place, what a fold's network sees."""
 
 import json
+import signal
 import subprocess
 import types
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
 
@@ -12,7 +14,7 @@ from cromss_jax import folds as spatial
 from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
-from tests import runs
+from tests import commands, environment, runs
 from tests.mapping.weights import write_weights
 
 LOCATIONS, SEASONS, SIZE = 12, 2, 48
@@ -26,13 +28,14 @@ def data_dir(tmp_path_factory):
 
 def test_a_data_set_is_judged(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid")
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
         output=tmp_path / "audit",
+        parcels=write_parcels(tmp_path / "parcels.geojson", data_dir),
+        min_area=0.02,
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
@@ -50,7 +53,9 @@ def test_a_data_set_is_judged(data_dir, tmp_path):
     assert len(report["worst_locations"]) == LOCATIONS
     assert "| location | labels probably wrong |" in (tmp_path / "audit" / "report.md").read_text()
 
-    assert (tmp_path / "audit" / "reliability.png").stat().st_size > 1000
+    for name in ("reliability.png", "worst.png"):
+        assert (tmp_path / "audit" / name).stat().st_size > 1000
+        assert f"]({name})" in (tmp_path / "audit" / "report.md").read_text()
 
     # The maps lie where the labels do, and say what the report sums up.
     record = dataset.source[3]
@@ -68,6 +73,12 @@ def test_a_data_set_is_judged(data_dir, tmp_path):
         suggested = file.read(1)
         assert file.colormap(1)[0] == (*bytes.fromhex(presets.DYNAMIC_WORLD.colours[0][1:]), 255)
     np.testing.assert_array_equal(suggested == 255, labels[3] == sensors.IGNORE_LABEL)
+    with rasterio.open(maps / "season_1" / "given.tif") as file:
+        np.testing.assert_array_equal(file.read(1), labels[3])
+    with rasterio.open(maps / "season_1" / "reason.tif") as file:
+        reason = file.read(1)
+        assert file.tags()["class_2"] == "S1 and S2 see different other classes"
+    np.testing.assert_array_equal((reason == 0), (suggested == labels[3]) & (suggested != 255))
     shown = {row["name"]: row["wrong"] for row in report["worst_locations"]}
     both = []
     for season in range(SEASONS):
@@ -76,6 +87,64 @@ def test_a_data_set_is_judged(data_dir, tmp_path):
     both = np.stack(both)
     # Whole percents on the map.
     assert both[both != 255].mean() / 100 == pytest.approx(shown[name], abs=0.005)
+
+    # Suspects have the area of their pixels on the maps, and parcels what the maps say.
+    meta, _, _, values = pyogrio.raw.read(tmp_path / "audit" / "suspects.gpkg")
+    table = dict(zip(meta["fields"], values, strict=True))
+    assert meta["crs"] == "EPSG:4326"
+    assert report["suspects"]["polygons"] == len(table["rank"]) > 0
+    np.testing.assert_allclose(table["hectares"], table["pixels"] / 100)
+    assert (table["mean_probability"] >= 0.5).all()
+    assert table["hectares"].min() >= 0.02
+    expected = table["hectares"] * table["mean_probability"]
+    assert (np.diff(expected) <= 1e-12).all()
+    assert (table["given"] != table["suggested"]).all()
+    meta, _, _, values = pyogrio.raw.read(tmp_path / "audit" / "parcels.gpkg")
+    (pixels,) = values[list(meta["fields"]).index("audit_pixels")]
+    (share,) = values[list(meta["fields"]).index("audit_wrong")]
+    (label,) = values[list(meta["fields"]).index("audit_label")]
+    here = labels[2:4][both != 255]
+    assert pixels == len(here)
+    most = np.bincount(here).argmax()
+    assert label == dataset.legend.names[most]
+    assert share == pytest.approx(both[both != 255][here == most].mean() / 100)
+
+
+def write_parcels(path, data_dir):
+    """The second location as one parcel."""
+    record = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol").source[3]
+    a, _, c, _, e, f = record["transform"].tolist()
+    corners = [(c, f), (c + SIZE * a, f), (c + SIZE * a, f + SIZE * e), (c, f + SIZE * e)]
+    crs = rasterio.CRS.from_wkt(record["crs"].decode())
+    ring = [*corners, corners[0]]
+    content = {
+        "type": "FeatureCollection",
+        "crs": {"type": "name", "properties": {"name": f"urn:ogc:def:crs:EPSG::{crs.to_epsg()}"}},
+        "features": [
+            {
+                "type": "Feature",
+                "properties": {"owner": "x"},
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+            }
+        ],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_parcels_need_maps(data_dir, tmp_path):
+    line = runs.command(
+        "cromss_jax.audit",
+        checkpoint=tmp_path,
+        data_dir=data_dir,
+        output=tmp_path / "audit",
+        parcels=tmp_path / "none.gpkg",
+        maps=False,
+    )
+    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    sentence = "error: --parcels are counted on the maps: leave out --maps=False"
+    assert done.stderr.splitlines()[-1] == sentence
 
 
 def test_folds_keep_neighbours_together():
@@ -133,22 +202,28 @@ def test_a_network_of_a_fold_never_sees_its_locations(data_dir, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_folds_are_trained_and_judge(data_dir, tmp_path):
+def test_folds_are_trained_and_judge(data_dir, tmp_path, monkeypatch):
+    # `make test-slow` compiles as users do, which takes minutes here; no numbers are compared.
+    monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     flags = {f"config.{k}": v for k, v in runs.tiny_flags(data_dir).items()}
     flags |= {"config.num_epochs": 1, "config.batch_size": 4}
-    line = runs.command(
+    made = commands.run_flags(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=tmp_path / "run", **flags
     )
-    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
-    line = runs.command(
-        "cromss_jax.audit",
-        checkpoint=tmp_path / "run",
-        data_dir=data_dir,
-        output=tmp_path / "audit",
-        folds=2,
-        maps=False,
-    )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    flags = {"checkpoint": tmp_path / "run", "data_dir": data_dir, "output": tmp_path / "audit"}
+    flags |= {"folds": 2, "maps": False}
+    # Interrupted while it trains it saves, as training alone does, and goes on from there.
+    line = runs.command("cromss_jax.audit", preemption_status=143, **flags)
+    process = subprocess.Popen(line, cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    for text in process.stderr:
+        if "locations to train on" in text:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate()
+    assert process.returncode == 143, rest
+    assert "interrupted: " in rest
+    done = commands.run_flags("cromss_jax.audit", **flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert report["made"]["judged by"].startswith("2 networks like")
@@ -159,13 +234,12 @@ def test_folds_are_trained_and_judge(data_dir, tmp_path):
 
 def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
     write_weights(tmp_path / "weights", "mid", classes=presets.WORLDCOVER)
-    line = runs.command(
+    done = commands.run_flags(
         "cromss_jax.audit",
         checkpoint=tmp_path / "weights",
         data_dir=data_dir,
         output=tmp_path / "audit",
     )
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
     assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]

@@ -1,13 +1,15 @@
 """The README files: their blocks run or their flags are parsed, what they name exists.
 
 A shell or Python block runs, each document's in order and in a folder of its own that looks like a
-clone. Commands stay as users type them; flags behind them make the work small. A block with
-`<!-- parsed only: reason -->` above it has its flags parsed by the command's own parser, one with
-`<!-- not run: reason -->` is only counted.
+clone. Commands stay as users type them; flags behind them make the work small. Networks are
+ResNet-10, and so are those that a block asks smp for; README.md runs with its ResNet-18, too. A
+block with `<!-- parsed only: reason -->` above it has its flags parsed by the command's own parser,
+one with `<!-- not run: reason -->` is only counted.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import importlib.util
 import multiprocessing
@@ -32,7 +34,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from configs import finetune, pretrain
-from tests import runs
+from tests import commands, environment, runs
 
 ROOT = runs.ROOT
 PACKAGES = ("configs", "cromss_jax", "data_prep", "tests")
@@ -56,7 +58,7 @@ OTHER = ("config.json", "--config.x=y")
 HEAVY = ("cromss_jax.training.finetune", "cromss_jax.training.pretrain", "torch", __name__)
 
 
-def smaller(module: str, arguments: list[str]) -> list[str]:
+def smaller(module: str, arguments: list[str], depth: int) -> list[str]:
     """Flags that make a command's work small; the last of equal flags counts."""
     if module == "data_prep.sample":
         is_tiles = any(argument.startswith("--format=") for argument in arguments)
@@ -64,7 +66,7 @@ def smaller(module: str, arguments: list[str]) -> list[str]:
     if module == "cromss_jax.main":
         fields = {k: v for k, v in runs.tiny_flags("").items() if k != "data.dir"}
         fields["num_epochs"] = 1
-        fields["network.depth"] = 18  # as the text says
+        fields["network.depth"] = depth
         return [f"--config.{name}={value}" for name, value in fields.items()]
     return []
 
@@ -114,7 +116,7 @@ def clone(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path
 
 
-def commands(source: str) -> list[list[str]]:
+def lines_of(source: str) -> list[list[str]]:
     """The commands of a shell block, in words."""
     lines = source.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -140,17 +142,34 @@ def check(pool, words: list[str], folder: pathlib.Path) -> None:
             pytest.fail(f"{words[0]} can be neither run nor parsed: mark it as not run")
 
 
-def run(words: list[str], folder: pathlib.Path) -> None:
+def run(words: list[str], folder: pathlib.Path, depth: int) -> None:
     """Runs a command, with less to do."""
     assert words[:2] == ["python", "-m"], f"{words[0]} is not run here: mark the block"
     _, _, module, *arguments = words
-    line = [sys.executable, "-m", module, *arguments, *smaller(module, arguments)]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+    done = commands.run(module, *arguments, *smaller(module, arguments, depth), cwd=folder)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_blocks(name, clone, pool, record_property):
+def patched_smp(depth: int) -> contextlib.AbstractContextManager:
+    """Makes U-Nets of smp that of this depth which `torch_parity` has."""
+    if depth != 10 or not importlib.util.find_spec("segmentation_models_pytorch"):
+        return contextlib.nullcontext()
+    from tests import torch_parity
+
+    def small_unet(name: str, *, encoder_weights: None, in_channels: int, classes: int):
+        assert name == "resnet18"  # of the configuration `sample`
+        return torch_parity.torch_model(depth, in_channels, classes)
+
+    return mock.patch.object(torch_parity.smp, "Unet", small_unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [*((name, 10) for name in TEXTS), pytest.param("README.md", 18, marks=pytest.mark.slow)],
+)
+def test_blocks(name, depth, clone, pool, record_property, monkeypatch):
+    # `make test-slow` compiles as users do, which takes minutes here; no numbers are compared.
+    monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     counts = collections.Counter()
 
     def by_its_mark(example: Example, evaluate: Callable[[Example, str], None]) -> None:
@@ -161,12 +180,13 @@ def test_blocks(name, clone, pool, record_property):
         counts[kind] += 1
 
     def shell(example: Example, kind: str) -> None:
-        for words in commands(example.parsed):
-            run(words, clone) if kind == "run" else check(pool, words, clone)
+        for words in lines_of(example.parsed):
+            run(words, clone, depth) if kind == "run" else check(pool, words, clone)
 
     def python(example: Example, kind: str) -> None:
         if kind == "run":
-            PythonEvaluator()(example)
+            with patched_smp(depth if "smp." in example.parsed else 0):
+                PythonEvaluator()(example)
         else:
             compile(example.parsed, name, "exec")
 

@@ -1,7 +1,6 @@
 """Which paths are taken, and what they mean."""
 
 import re
-import subprocess
 
 import pytest
 
@@ -11,7 +10,7 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.network import WeightsError
-from tests import runs
+from tests import commands, runs
 
 
 def test_paths_are_absolute_and_the_home_folder_is_expanded(tmp_path, monkeypatch):
@@ -83,8 +82,8 @@ def test_a_config_whose_path_holds_a_colon_is_refused(tmp_path):
     path = tmp_path / "a:b" / "own.py"
     path.parent.mkdir()
     path.write_text("")
-    line = runs.command("cromss_jax.main", config=f"{path}:sample", workdir=tmp_path / "run")
-    done = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    flags = dict(config=f"{path}:sample", workdir=tmp_path / "run")
+    done = commands.run_flags("cromss_jax.main", **flags)
     assert done.returncode == 1
     assert f"{path} holds a colon, which separates the file from its variants" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pathlib
+import re
 import struct
 import tarfile
 import time
@@ -18,7 +19,8 @@ from data_prep import errors
 from data_prep.datasets import nol_table
 from data_prep.datasets.ssl4eo_s12_nol import find_source
 from data_prep.finding import archives, file_tree, sources
-from data_prep.reading import geotiff
+from data_prep.reading import geotiff, legends
+from tests import hostile
 
 TERABYTE = 1 << 40
 
@@ -178,3 +180,60 @@ def test_a_file_of_weights_larger_than_any(tmp_path, monkeypatch):
     path = write_safetensors(tmp_path / "x.safetensors", "U8")
     with pytest.raises(WeightsError, match="more than the 10 that a file of weights may have"):
         weight_files.load(str(path))
+
+
+CORPUS = sorted(path for path in hostile.CORPUS.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_a_fuzzer_found_is_read_or_refused_in_a_sentence(path):
+    hostile.check(hostile.READERS[path.parent.name], path)
+
+
+def test_the_corpus_is_small_and_has_readable_and_damaged_files():
+    assert sum(path.stat().st_size for path in CORPUS) < 100_000
+    assert {path.parent.name for path in CORPUS} == hostile.READERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("scene_table/carriage_return", "is damaged or no table: new-line character"),
+        ("scene_table/long_path", r"which is no path \(.*too long"),
+        ("scene_table/nul", r"names '\\x00/\*', which"),
+        ("legend_csv/foreign_digits", "is not a whole number"),
+        ("legend_tif/no_interpretation", "the raster cannot be read"),
+        ("legend_json/triples", "has no classes with name, colour and values"),
+        ("legend_json/nested", "nested too deeply"),
+        ("card/nested", "nested too deeply"),
+        ("card/input", "the card is damaged, its entry input is '5'"),
+        ("card/by_band", "the card is damaged, its entry input is "),
+        ("card/classes", "the card is damaged, its entry classes is "),
+        ("geotiff/many_bands", "has 20,993 bands, more than 1,000"),
+    ],
+)
+def test_what_is_said_of_them(name, said):
+    (path,) = hostile.CORPUS.glob(f"{name}.*")
+    assert re.search(said, hostile.check(hostile.READERS[path.parent.name], path))
+
+
+def test_a_table_of_a_gigabyte_of_cells():
+    with pytest.raises(errors.BuildError, match="has 4,000,000 columns, more than the 1,000"):
+        nol_table.read_table(b"ids,sub1\n" + b"," * 4_000_000)
+
+
+def test_a_legend_of_too_many_bytes_or_a_too_long_cell(tmp_path, monkeypatch):
+    path = tmp_path / "x.csv"
+    path.write_text("value,name,colour\n1," + "x" * 140_000 + ",#397d49\n")
+    with pytest.raises(errors.BuildError, match="is damaged or no table .field larger than"):
+        legends.read_legend(str(path))
+    monkeypatch.setattr(legends, "MAX_BYTES", 10)
+    with pytest.raises(errors.BuildError, match="bytes, more than the 10 that a legend may have"):
+        legends.read_legend(str(path))
+
+
+def test_a_geotiff_of_too_many_blocks(monkeypatch):
+    monkeypatch.setattr(geotiff, "MAX_BLOCKS", 3)
+    content = (hostile.CORPUS / "geotiff" / "deflate.tif").read_bytes()
+    with pytest.raises(geotiff.GeotiffError, match="has 8 blocks, more than the 3 that a file may"):
+        geotiff.read_bands(content)

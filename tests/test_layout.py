@@ -22,11 +22,15 @@ ROOMS = (
     "method",
     "ground",
 )
-GROUND = {"sensors", "legend", "presets", "files", "lock", "package", "platforms"}
+GROUND = {"blocks", "sensors", "legend", "presets", "files", "lock", "package", "platforms"}
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
-READERS_OF_SCENES = tuple(f"cromss_jax.{name}" for name in ("predict", "scenes", "audit", "folds"))
-READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.(scene_\w+|blocks))$")
+READERS_OF_SCENES = tuple(
+    f"cromss_jax.{name}" for name in ("predict", "predict_beam", "scenes", "audit", "folds")
+)
+# What of cromss_jax data_prep imports.
+PREPARED_WITH = ("blocks", "sensors", "legend", "presets", "files", "lock")
+READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
 
 
 @functools.cache
@@ -114,7 +118,17 @@ def test_the_method_knows_no_config_and_no_networks():
 
 
 def test_the_host_side_imports_no_jax():
-    host = ("data.input_pipeline", "sensors", "legend", "presets", "files", "lock", "package")
+    host = (
+        "data.input_pipeline",
+        "data.validation_split",
+        "blocks",
+        "sensors",
+        "legend",
+        "presets",
+        "files",
+        "lock",
+        "package",
+    )
     for name in host:
         names = imports_of(modules("cromss_jax")[f"cromss_jax.{name}"])
         foreign = {n for n in names if n.split(".")[0] in ("jax", "flax", "orbax")}
@@ -128,14 +142,14 @@ def test_torch_and_tensorflow_stay_outside():
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
 
 
-def test_scenes_alone_are_read_with_data_prep_and_it_knows_constants_and_the_lock_only():
+def test_scenes_alone_are_read_with_data_prep_and_it_knows_constants_files_and_the_lock_only():
     for name, path in [*modules("cromss_jax").items(), *modules("configs").items()]:
         used = inner(path, "data_prep")
         if name in READERS_OF_SCENES:
             used = {module for module in used if not READING.match(module)}
         assert not used, path
     for path in modules("data_prep").values():
-        shared = {f"cromss_jax.{name}" for name in ("sensors", "legend", "presets", "lock")}
+        shared = {f"cromss_jax.{name}" for name in PREPARED_WITH}
         assert inner(path, "cromss_jax") <= shared, path
 
 

@@ -96,6 +96,12 @@ def test_bounds_by_hand():
     assert (found["bound_by"], found["step_seconds"]) == ("HBM traffic", 2.0)
     assert found["images_per_second"] == 18
     assert (found["num_steps"], found["hours"], found["chip_hours"]) == (1800, 1.0, 4.0)
+    # Eight batches take a quarter of a step's arithmetic each.
+    validated = costs.bounds(
+        COST, CHIP, num_chips=4, batch_size=36, num_samples=36, num_validated=288
+    )
+    assert validated["validation_hours"] == pytest.approx(1 / 3600)
+    assert validated["hours"] == pytest.approx(3 / 3600)
     alone = costs.bounds(COST, CHIP, num_chips=1, batch_size=36, num_samples=36)
     assert alone["seconds"]["interconnect"] == 0
 
@@ -157,7 +163,7 @@ def test_published_data_stand_in_for_absent_ones():
     config = runs.tiny_config("absent", "")
     found = description.describe(config, seasons=None)
     assert (found.num_locations, found.tile_size, found.seasons) == (103_793, 264, 4)
-    assert description.num_train_locations(config, found) == 103_793 - 1038
+    assert description.split_sizes(config, found) == (103_793 - 1038, 1038)
     assert description.describe(config, tile_size=96).tile_size == 96
     with pytest.raises(input_pipeline.DataError, match="a multiple of 6, such as 96$"):
         description.describe(config, tile_size=100)
@@ -346,14 +352,17 @@ def test_a_plan_for_simulated_devices(toy):
 
 
 def test_a_plan_for_chips(toy):
-    toy.num_epochs = 3
+    toy.num_epochs, toy.eval_every_epochs = 3, 2
     figures = plan.make_plan(toy, "v5e:2x2", **SMALL)
     text = table.markdown(figures)
     assert figures["num_steps"] == 28  # of 6, for 3 epochs of 56 locations
     # The toy reads and writes its state, which is most of what it does.
     step_seconds = figures["hbm_bytes"] / 819e9
     assert f"| one step, at least |  | HBM traffic | {step_seconds * 1e3:.3g} ms |" in text
-    assert figures["chip_hours"] == pytest.approx(2 * 28 * step_seconds / 3600)
+    # Two validations of the 8 other locations in two seasons, after steps 19 and 28.
+    assert figures["num_validated"] == 32
+    seconds = 28 * step_seconds + 32 / 6 * figures["flops"] / 197e12 / 4
+    assert figures["chip_hours"] == pytest.approx(2 * seconds / 3600)
     assert re.search(r"\| memory: peak \| 0\.\d+ GiB \| 16 GiB \| \d% of it: fits \|", text)
     assert "| reading, hosts 1 x 56 cores |" in text
     assert len({line.count("|") for line in text.splitlines()[2:]}) == 1

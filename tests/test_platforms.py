@@ -1,6 +1,7 @@
 """The forms that run on GPUs give the numbers of those that run on CPUs; both run here."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cromss_jax.data import preprocess
 from cromss_jax.method import smoothing
 from cromss_jax.networks import convolution
 from cromss_jax.training import pretrain_step
-from tests import runs
+from tests import environment, runs
 from tests.data.test_preprocess import SIZE, B, T, make_records
 from tests.training.test_sharding import away_from_kinks
 
@@ -31,6 +32,19 @@ def test_each_platform_gets_its_function():
         "tpu": "tan",
     }.items():
         assert f"stablehlo.{operation}" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_on_a_known_platform_its_form_alone_is_traced():
+    def traced():
+        # A new function each time, as JAX remembers what it traced.
+        form = functools.partial(platforms.choose, cpu=jnp.sin, gpu=jnp.cos, default=jnp.tan)
+        text = str(jax.make_jaxpr(lambda x: form(x))(1.0))
+        return set(re.findall(r"\b(?:sin|cos|tan)\b", text))
+
+    assert traced() == {"sin", "cos", "tan"}
+    for platform, name in {"cpu": "sin", "gpu": "cos", "tpu": "tan"}.items():
+        with platforms.known(platform):
+            assert traced() == {name}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -101,16 +115,19 @@ def test_padded_channels_change_no_number(monkeypatch, in_channels, out_channels
     jax.tree.map(np.testing.assert_array_equal, results(), expected)
 
 
-def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch):
+@pytest.mark.parametrize(
+    "variant", ["sample,modality=s2", pytest.param("sample", marks=pytest.mark.slow)]
+)
+def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch, variant):
     """Losses, thresholds, gradients of one step in float32, from the same records."""
-    config = runs.tiny_config("unused", **{"batch_size": B, "data.crop_size": SIZE})
+    config = runs.tiny_config("unused", variant, **{"batch_size": B, "data.crop_size": SIZE})
     records = {k: jnp.asarray(v) for k, v in make_records().items()}
 
     def step(forms):
         definition = pretrain_step.network_definition(config, forms)
         train_step = pretrain_step.make_train_step(config, definition, 64, forms=forms)
         state = away_from_kinks(jax.jit(init)(jax.random.key(0)))
-        return jax.jit(train_step)(state, records)
+        return jax.jit(train_step, compiler_options=environment.QUICK_OPTIONS)(state, records)
 
     def init(key):
         return pretrain_step.init_state(config, key)

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import cromss_jax
 from cromss_jax import scenes, sensors
 from data_prep import errors
 from data_prep.sample import world
-from tests import runs
+from tests import commands
 from tests.mapping.weights import write_weights
 
 SIZE = 96
@@ -168,15 +167,9 @@ def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):
     (written.folder / "scenes.csv").write_text("scene,date,s2,s1\nwood,2020-06-01,s2.tif,s1.tif\n")
     output = written.folder / "maps"
     more = {"window": 64, "overlap": 16, "batch_size": 3}
-    line = runs.command(
-        "cromss_jax.predict",
-        checkpoint=weights,
-        table=written.folder / "scenes.csv",
-        output=output,
-        write="agreement",
-        **more,
-    )
-    first = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    flags = dict(checkpoint=weights, table=written.folder / "scenes.csv", output=output)
+    flags |= dict(write="agreement", **more)
+    first = commands.run_flags("cromss_jax.predict", **flags)
     assert first.returncode == 0, first.stderr
     made = output / "wood_20200601"
     assert {p.name for p in output.iterdir()} == {made.name}
@@ -194,19 +187,17 @@ def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):
     assert "geometric mean" in summary
     assert json.loads((made / "map.json").read_text())["window"] == 64
     stamp = (made / "classes.tif").stat().st_mtime_ns
-    again = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    again = commands.run_flags("cromss_jax.predict", **flags)
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stderr
     assert (made / "classes.tif").stat().st_mtime_ns == stamp
-    other = subprocess.run([*line, "--overlap=8"], cwd=runs.ROOT, capture_output=True, text=True)
+    other = commands.run_flags("cromss_jax.predict", **flags | {"overlap": 8})
     assert other.returncode == 1
     assert "holds the map of another command: delete it" in other.stderr
 
 
 def test_wrong_flags_are_one_sentence(weights, tmp_path):
-    line = runs.command("cromss_jax.predict", checkpoint=weights, output=tmp_path / "map")
-    done = subprocess.run(
-        [*line, "--s2=missing.tif"], cwd=runs.ROOT, capture_output=True, text=True
-    )
+    flags = dict(checkpoint=weights, output=tmp_path / "map", s2="missing.tif")
+    done = commands.run_flags("cromss_jax.predict", **flags)
     assert done.returncode == 1
     assert "--s2 names missing.tif, which matches no file in" in done.stderr.splitlines()[-1]

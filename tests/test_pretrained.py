@@ -15,7 +15,7 @@ from flax import nnx
 import cromss_jax
 from configs import finetune as finetune_config
 from cromss_jax import convert, presets, sensors
-from cromss_jax.data import input_pipeline, preprocess
+from cromss_jax.data import input_pipeline, preprocess, validation_split
 from cromss_jax.method import metrics
 from cromss_jax.training import finetune, pretrain
 from cromss_jax.weights import files as weight_files
@@ -57,6 +57,7 @@ def finetuning(tmp_path_factory):
     changes = {
         "data.dir": str(folder / "data"),
         "data.crop_size": 32,
+        "network.depth": 10,
         "batch_size": 4,
         "num_devices": 1,
         "num_epochs": 2,
@@ -119,7 +120,7 @@ def test_a_process_with_x64_gets_the_same_float32(decoder, tmp_path):
 def test_a_pretraining_runs_scores_come_from_its_predictions(pretraining, pretrained):
     workdir, config = pretraining
     dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
-    _, held_back = input_pipeline.split_locations(
+    _, held_back = validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
     )
     (rows,) = input_pipeline.validation_records(dataset, held_back, 4)
@@ -265,7 +266,7 @@ def test_a_run_a_checkpoint_and_a_folder_are_the_same(finetuning, finetuned, tmp
     for model in (cromss_jax.load(path), cromss_jax.load(saved(tmp_path / "copy", source))):
         assert model.card == finetuned.card
         assert model.legend == finetuned.legend
-        assert repr(model).startswith("Pretrained(ResNet-18 PSPNet of S2 B1 B2")
+        assert repr(model).startswith("Pretrained(ResNet-10 PSPNet of S2 B1 B2")
         kernel = model.network.encoder.conv1.weight[...]
         np.testing.assert_array_equal(kernel, finetuned.network.encoder.conv1.weight[...])
 

@@ -69,7 +69,7 @@ def test_it_holds_every_module_and_no_other_top_level_name(site):
 def test_sample_build_and_training_run_in_an_empty_folder(site, tmp_path):
     """The home folder's `~` is expanded, too, by the command line."""
     flags = {f"config.{name}": value for name, value in runs.tiny_flags("~/data/sample").items()}
-    flags |= {"config.num_epochs": 1, "config.eval_every_epochs": 1}
+    flags |= {"config.num_epochs": 1}
     training = dict(config="configs/pretrain.py:sample", workdir="~/runs/sample", **flags)
     # Data as in test_pretrain, so that what is compiled there is found again.
     sizes = dict(locations=16, seasons=2, tile_size=48, seed=0)

@@ -26,6 +26,19 @@ from cromss_jax import sensors
 WEIGHTS = {"images": 1.0, "seasons": 0.25, "neighbours": 0.5}
 _LEAST = 1e-4  # no witness rules a class out
 
+# What contradicts a label, by index.
+REASONS = (
+    "the label fits",
+    "S1 and S2 see the same other class",
+    "S1 and S2 see different other classes",
+    "S1 sees another class",
+    "S2 sees another class",
+    "other dates or neighbours",
+)
+_FITS, _SAME, _DIFFERENT, _ONE, _OTHERS = 0, 1, 2, {"s1": 3, "s2": 4}, 5
+# Those of labels on which S1 and S2 see the same class.
+AGREEING = (_SAME, _OTHERS)
+
 
 def entangled(probs: Mapping[str, np.ndarray]) -> np.ndarray:
     """The entangled confidence of every class, as a distribution.
@@ -75,3 +88,28 @@ def label_probability(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     known = labels != sensors.IGNORE_LABEL
     index = np.where(known, labels, 0)[..., None].astype(np.int64)
     return np.where(known, np.take_along_axis(probs, index, axis=-1)[..., 0], np.float32(1))
+
+
+def reasons(
+    probs: Mapping[str, np.ndarray], labels: np.ndarray, suggested: np.ndarray
+) -> np.ndarray:
+    """What contradicts labels, as indices of `REASONS`.
+
+    Args:
+      probs: [..., C] by modality.
+      labels: [...] integers.
+      suggested: [...] the class that labels should be.
+
+    Returns:
+      [...] uint8; 0 where the label is what it should be.
+    """
+    seen = {m: p.argmax(axis=-1) for m, p in probs.items()}
+    found = np.full(labels.shape, _OTHERS, np.uint8)
+    for modality, classes in seen.items():
+        found[classes != labels] = _ONE[modality]
+    if len(seen) == 2:
+        first, second = seen.values()
+        both = (first != labels) & (second != labels)
+        found[both] = np.where(first == second, _SAME, _DIFFERENT)[both]
+    found[suggested == labels] = _FITS
+    return found

@@ -5,17 +5,25 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tqdm
 from etils import epath
 
 from cromss_jax import files, sensors
-from cromss_jax.auditing import evidence, noise, report, scores
+from cromss_jax.auditing import (
+    evidence,
+    maps,
+    noise,
+    parcels,
+    report,
+    scores,
+    suspects,
+    vectors,
+    worst,
+)
 from cromss_jax.data import input_pipeline
-from cromss_jax.mapping import cogs
-from cromss_jax.mapping.styles import PERCENT, Entry
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +38,9 @@ class Settings:
     Attributes:
       num_estimated: locations from which the noise is estimated, spread by a draw.
       pixels: drawn from each of these.
-      maps: whether maps of each location are written.
+      maps: whether maps of each location are written, and suspects from them.
+      above: probability from which labels are suspects.
+      min_area: hectares; smaller suspects are left out.
       num_worst: locations named in the report.
       seed: of the draws.
     """
@@ -38,6 +48,8 @@ class Settings:
     num_estimated: int = 512
     pixels: int = 4000
     maps: bool = True
+    above: float = 0.5
+    min_area: float = 0.1
     num_worst: int = 20
     seed: int = 0
 
@@ -56,10 +68,16 @@ class Calibration:
     shifts: np.ndarray
 
     def judge(self, product: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The probability that labels are wrong, float32, and the most probable class, uint8."""
+        """The probability that labels are wrong, float32, and the most probable class, uint8.
+
+        The class is the most probable one by all witnesses, the label itself only where it is
+        rather right than wrong.
+        """
         wrong = 1 - evidence.label_probability(product, labels)
         shifted = noise.apply_shifts(wrong, labels, self.shifts)
-        return shifted, product.argmax(axis=-1).astype(np.uint8)
+        own = np.arange(product.shape[-1]) == labels[..., None]
+        others = np.where(own & (shifted > 0.5)[..., None], 0, product)
+        return shifted, others.argmax(axis=-1).astype(np.uint8)
 
 
 def witnesses(probs: Mapping[str, np.ndarray], prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,14 +128,79 @@ def _confident_counts(
     return np.stack([noise.confident_counts(values, labels, own) for values, own in each])
 
 
+class Tally:
+    """What is summed up over the locations."""
+
+    def __init__(self, num_locations: int, num_classes: int):
+        """Nothing is judged yet."""
+        self.counts = np.zeros((num_locations, 2, num_classes, num_classes), np.int64)
+        self.labels = np.zeros((num_locations, num_classes), np.int64)
+        self.expected = np.zeros(num_classes)
+        self.moved = np.zeros((num_classes, num_classes), np.int64)
+        self.worst: list[tuple[float, str]] = []
+        self.ranked = np.zeros((2, scores.NUM_BINS), np.int64)
+
+    def add(
+        self,
+        index: int,
+        name: str,
+        confident: np.ndarray,
+        labels: np.ndarray,
+        wrong: np.ndarray,
+        suggested: np.ndarray,
+        truth: np.ndarray | None,
+    ) -> None:
+        """Adds the labelled pixels of a location, [n] each.
+
+        Args:
+          index: of the location.
+          name: of it.
+          confident: [2, C, C] its counts of confident learning.
+          labels: classes.
+          wrong: probability that they are wrong.
+          suggested: what they should be.
+          truth: true classes, where they are known.
+        """
+        num_classes = len(self.expected)
+        self.counts[index] = confident
+        self.labels[index] = np.bincount(labels, minlength=num_classes)
+        self.expected += np.bincount(labels, wrong, minlength=num_classes)
+        pairs = labels.astype(np.int64) * num_classes + suggested
+        self.moved += np.bincount(pairs, minlength=num_classes**2).reshape(self.moved.shape)
+        if len(labels):
+            self.worst.append((float(wrong.mean()), name))
+        if truth is not None:
+            judged = truth < num_classes
+            self.ranked += scores.count(wrong[judged], (labels != truth)[judged])
+
+    def content(
+        self, names: Sequence[str], settings: Settings, has_truth: bool, facts: Mapping[str, str]
+    ) -> dict:
+        """The content of the report; see `report.content`."""
+        total, counts = self.labels.sum(axis=0), self.counts.sum(axis=0)
+        return report.content(
+            names,
+            noise.estimate(counts, total),
+            [noise.estimate(own, total).error_rate for own in counts],
+            noise.intervals(self.counts, self.labels, settings.seed),
+            self.expected / np.maximum(total, 1),
+            total,
+            self.moved,
+            sorted(self.worst, reverse=True)[: settings.num_worst],
+            self.ranked if has_truth else None,
+            facts,
+        )
+
+
 def audit(
     dataset: input_pipeline.TileDataset,
     judge: Judge,
     folder: pathlib.Path,
     settings: Settings,
     facts: Mapping[str, str],
+    polygons: vectors.Polygons | None = None,
 ) -> dict:
-    """Judges every label of a data set, and writes report and maps.
+    """Judges every label of a data set, and writes report, maps, suspects and parcels.
 
     Args:
       dataset: to judge.
@@ -125,6 +208,7 @@ def audit(
       folder: to write to.
       settings: see `Settings`.
       facts: what the report says about how it was made.
+      polygons: the parcels, if there are any; they need the maps.
 
     Returns:
       The content of `report.json`.
@@ -132,49 +216,56 @@ def audit(
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(dataset.num_locations)
     calibration = calibrate(judge, np.sort(order[: settings.num_estimated]), settings)
-    num_classes = len(dataset.legend)
-    counts = np.zeros((dataset.num_locations, 2, num_classes, num_classes), np.int64)
-    label_counts = np.zeros((dataset.num_locations, num_classes), np.int64)
-    expected = np.zeros(num_classes)
-    moved = np.zeros((num_classes, num_classes), np.int64)
-    worst: list[tuple[float, str]] = []
-    ranked = np.zeros((2, scores.NUM_BINS), np.int64)
+    tally = Tally(dataset.num_locations, len(dataset.legend))
+    tiles: list[maps.Tile] = []
+    modalities: set[str] = set()
     for index in _progress(np.arange(dataset.num_locations), "judging"):
         probs, found = judge(index)
+        modalities |= set(probs)
         alone, product = witnesses(probs, found["prior"])
         labels = found["labels"]
         wrong, suggested = calibration.judge(product, labels)
         known = labels != sensors.IGNORE_LABEL
-        own, flat = wrong[known], labels[known]
-        counts[index] = _confident_counts(alone[known], product[known], flat, calibration.limits)
-        label_counts[index] = np.bincount(flat, minlength=num_classes)
-        expected += np.bincount(flat, own, minlength=num_classes)
-        pairs = flat.astype(np.int64) * num_classes + suggested[known]
-        moved += np.bincount(pairs, minlength=num_classes**2).reshape(moved.shape)
-        records = [dataset.source[int(dataset.starts[index]) + s] for s in range(len(labels))]
-        name = records[0]["location_id"].decode()
-        if len(own):
-            worst.append((float(own.mean()), name))
-        if "truth" in found:
-            truth = found["truth"][known]
-            judged = truth < num_classes
-            ranked += scores.count(own[judged], (flat != truth)[judged])
+        first = int(dataset.starts[index])
+        own = [
+            maps.tile_of(folder, dataset.source[first + season], season)
+            for season in range(len(labels))
+        ]
+        tally.add(
+            index,
+            own[0].location,
+            _confident_counts(alone[known], product[known], labels[known], calibration.limits),
+            labels[known],
+            wrong[known],
+            suggested[known],
+            found["truth"][known] if "truth" in found else None,
+        )
         if settings.maps:
-            for season, record in enumerate(records):
-                _write_maps(folder, name, season, record, wrong[season], suggested[season], dataset)
-    total = label_counts.sum(axis=0)
-    content = report.content(
-        dataset.legend.names,
-        noise.estimate(counts.sum(axis=0), total),
-        [noise.estimate(own, total).error_rate for own in counts.sum(axis=0)],
-        noise.intervals(counts, label_counts, settings.seed),
-        expected / np.maximum(total, 1),
-        total,
-        moved,
-        sorted(worst, reverse=True)[: settings.num_worst],
-        ranked if dataset.has_truth else None,
-        facts,
-    )
+            reason = evidence.reasons(probs, labels, suggested)
+            for season, tile in enumerate(own):
+                layers = labels[season], wrong[season], suggested[season], reason[season]
+                maps.write(tile, maps.layers_of(*layers), dataset.legend)
+            tiles += own
+    names = dataset.legend.names
+    content = tally.content(names, settings, dataset.has_truth, facts)
+    if settings.maps:
+        content["suspects"] = suspects.write(
+            folder, tiles, names, settings.above, settings.min_area, len(modalities) == 2
+        )
+        shown = [row["name"] for row in content["worst_locations"]][: worst.COUNT]
+        chosen = worst.rank(tiles, shown)
+        if chosen:
+            # Tiles are in the order of the records.
+            worst.draw(folder, dataset, chosen, [tiles.index(tile) for tile in chosen])
+            content["pictures"] = worst.FILE
+    if polygons is not None:
+        counted = parcels.count(polygons, tiles, len(names))
+        content["parcels"] = parcels.write(folder, polygons, counted, names)
+    _write_report(folder, content)
+    return content
+
+
+def _write_report(folder: pathlib.Path, content: Mapping) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_whole(
         epath.Path(folder / "report.json"), (json.dumps(content, indent=1) + "\n").encode()
@@ -185,39 +276,6 @@ def audit(
         picture = pictures.draw_reliability(content["against_truth"]["reliability"])
         pictures.save_picture(epath.Path(folder / report.RELIABILITY), picture)
     files.write_whole(epath.Path(folder / "report.md"), report.markdown(content).encode())
-    return content
-
-
-def _write_maps(
-    folder: pathlib.Path,
-    name: str,
-    season: int,
-    record: Mapping,
-    wrong: np.ndarray,
-    suggested: np.ndarray,
-    dataset: input_pipeline.TileDataset,
-) -> None:
-    """Writes the two maps of a season of a location."""
-    known = record["labels"][season] != sensors.IGNORE_LABEL
-    target = folder / "maps" / name / f"season_{season}"
-    target.mkdir(parents=True, exist_ok=True)
-    height, width = wrong.shape
-    grid = cogs.Grid(height, width, record["crs"].decode(), [float(x) for x in record["transform"]])
-    legend = tuple(Entry(i, colour, n) for i, (n, colour) in enumerate(dataset.legend.pairs()))
-    percent = np.rint(100 * wrong).astype(np.uint8)
-    for layer, pixels in (
-        (cogs.Layer("wrong_probability", ("label is wrong",), PERCENT, False, "%"), percent),
-        (cogs.Layer("suggested", ("class it should be",), legend, True), suggested),
-    ):
-        raw = target / f"{layer.name}.raw"
-        raw.write_bytes(np.where(known, pixels, np.uint8(sensors.IGNORE_LABEL)).tobytes())
-        work = target / "work"
-        work.mkdir(exist_ok=True)
-        raw = raw.replace(work / raw.name)
-        cogs.write(raw, layer, grid, target)
-        for path in work.iterdir():
-            path.unlink()
-        work.rmdir()
 
 
 def _progress(indices: np.ndarray, what: str) -> tqdm.tqdm:

@@ -103,11 +103,38 @@ def markdown(found: Mapping[str, Any]) -> str:
         )
     lines += ["", "## Worst locations", "", "| location | labels probably wrong |", "|---|---|"]
     lines += [f"| {row['name']} | {row['wrong']:.1%} |" for row in found["worst_locations"]]
+    if "pictures" in found:
+        lines += ["", f"![The worst dates of the first of these]({found['pictures']})"]
+    if "suspects" in found:
+        lines += ["", *_suspects(found["suspects"])]
+    if "parcels" in found:
+        lines += ["", "## Parcels", "", "{judged} of {parcels} hold labelled pixels; their rows are"
+                  " in `parcels.gpkg` and `parcels.csv`.".format(**found["parcels"])]  # fmt: skip
     if "against_truth" in found:
         lines += ["", *_against_truth(found["against_truth"])]
     lines += ["", "## How it was made", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in found["made"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _suspects(found: Mapping[str, Any]) -> list[str]:
+    """The first polygons, in lines."""
+    lines = [
+        "## Suspects",
+        "",
+        f"{found['polygons']} polygons of at least {found['min_area']:g} ha whose labels are wrong "
+        f"with a probability of {found['above']:.0%} or more: {found['hectares']:.1f} ha of all "
+        "dates, in `suspects.gpkg`.",
+    ]
+    if found["without_place"]:
+        lines.append(f"{found['without_place']} maps have no reference system, and are left out.")
+    lines += ["", "| rank | location | date | label | should be | ha | wrong |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    return lines + [
+        f"| {row['rank']} | {row['location']} | {row['date']} | {row['given']} | "
+        f"{row['suggested']} | {row['hectares']:.2f} | {row['mean_probability']:.0%} |"
+        for row in found["first"]
+    ]
 
 
 def _against_truth(found: Mapping[str, Any]) -> list[str]:

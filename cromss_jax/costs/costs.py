@@ -172,6 +172,7 @@ def bounds(
     num_chips: int,
     batch_size: int,
     num_samples: int,
+    num_validated: int = 0,
     num_hosts: int = 1,
 ) -> dict[str, object]:
     """Lower bounds of time and upper bounds of speed from a chip's peak rates.
@@ -182,6 +183,7 @@ def bounds(
       num_chips: number of chips that share a batch.
       batch_size: samples per step on all chips together.
       num_samples: samples in the whole training, epochs times locations.
+      num_validated: samples that all validations together score.
       num_hosts: number of hosts of GPUs, between which data take the network. A TPU slice counts as
         one host, as its links join all chips.
     """
@@ -198,7 +200,10 @@ def bounds(
         seconds["network"] = network / chip.network_bytes
     step_seconds = max(seconds.values())
     num_steps = -(-num_samples // batch_size)
-    hours = num_steps * step_seconds / 3600
+    # A gradient takes twice the operations of the scores alone, or three times if it computes them
+    # again to save memory.
+    validation = num_validated / batch_size * seconds["arithmetic"] / 4
+    hours = (num_steps * step_seconds + validation) / 3600
     return {
         "sent_bytes": sent,
         "network_bytes": network,
@@ -207,6 +212,8 @@ def bounds(
         "step_seconds": step_seconds,
         "images_per_second": batch_size / step_seconds,
         "num_steps": num_steps,
+        "num_validated": num_validated,
+        "validation_hours": validation / 3600,
         "hours": hours,
         "chip_hours": hours * num_chips,
     }

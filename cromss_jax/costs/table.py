@@ -71,6 +71,7 @@ def _bound_rows(figures: Mapping[str, object], word: str) -> list[tuple[str, ...
     step_milliseconds = figures["step_seconds"] * 1e3
     hours = f"{figures['hours']:.3g} h, {figures['chip_hours']:.3g} {word}-hours"
     steps = f"{figures['num_steps']:,} steps"
+    validated = f"{figures['num_validated']:,} images"
     found = figures["reading"]
     needed = f"{found['threads_a_host_needed']} threads per host"
     threads = f"config.data.num_threads {found['threads_a_host']}"
@@ -78,7 +79,8 @@ def _bound_rows(figures: Mapping[str, object], word: str) -> list[tuple[str, ...
     return [
         ("one step, at least", "", figures["bound_by"], f"{step_milliseconds:.3g} ms"),
         ("images per second, at most", "", "", f"{figures['images_per_second']:,.0f}"),
-        (f"{figures['num_epochs']} epochs, at least", steps, "", hours),
+        ("validation, at least", validated, "", f"{figures['validation_hours']:.3g} h"),
+        (f"{figures['num_epochs']} epochs with validation, at least", steps, "", hours),
         (name, needed, threads, reading_verdict(found)),
     ]
 

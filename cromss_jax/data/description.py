@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from cromss_jax import files, presets, sensors
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.legend import Legend
 
 
@@ -115,13 +115,13 @@ def record_shapes(
     return records
 
 
-def num_train_locations(config: ml_collections.ConfigDict, described: Description) -> int:
-    """Number of training locations, without those for validation."""
+def split_sizes(config: ml_collections.ConfigDict, described: Description) -> tuple[int, int]:
+    """Numbers of locations for training and for validation."""
     blocks = described.blocks
     if blocks is not None and len(blocks) != described.num_locations:
         # Another number of locations was given.
         blocks = None
-    locations, _ = input_pipeline.split_locations(
+    locations, held_back = validation_split.split_locations(
         described.num_locations, config.data.validation_fraction, config.seed, blocks
     )
-    return len(locations)
+    return len(locations), len(held_back)

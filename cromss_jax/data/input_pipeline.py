@@ -204,11 +204,10 @@ class _Records(Sequence):
         except (RuntimeError, OSError) as error:  # of ArrayRecord
             file = int(np.searchsorted(self._ends, index, side="right"))
             start = self._ends[file - 1] if file else 0
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadRecordError(
-                f"record {index - start} of {self._paths[file]} cannot be read ({reason}): restore "
-                "the file, build the data set again, or go on without such records by "
-                "--config.data.max_bad_records"
+                f"record {index - start} of {self._paths[file]} cannot be read "
+                f"({files.first_line(error)}): restore the file, build the data set again, or go "
+                "on without such records by --config.data.max_bad_records"
             ) from error
         stored = tf_example_pb2.Example.FromString(serialized).features.feature
         record = {}
@@ -272,6 +271,20 @@ def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, 
     return bands
 
 
+def _not_found(root: epath.Path, data_dir: str) -> DataError:
+    """The error for a data set that does not exist, naming those that do."""
+    others = {info.parent.parent.name for info in root.parent.glob("*/*.*.*/dataset_info.json")}
+    advice = "Build"
+    if others:
+        advice = f"Choose {' or '.join(sorted(others))} by --config.data.name, or build"
+    return DataError(
+        f"no data set found: {root}/VERSION/dataset_info.json does not exist. {advice} it with "
+        f"`python -m data_prep.build --dataset={root.name} --source_dir=GEOTIFFS "
+        f"--data_dir={shlex.quote(os.fspath(data_dir))}`; `python -m data_prep.sample` makes "
+        "GeoTIFFs to try it with"
+    )
+
+
 def open_dataset(
     data_dir: str, name: str, split: str = "train", max_bad_records: int = 0
 ) -> TileDataset:
@@ -295,12 +308,7 @@ def open_dataset(
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
     )
     if not versions:
-        raise DataError(
-            f"no data set found: {root}/VERSION/dataset_info.json does not exist. Build it with "
-            f"`python -m data_prep.build --dataset={name} --source_dir=GEOTIFFS "
-            f"--data_dir={shlex.quote(os.fspath(data_dir))}`; `python -m data_prep.sample` makes "
-            "GeoTIFFs to try it with"
-        )
+        raise _not_found(root, data_dir)
     builder = tfds.builder_from_directory(versions[-1][1])
     metadata = builder.info.metadata
     if split not in builder.info.splits:
@@ -310,6 +318,8 @@ def open_dataset(
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     blocks = metadata.get("blocks")
+    # Tiles that were skipped have no records.
+    counts = np.asarray(metadata["season_counts"][split])
     return TileDataset(
         source=_Records(
             builder.as_data_source(split, deserialize_method=raw),
@@ -321,70 +331,12 @@ def open_dataset(
         ),
         features=tuple(builder.info.features),
         tile_size=int(metadata["tile_size"]),
-        season_counts=np.asarray(metadata["season_counts"][split]),
+        season_counts=counts[counts > 0],
         has_truth=bool(metadata["has_truth"]),
         legend=legend_of(metadata),
         bands=bands_of(metadata, tuple(builder.info.features)),
         blocks=np.asarray(blocks[split]) if blocks else None,
     )
-
-
-def split_locations(
-    num_locations: int,
-    validation_fraction: float,
-    seed: int,
-    blocks: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the locations into training and validation.
-
-    Validation gets at least one location if `validation_fraction` is above 0.
-
-    Args:
-      num_locations: of the data set.
-      validation_fraction: share for validation.
-      seed: of the draw.
-      blocks: [locations] int, see `TileDataset`. Whole blocks are drawn then, the smallest one at
-        least; together they hold no more than the wanted share.
-
-    Returns:
-      Indices of the training and of the validation locations, both sorted.
-
-    Raises:
-      DataError: if no training location would be left.
-    """
-    num_validation = round(num_locations * validation_fraction)
-    if validation_fraction > 0:
-        num_validation = max(num_validation, 1)
-    if blocks is not None and num_validation:
-        return _split_blocks(blocks, num_validation, seed)
-    if num_validation >= num_locations:
-        raise DataError(
-            f"no training locations are left: the data set has {num_locations} locations and "
-            f"config.data.validation_fraction is {validation_fraction}; use more locations or a "
-            "smaller fraction"
-        )
-    order = np.random.default_rng(seed).permutation(num_locations)
-    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
-
-
-def _split_blocks(
-    blocks: np.ndarray, num_validation: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the locations by whole blocks; see `split_locations`."""
-    numbers, counts = np.unique(blocks, return_counts=True)
-    if len(numbers) < 2:
-        raise DataError(
-            "all locations lie in one block, so that none can be held back for validation: build "
-            "the data set with a smaller --block_size, or set config.data.validation_fraction to 0"
-        )
-    held: list[int] = []
-    total = 0
-    for i in np.random.default_rng(seed).permutation(len(numbers)).tolist():
-        if total + counts[i] <= num_validation:
-            held.append(i)
-            total += counts[i]
-    is_held = np.isin(blocks, numbers[held or [int(np.argmin(counts))]])
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 def _pad(name: str, value: np.ndarray, factor: float) -> np.ndarray:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+import numpy as np
 import rasterio
 import rasterio.shutil
 
@@ -52,6 +53,17 @@ class Grid:
     width: int
     crs: str
     transform: Sequence[float]
+
+    def window(self, row: int, column: int, height: int, width: int) -> "Grid":
+        """The grid of a part, or of more, of these pixels."""
+        a, b, c, d, e, f = self.transform
+        moved = (a, b, c + a * column + b * row, d, e, f + d * column + e * row)
+        return Grid(height, width, self.crs, moved)
+
+    def pixels(self, points: np.ndarray) -> np.ndarray:
+        """Columns and rows [N, 2] of points [N, 2] in the reference system."""
+        a, b, c, d, e, f = self.transform
+        return np.linalg.solve([[a, b], [d, e]], (points - [c, f]).T).T
 
 
 def write(raw: pathlib.Path, layer: Layer, grid: Grid, folder: pathlib.Path) -> pathlib.Path:

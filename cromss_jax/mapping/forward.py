@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cromss_jax import platforms
 from cromss_jax.networks import decoders
 from cromss_jax.networks.fusion import LateFusion, SingleModality
 from cromss_jax.sensors import MODALITIES
@@ -39,13 +40,15 @@ def make_forward(
       before the devices are finished. B must be a multiple of the number of devices.
     """
     definition, state = nnx.split(network)
+    platform = mesh.devices.flat[0].platform
     replicated, cut = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     state = jax.device_put(state, replicated)
 
     def probabilities(state: nnx.State, grey: Images) -> Images:
         images = {m: pixels.astype(jnp.float32) / 255.0 for m, pixels in grey.items()}
         padded = {m: decoders.pad_to_stride(image, stride) for m, image in images.items()}
-        logits = _logits(nnx.merge(definition, state), padded)
+        with platforms.known(platform):
+            logits = _logits(nnx.merge(definition, state), padded)
         return {
             m: jax.nn.softmax(logits[m][:, : image.shape[1], : image.shape[2]])
             for m, image in images.items()

@@ -21,7 +21,6 @@ from jax.experimental import multihost_utils
 from cromss_jax import files
 from cromss_jax.training import distributed
 from cromss_jax.weights import manifest
-from cromss_jax.weights.folders import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -223,9 +222,9 @@ class Checkpoints:
             if self._has_manifest[step]:
                 raise CheckpointError(
                     f"{folder} is whole, but is of another network, optimizer or version "
-                    f"({first_line(error)}): use the configuration and version that wrote it"
+                    f"({files.first_line(error)}): use the configuration and version that wrote it"
                 ) from error
-            problem = f"{folder} cannot be read ({first_line(error)})"
+            problem = f"{folder} cannot be read ({files.first_line(error)})"
         if _any_process(bool(problem)):
             raise manifest.DamagedError(problem or "another process could not read it, see its log")
         return state, host
@@ -275,8 +274,8 @@ class Checkpoints:
             step, self._saving = self._saving, None
             raise CheckpointError(
                 f"step {step} could not be saved in {self._directory} "
-                f"({first_line(error)}); the checkpoints before it are whole: make room there or "
-                "restore the folder, then the same command continues"
+                f"({files.first_line(error)}); the checkpoints before it are whole: make room "
+                "there or restore the folder, then the same command continues"
             ) from error
 
     def __enter__(self) -> "Checkpoints":

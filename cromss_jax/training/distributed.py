@@ -174,8 +174,9 @@ def leave(sentence: str, status: int) -> NoReturn:
       sentence: the reason, a message for the user.
       status: exit status.
     """
-    sys.stdout.flush()
-    print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        sys.stdout.flush()
+        print(sentence, file=sys.stderr, flush=True)
     if not jax.distributed.is_initialized():
         os._exit(status)
     # JAX would wait up to 300 s for processes that have ended or that are waiting for this one. If

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 # SIGTERM comes from schedulers and clouds, SIGUSR1 and SIGUSR2 from SLURM's --signal, SIGINT from
-# Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# Ctrl-C, SIGHUP when a terminal is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 # The exit status after a second Ctrl-C, as shells have it.
 _AT_ONCE_STATUS = 128 + signal.SIGINT
@@ -38,7 +38,7 @@ class Preempted(Exception):
 
 
 def watch(status: Callable[[], int]) -> None:
-    """Notices SIGTERM, SIGUSR1, SIGUSR2 and SIGINT from now on; a second SIGINT ends at once.
+    """Notices `SIGNALS` from now on; a second SIGINT ends at once.
 
     Args:
       status: gives the exit status after a signal.
@@ -47,7 +47,7 @@ def watch(status: Callable[[], int]) -> None:
     writing.setblocking(False)
     signal.set_wakeup_fd(writing.detach())
     for number in SIGNALS:
-        # A shell ignores SIGINT for what it starts in the background.
+        # A shell ignores SIGINT for what it starts in the background, `nohup` SIGHUP.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _do_nothing)
     threading.Thread(target=_wait, args=(reading, status), daemon=True).start()
@@ -95,7 +95,8 @@ def _wait(signals: socket.socket, status: Callable[[], int]) -> None:
 
 def _leave(sentence: str, status: int) -> None:
     """Ends the process whatever its other threads do; files are written whole or not at all."""
-    print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(sentence, file=sys.stderr, flush=True)
     os._exit(status)
 
 

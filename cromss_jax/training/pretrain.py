@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from cromss_jax import files, platforms, sensors
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.method import losses, schedules, selection, smoothing
 from cromss_jax.networks import decoders, fusion, resnet
 from cromss_jax.training import loop, pretrain_step, run, sharding, validation
@@ -18,11 +18,39 @@ from cromss_jax.weights.network import PARTS
 
 _log = logging.getLogger(__name__)
 
-_COUNTS = ("num_epochs", "batch_size", "log_every_steps", "eval_every_epochs", "num_pictures")
-_COUNTS += ("checkpoint_every_epochs", "checkpoints_to_keep", "data.num_threads", "microbatches")
-_SHARES = ("augmentation.flip_probability", "augmentation.rotation_probability")
-_SHARES += ("data.validation_fraction", "loss.prior_weight", "loss.uniform_weight")
-_SHARES += ("selection.final_keep_fraction",)
+_RANGES = {
+    "at least 1": (
+        "num_epochs",
+        "batch_size",
+        "microbatches",
+        "log_every_steps",
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "checkpoints_to_keep",
+        "num_pictures",
+        "data.num_threads",
+    ),
+    "at least 0": (
+        "data.max_bad_records",
+        "loss.consistency_weight",
+        "selection.ramp_epochs",
+        "optimizer.l2",
+        "schedule.patience",
+    ),
+    "from 0 to 1": (
+        "augmentation.flip_probability",
+        "augmentation.rotation_probability",
+        "data.validation_fraction",
+        "loss.prior_weight",
+        "loss.uniform_weight",
+        "selection.final_keep_fraction",
+    ),
+    "from 0 to 180": ("augmentation.max_angle",),
+    "above 0": ("optimizer.learning_rate",),
+    "from 0 to below 1": ("optimizer.momentum",),
+    "above 0 and below 1": ("schedule.factor",),
+    "above 0 and at most 1": ("schedule.decay",),
+}
 
 _CHOICES = {
     "modalities": sensors.MODALITIES,
@@ -44,7 +72,7 @@ _CHOICES = {
 
 def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
     """Raises run.ConfigError for what would fail late or silently do something else."""
-    run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
+    run.check_fields(config, _RANGES, _CHOICES)
     run.init_bands(config)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
         raise run.ConfigError(
@@ -121,7 +149,7 @@ def pretrain(
     mesh = run.make_mesh(config.num_devices, config.batch_size)
     check_config(config, dataset.tile_size)
     config = run.describe_data(config, dataset)
-    locations, held_back = input_pipeline.split_locations(
+    locations, held_back = validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed, dataset.blocks
     )
     if excluded is not None:

@@ -3,9 +3,10 @@
 import functools
 import importlib.metadata
 import json
+import math
 import platform
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -36,18 +37,29 @@ class ConfigError(ValueError):
     """The configuration cannot be run."""
 
 
+# What a number may be, by the words of the message. A NaN is nothing of this.
+_RANGES: Mapping[str, Callable[[float], bool]] = {
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "at least 1": lambda value: 1 <= value < math.inf,
+    "above 0": lambda value: 0 < value < math.inf,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "above 0 and below 1": lambda value: 0 < value < 1,
+    "from 0 to 180": lambda value: 0 <= value <= 180,
+}
+
+
 def check_fields(
     config: ml_collections.ConfigDict,
-    counts: Iterable[str],
-    shares: Iterable[str],
+    ranges: Mapping[str, Iterable[str]],
     choices: Mapping[str, Iterable],
 ) -> None:
     """Checks single fields of a configuration.
 
     Args:
       config: the configuration.
-      counts: fields that must be at least 1, such as "data.num_threads".
-      shares: fields that must lie in [0, 1], such as probabilities.
+      ranges: names of fields, such as "data.num_threads", by what they must be, one of `_RANGES`.
       choices: the allowed values by field; of a field that is a tuple, those of its elements.
 
     Raises:
@@ -57,12 +69,10 @@ def check_fields(
     def field(name: str):
         return functools.reduce(lambda node, key: node[key], name.split("."), config)
 
-    for name in counts:
-        if field(name) < 1:
-            raise ConfigError(f"config.{name} is {field(name)}; it must be at least 1")
-    for name in shares:
-        if not 0 <= field(name) <= 1:
-            raise ConfigError(f"config.{name} is {field(name)}; it must be from 0 to 1")
+    for rule, names in ranges.items():
+        for name in names:
+            if not _RANGES[rule](field(name)):
+                raise ConfigError(f"config.{name} is {field(name)}; it must be {rule}")
     for name, known in choices.items():
         value = field(name)
         values = value if isinstance(value, tuple) else (value,)
@@ -114,9 +124,11 @@ def describe_data(
             )
         missing = [band for band in wanted if band not in found]
         if missing:
+            shown = tuple(band for band in wanted if band in found) or tuple(found)
             raise ConfigError(
                 f"the data set {name} has no {modality.upper()} band {', '.join(missing)}, only "
-                f"{', '.join(found)}: set config.s2_bands to some of these"
+                f"{', '.join(found)}: set config.s2_bands to some of these, such as "
+                f'--config.s2_bands="{shown}"'
             )
     described = ml_collections.ConfigDict(config)
     with described.unlocked():

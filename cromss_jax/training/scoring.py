@@ -23,9 +23,23 @@ from cromss_jax.weights.network import Network, Weights, WeightsError
 
 _log = logging.getLogger(__name__)
 
-_COUNTS = ("num_epochs", "batch_size", "log_every_steps", "checkpoint_every_epochs")
-_COUNTS += ("checkpoints_to_keep", "data.num_threads", "schedule.epochs")
-_SHARES = ("augmentation.flip_probability", "augmentation.rotation_probability")
+_RANGES = {
+    "at least 1": (
+        "num_epochs",
+        "batch_size",
+        "log_every_steps",
+        "checkpoint_every_epochs",
+        "checkpoints_to_keep",
+        "data.num_threads",
+        "schedule.epochs",
+    ),
+    "at least 0": ("data.num_train_tiles", "data.max_bad_records", "optimizer.l2"),
+    "from 0 to 1": ("augmentation.flip_probability", "augmentation.rotation_probability"),
+    "from 0 to 180": ("augmentation.max_angle",),
+    "above 0": ("optimizer.learning_rate",),
+    "from 0 to below 1": ("optimizer.momentum",),
+    "above 0 and at most 1": ("optimizer.layer_decay",),
+}
 _CHOICES = {
     "modalities": sensors.MODALITIES,
     "s2_bands": sensors.S2_BANDS,
@@ -75,7 +89,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Task:
     Raises:
       input_pipeline.DataError, run.ConfigError: with a sentence for the user.
     """
-    run.check_fields(config, _COUNTS, _SHARES, _CHOICES)
+    run.check_fields(config, _RANGES, _CHOICES)
     run.init_bands(config)
     if len(config.modalities) != 1:
         raise run.ConfigError(

@@ -1,10 +1,13 @@
 """Sharding: parameters are replicated, the batch is sharded along its first dimension."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cromss_jax import platforms
 
 
 def make_mesh(num_devices: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -70,8 +73,15 @@ def jit_step(
     The state and the result are replicated; the records are sharded along the first dimension.
     `deterministic` is as for `compiler_options`.
     """
+    platform = mesh.devices.flat[0].platform
+
+    @functools.wraps(function)
+    def step(state, records):
+        with platforms.known(platform):
+            return function(state, records)
+
     return jax.jit(
-        function,
+        step,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate_state else (),

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from collections.abc import Mapping
 
 from etils import epath
@@ -9,9 +10,16 @@ from etils import epath
 from cromss_jax import files, package, presets, sensors
 from cromss_jax.legend import Legend
 from cromss_jax.networks import decoders
-from cromss_jax.weights.network import Network, Weights
+from cromss_jax.weights.network import Network, Weights, WeightsError
 
 FORMAT = "cromss_jax weights"
+
+# The recipe has some kilobytes, or, with a legend of 250 classes, some tens of them.
+MAX_BYTES = 16 << 20
+
+# What the entries of a card are where they are known.
+_FORMS = {"input": Mapping, "classes": list, "colours": list, "recipe": Mapping}
+_FORMS |= {"metrics": Mapping, "versions": Mapping, "source": str, "licence": str, "method": str}
 
 
 def of_run(step: epath.Path, network: Network) -> dict:
@@ -53,6 +61,36 @@ def of_run(step: epath.Path, network: Network) -> dict:
         if recipe.get("mode") != "pretrain"
         else "CromSS: Liu, Albrecht, Wang, Zhu, IEEE TGRS 2025 (arXiv 2405.01217)",
     }
+
+
+def check(card: Mapping, path: os.PathLike) -> None:
+    """Checks a card that was read.
+
+    Args:
+      card: the card.
+      path: where it stands, for the error.
+
+    Raises:
+      WeightsError: naming the first entry that is not as `of_run` and `make` write it.
+    """
+    wrong = [
+        name
+        for name, form in _FORMS.items()
+        if card.get(name) is not None and not isinstance(card[name], form)
+    ]
+    for name in ("classes", "colours"):
+        if name not in wrong and not all(isinstance(text, str) for text in card.get(name) or ()):
+            wrong.append(name)
+    scaling = (card.get("input") or {}).get("by_band") if "input" not in wrong else {}
+    if scaling is not None and not (
+        isinstance(scaling, Mapping) and all(isinstance(band, Mapping) for band in scaling.values())
+    ):
+        wrong.append("input")
+    if wrong:
+        raise WeightsError(
+            f"{path}: the card is damaged, its entry {wrong[0]} is {str(card[wrong[0]])[:60]!r}: "
+            "restore it, or delete the card"
+        )
 
 
 def _scaling(band: sensors.Band) -> dict[str, float | str]:
@@ -125,21 +163,22 @@ def text(card: Mapping, name: str) -> str:
     """The card as Markdown, for people."""
     lines = [f"# {name}", "", f"{card['network']['description']}; layout `{card['layout']}`."]
     lines += [f"{card['method']}.", ""] if card["method"] else [""]
-    scaling = card["input"] and card["input"]["by_band"]
+    scaling = (card["input"] or {}).get("by_band")
     lines += ["## Input", ""]
     lines += [f"{card['axes']}."]
     if scaling:
-        lines += [f"{card['input']['resolution'].capitalize()}."]
-        lines += [f"Each band: `{card['input']['formula']}`.", ""]
+        lines += [f"{str(card['input'].get('resolution')).capitalize()}."]
+        lines += [f"Each band: `{card['input'].get('formula')}`.", ""]
     else:
         lines += ["The scaling of raw values to input is unknown: ask the source of the weights."]
         lines += [""]
     lines += ["| channel | band | low | high | unit of x |", "|---|---|---|---|---|"]
     for names in card["bands"].values():
         for channel, band in enumerate(names):
-            row = "? | ? | ?"
-            if scaling:
-                row = "{low:.8g} | {high:.8g} | {unit}".format(**scaling[band])
+            known = (scaling or {}).get(band, {})
+            limits = [known.get(name) for name in ("low", "high")]
+            row = [f"{x:.8g}" if isinstance(x, int | float) else "?" for x in limits]
+            row = " | ".join([*row, str(known.get("unit", "?"))])
             lines += [f"| {channel} | {band} | {row} |"]
     lines += [""]
     if card["classes"]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -207,23 +208,48 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
     tensors, card = reader(path, content)
     card_path = path.with_name(f"{path.name}.json")
     if not card and card_path.is_file():
-        try:
-            card = json.loads(card_path.read_text())
-        except ValueError as error:
+        if card_path.stat().length > cards.MAX_BYTES:
             raise WeightsError(
-                f"{card_path}, the card of {path.name}, is damaged ({error}): restore or delete it"
-            ) from error
+                f"{card_path} has {card_path.stat().length:,} bytes, more than the "
+                f"{cards.MAX_BYTES:,} that a card may have: restore or delete it"
+            )
+        card = parse_card(card_path.read_bytes(), card_path, path.name)
         # A card written for other weights with the same file name is ignored.
-        if isinstance(card, Mapping) and card.get("sha256") != hashlib.sha256(content).hexdigest():
+        if card.get("sha256") != hashlib.sha256(content).hexdigest():
             card = {}
-    is_ours = isinstance(card, Mapping) and card.get("format") == cards.FORMAT
-    return tensors, dict(card) if is_ours else {}
+    if not isinstance(card, Mapping) or card.get("format") != cards.FORMAT:
+        return tensors, {}
+    cards.check(card, path)
+    return tensors, dict(card)
+
+
+def parse_card(text: str | bytes, path: os.PathLike, name: str) -> dict:
+    """The card in a JSON text; an empty one if it is none of ours.
+
+    Args:
+      text: the JSON.
+      path: where it stands, for errors.
+      name: of the file of weights, for errors.
+
+    Raises:
+      WeightsError: if it is damaged.
+    """
+    try:
+        card = files.parse_json(text)
+    except ValueError as error:
+        raise WeightsError(
+            f"{path}, the card of {name}, is damaged ({error}): restore or delete it"
+        ) from error
+    if not isinstance(card, Mapping) or card.get("format") != cards.FORMAT:
+        return {}
+    cards.check(card, path)
+    return dict(card)
 
 
 def _float8_tensors(content: bytes) -> list[str]:
     """Names of the tensors of 8-bit floats in a safetensors file, which NumPy lacks."""
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = files.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return [name for name, entry in header.items() if str(entry.get("dtype"))[:3] == "F8_"]
     except (ValueError, AttributeError):  # the library says what is wrong with a header
         return []
@@ -237,8 +263,8 @@ def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.nd
     try:
         arrays = safetensors.numpy.load_file(path)  # `load` does not support bfloat16
         # The file starts with the header's length in 8 bytes, then the header as JSON.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        card = json.loads(header.get("__metadata__", {}).get(_CARD, "{}"))
+        header = files.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        card = files.parse_json(header.get("__metadata__", {}).get(_CARD, "{}"))
     except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
     return arrays, card
@@ -269,7 +295,7 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
                 "you trust where it comes from, keep its weights alone by `torch.save("
                 f"torch.jit.load('{path.name}').state_dict(), 'weights.pt')`"
             ) from error
-        raise WeightsError(f"{path} is damaged: {folders.first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged: {files.first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(found).__name__}")
     settings = found.get("hyper_parameters")

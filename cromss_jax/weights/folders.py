@@ -24,11 +24,6 @@ _log = logging.getLogger(__name__)
 _NETWORK = "network.json"
 
 
-def first_line(error: Exception) -> str:
-    """What a library says of an error, in a line: its first, or the error's name if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def find_checkpoint(path: str) -> epath.Path:
     """The checkpoint folder for a path: the path itself, or a run's newest checkpoint.
 
@@ -61,11 +56,12 @@ def load_run(step: epath.Path) -> Weights:
     if not description.exists():
         raise WeightsError(f"{run} is missing: it describes the network of {step}; restore it")
     try:
-        content = json.loads(description.read_text())
+        content = files.parse_json(description.read_bytes())
         if own.exists():
             bands = check_bands(content["network"]["bands"])
             network = Network(**{**content["network"], "bands": bands})
             card = dict(content["card"])
+            cards.check(card, description)
         else:
             network = Network.of_config(content)
             card = cards.of_run(step, network)
@@ -84,7 +80,7 @@ def load_run(step: epath.Path) -> Weights:
     except manifest.DamagedError as error:
         raise WeightsError(f"{error}: choose another checkpoint") from error
     except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise WeightsError(f"{step} is damaged: {first_line(error)}") from error
+        raise WeightsError(f"{step} is damaged: {files.first_line(error)}") from error
     if not has_manifest:
         _log.warning("unverified: %s has no %s to compare its files with", step, manifest.NAME)
     arrays = {}
@@ -109,7 +105,7 @@ def write_folder(folder: epath.Path, found: Weights) -> None:
         manifest.write(temporary)
         temporary.rename(folder)
     except ValueError as error:  # of TensorStore, such as for a full disk
-        raise WeightsError(f"{folder} cannot be written ({first_line(error)})") from error
+        raise WeightsError(f"{folder} cannot be written ({files.first_line(error)})") from error
     finally:
         if temporary.exists():
             temporary.rmtree()

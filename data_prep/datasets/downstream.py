@@ -1,4 +1,4 @@
-"""The downstream data sets: tiles with one date of imagery and one label map each.
+"""Data sets of tiles with one date of imagery and one label map each: downstream, and SEN12MS.
 
 Imagery is at 10 m, in files of 2 and 13 bands. `LAYOUT` of each builder says where the files are.
 The scaling is that of pretraining (`bands`).
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import presets
+from cromss_jax import files, presets
 from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.datasets import tile_files, tile_layouts, tiles
@@ -21,7 +21,7 @@ from data_prep.finding import file_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import geotiff
 from data_prep.report import Finding
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 
 def find_files(
@@ -36,7 +36,7 @@ def find_files(
     Args:
       source_dir: see `file_tree.FileTree`.
       layout: of the data set.
-      sample_format: its name in the sample command.
+      sample_format: its name in the sample command; empty if it is not there.
       index_path: the file that keeps the index of archives; None for a temporary one.
       test_cities: see `Options`.
 
@@ -49,30 +49,36 @@ def find_files(
     """
     missing = tile_files.missing_folders({}, layout)
     unread: list[str] = []
-    if sources.absolute(source_dir).exists():
+    if files.absolute(source_dir).exists():
         tree = file_tree.FileTree(source_dir)
-        files, unread = tile_files.sort_files(tree.paths(), layout)
+        found, unread = tile_files.sort_files(tree.paths(), layout)
         # Extracted files may be complete without archives, and zip files without others, which
         # take long to index.
         for only_zip in (True, False):
-            if tile_files.missing_folders(files, layout):
+            if tile_files.missing_folders(found, layout):
                 tree.index(index_path, only_zip)
-                files, unread = tile_files.sort_files(tree.paths(), layout)
-        files = _split_cities(_name_splits(files), layout, test_cities)
-        missing = tile_files.missing_folders(files, layout)
+                found, unread = tile_files.sort_files(tree.paths(), layout)
+        found = _split_cities(_name_splits(found), layout, test_cities)
+        missing = tile_files.missing_folders(found, layout)
     if missing:
-        names = [layout.splits[split] for split in layout.splits]
-        raise sources.not_found(
-            missing,
-            source_dir,
-            f"A tree of {', '.join(layout.paths.values())} is needed, split being "
-            f"{' or '.join(names)}. {layout.forms} To try without data, make a sample: "
-            f"python -m data_prep.sample --format={sample_format} --output_dir=DIR",
-            unread,
-        )
-    splits = {split: files[split] for split in layout.splits if split in files}
-    unread += [file.path for split in files.keys() - splits.keys() for file in files[split]]
+        raise sources.not_found(missing, source_dir, _needed(layout, sample_format), unread)
+    splits = {split: found[split] for split in layout.splits if split in found}
+    unread += [file.path for split in found.keys() - splits.keys() for file in found[split]]
     return tree, splits, sorted(unread)
+
+
+def _needed(layout: tile_layouts.Layout, sample_format: str) -> str:
+    """What a tree must hold, and how to make one, for people."""
+    text = f"A tree of {', '.join(layout.paths.values())} is needed"
+    if any("{split}" in path for path in layout.paths.values()):
+        text += f", split being {' or '.join(layout.splits.values())}"
+    text += f". {layout.forms}"
+    if sample_format:
+        text += (
+            " To try without data, make a sample: python -m data_prep.sample "
+            f"--format={sample_format} --output_dir=DIR"
+        )
+    return text
 
 
 def _name_splits(
@@ -128,7 +134,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
     Attributes:
       LAYOUT: where the files are.
       LEGEND: the classes, and the values of the label files.
-      SAMPLE_FORMAT: the name of the layout in the sample command.
+      SAMPLE_FORMAT: the name of the layout in the sample command; empty if it is not there.
     """
 
     LAYOUT: tile_layouts.Layout
@@ -159,12 +165,16 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
           sources.SourceError: if there is no such tree.
           errors.BuildError: if too many tiles are skipped, or patches are larger than any tile.
         """
-        data_dir = sources.absolute(data_dir)
+        data_dir = files.absolute(data_dir)
         layout, legends = self._labels(options)
         source, splits, found = self._find_tiles(source_dir, data_dir, options, layout)
         described = options.described_bands(is_native=False)
         read = functools.partial(
-            tiles.read_records, source=source, legends=legends, options=options
+            tiles.read_records,
+            source=source,
+            legends=legends,
+            label_band=layout.label_band,
+            options=options,
         )
         # The first that can be read is the largest. A damaged file does not decide the size.
         example = builder.first_readable(
@@ -185,17 +195,17 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
         super().__init__(
             data_dir=data_dir,
             splits=splits,
-            read=functools.partial(read, tile_size=tile_size, patch_size=patch_size),
+            read=cleaning.cleaned(
+                functools.partial(read, tile_size=tile_size, patch_size=patch_size),
+                options.cleaning,
+            ),
             features=tiles.features(side, described, "truth" in legends),
             metadata={
                 "tile_size": side,
                 "has_truth": "truth" in legends,
-                **options.metadata(),
+                **options.metadata(legends["labels"], described, f"{self.name} in {source_dir}"),
                 "patch_size": patch_size,
                 "num_empty_patches": {split: 0 for split in splits},
-                "legend": legends["labels"].to_dict(),
-                "bands": [list(band.to_row()) for band in described],
-                "origin": f"{self.name} in {source_dir}",
                 **({"labels": options.labels} if "truth" in legends else {}),
             },
             location_bytes=tiles.num_patches((tile_size, tile_size), patch_size)
@@ -203,6 +213,7 @@ class TileBuilder(builder.LocationBuilder, skip_registration=True):
             * (len(described) + len(legends)),
             num_workers=num_workers,
             findings=findings,
+            block_size=options.block_size,
         )
 
     def _labels(self, options: Options) -> tuple[tile_layouts.Layout, dict[str, Legend]]:
@@ -281,3 +292,13 @@ class Dfc2020(TileBuilder):
         kinds = (*options.modalities, "labels", "truth")
         legends = {"labels": presets.DFC2020_OF_IGBP, "truth": presets.DFC2020}
         return tile_layouts.DFC2020_LC.of_kinds(kinds), legends
+
+
+class Sen12Ms(TileBuilder):
+    """SEN12MS: MODIS land cover as noisy labels, in the 8 classes of DFC2020; one split, train."""
+
+    name = "sen12ms"
+    VERSION = tfds.core.Version("1.0.0")
+    LAYOUT = tile_layouts.SEN12MS
+    LEGEND = presets.DFC2020_OF_IGBP
+    SAMPLE_FORMAT = ""

@@ -85,7 +85,7 @@ def _scan(acquisition: Acquisition, tiles: Sequence[Grid], options: Options) -> 
         unit, facts_s1 = _scan_s1(acquisition, sample, options)
         units = dataclasses.replace(units, s1=unit)
         facts |= facts_s1
-    for kind in ("labels", "truth"):
+    for kind in ("labels", "truth", "mask"):
         layers = getattr(acquisition, kind)
         if layers and not any(
             warping.source_window(layer, tile) for layer in layers for tile in tiles
@@ -141,6 +141,7 @@ def _scan_s2(
                     "out with --s2_bands, or replace it",
                 )
             evidence[layer.name] = pixels, valid
+    _check_range(path, evidence)
     _check_order(path, evidence)
     if options.s2_offset is None:
         offset = offsets.find(path, evidence, acquisition.metadata)
@@ -151,6 +152,21 @@ def _scan_s2(
         "offset": f"{offset.value} ({offset.evidence})",
     }
     return unit, offset.value, facts, offsets.findings(path, offset)
+
+
+def _check_range(path: str, evidence: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Refuses pictures: values of all bands that end at the largest of 8 bits.
+
+    Raises:
+      errors.BadFileError: naming the range.
+    """
+    largest = max(float(pixels[valid].max()) for pixels, valid in evidence.values() if valid.any())
+    if 250 <= largest <= 255:
+        raise errors.BadFileError(
+            path,
+            f"has values of 0 to {largest:.0f} in all bands, as a picture of 8 bits has: give the "
+            "product itself, reflectance * 10000",
+        )
 
 
 def _check_order(path: str, evidence: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -204,6 +220,7 @@ def _scan_s1(
             "after their bands",
         )
     facts = {"Sentinel-1": f"{unit}, VV {medians['VV']:.3g}, VH {medians['VH']:.3g}"}
+    facts["days apart"] = "not said"
     if acquisition.s1_date is not None:
         days = pairing.days_between(acquisition.s1_date, acquisition.date)
         facts["days apart"] = f"{days:.0f}"

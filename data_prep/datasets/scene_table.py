@@ -23,6 +23,8 @@ from data_prep.reading.rasters import Layer
 
 REQUIRED = ("scene", "date", "labels")
 COLUMNS = ("scene", "date", "s2", "s1", "labels", "truth", "mask")
+# Of Sentinel-1A's launch.
+_FIRST_DATE = datetime.datetime(2014, 4, 3)
 # Layers that share their grid and dtype.
 Group = tuple[Layer, ...]
 
@@ -56,7 +58,8 @@ class Acquisition:
       labels: of each file the band of labels.
       truth: likewise; may be empty.
       mask: likewise; its pixels other than 0 are ignored.
-      s1_date: of the Sentinel-1 files, where their names say it.
+      s2_date: of the Sentinel-2 files, where their names say it.
+      s1_date: of the Sentinel-1 files, likewise.
       s2_level: L1C, L2A, or empty where the files do not say.
       metadata: texts that may say the offset of Sentinel-2.
     """
@@ -68,6 +71,7 @@ class Acquisition:
     labels: tuple[Layer, ...]
     truth: tuple[Layer, ...]
     mask: tuple[Layer, ...]
+    s2_date: datetime.datetime | None
     s1_date: datetime.datetime | None
     s2_level: str
     metadata: tuple[str, ...]
@@ -105,7 +109,11 @@ def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Ro
     except (OSError, UnicodeDecodeError) as error:
         raise errors.BuildError(f"--table={path} cannot be read as UTF-8 text: {error}") from error
     reader = csv.reader(io.StringIO(text))
-    header = [cell.strip().lower() for cell in next(reader, [])]
+    try:
+        header, *lines = [(reader.line_num, cells) for cells in reader] or [(1, [])]
+    except csv.Error as error:
+        raise errors.BuildError(f"--table={path} is damaged or no table: {error}") from error
+    header = [cell.strip().lower() for cell in header[1]]
     unknown = [name for name in header if name not in COLUMNS or header.count(name) > 1]
     missing = [name for name in required if name not in header]
     if unknown or missing:
@@ -113,12 +121,13 @@ def read(path: str | os.PathLike, required: Sequence[str] = REQUIRED) -> list[Ro
         if not missing and header.count(unknown[0]) > 1:
             fault += f" {header.count(unknown[0])} times"
         raise errors.BuildError(
-            f"{path} {fault}: its first line must name the columns {','.join(COLUMNS)}, of which "
-            "s1 or s2, truth and mask may be left out"
+            f"{path} {fault}: its first line must name the columns {','.join(COLUMNS)}, separated "
+            "by commas, of which s1 or s2, truth and mask may be left out; it is "
+            f"{text.partition(chr(10))[0].strip()!r}"
         )
     rows = [
-        _row(path, reader.line_num, header, cells, required)
-        for cells in reader
+        _row(path, line, header, cells, required)
+        for line, cells in lines
         if any(map(str.strip, cells))
     ]
     if not rows:
@@ -159,11 +168,17 @@ def _row(
 def _date(where: str, text: str) -> datetime.datetime:
     """A date such as 2022-10-05, 20221005 or 2022-10-05T11:54:11."""
     try:
-        return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
+        date = datetime.datetime.fromisoformat(text).replace(tzinfo=None)
     except ValueError as error:
         raise errors.BuildError(
             f"{where} has the date {text!r}: write it as 2022-10-05 or 2022-10-05T11:54:11"
         ) from error
+    if not _FIRST_DATE <= date <= datetime.datetime.now() + datetime.timedelta(days=1):
+        raise errors.BuildError(
+            f"{where} has the date {text}, but Sentinel images are of {_FIRST_DATE:%Y} or later, "
+            "and of the past"
+        )
+    return date
 
 
 def find_files(folder: pathlib.Path, where: str, cell: str) -> tuple[pathlib.Path, ...]:
@@ -179,19 +194,23 @@ def find_files(folder: pathlib.Path, where: str, cell: str) -> tuple[pathlib.Pat
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in filter(None, map(str.strip, cell.split(";"))):
-        # A path as it is may hold brackets.
-        exact = folder / os.path.expanduser(pattern)
-        matches = [exact] if exact.exists() else []
+        shown = pattern if pattern.isprintable() else repr(pattern)
+        try:
+            # A path as it is may hold brackets.
+            exact = folder / os.path.expanduser(pattern)
+            matches = [exact] if exact.exists() else []
+            if not matches:
+                names = glob.glob(os.path.expanduser(pattern), root_dir=folder, recursive=True)
+                matches = [folder / name for name in sorted(names)]
+        except (OSError, ValueError) as error:  # too long, or with a character that no path has
+            raise errors.BuildError(f"{where} names {shown}, which is no path ({error})") from error
         if not matches:
-            names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=folder, recursive=True))
-            matches = [folder / name for name in names]
-        if not matches:
-            raise errors.BuildError(f"{where} names {pattern}, which matches no file in {folder}")
+            raise errors.BuildError(f"{where} names {shown}, which matches no file in {folder}")
         for match in matches:
             if match.is_dir() and not safe.is_product(match):
                 raise errors.BuildError(
                     f"{where} names the folder {match.name}, which is no .SAFE product: "
-                    f"name its files, for instance {pattern.rstrip('/')}/*.tif"
+                    f"name its files, for instance {shown.rstrip('/')}/*.tif"
                 )
             found[match] = None
     return tuple(found)
@@ -199,12 +218,14 @@ def find_files(folder: pathlib.Path, where: str, cell: str) -> tuple[pathlib.Pat
 
 def _check(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Refuses a table whose rows cannot become records of one form."""
-    seen: dict[tuple, int] = {}
+    dates: dict[tuple, int] = {}
+    images: dict[tuple, int] = {}
     for row in rows:
-        other = seen.setdefault((row.scene, row.date), row.line)
+        where = f"{path}, line {row.line}"
+        other = dates.setdefault((row.scene, row.date), row.line)
         if other != row.line:
             raise errors.BuildError(
-                f"{path}, line {row.line}: {row.scene} has the date {row.date:%Y-%m-%d} also in "
+                f"{where}: {row.scene} has the date {row.date:%Y-%m-%d} also in "
                 f"line {other}: keep one, or name all its files in one row, separated by ;"
             )
         for column in ("s2", "s1", "truth"):
@@ -214,6 +235,17 @@ def _check(path: pathlib.Path, rows: Sequence[Row]) -> None:
                     f"{path}: line {first.line} has {column}, line {second.line} has none: all "
                     "rows must have it, or none"
                 )
+        image = row.files["s2"] or row.files["s1"]
+        other = images.setdefault((image, row.files["labels"]), row.line)
+        if other != row.line and row.files["labels"]:
+            raise errors.BuildError(
+                f"{where} names the imagery and labels of line {other}: keep one of the two rows"
+            )
+        if row.files["truth"] and row.files["truth"] == row.files["labels"]:
+            raise errors.BuildError(
+                f"{where} names the same files as labels and as truth, so that the labels would be "
+                "always right: name others, or leave the column truth out"
+            )
 
 
 def acquisition(row: Row, options: Options) -> Acquisition:
@@ -231,18 +263,19 @@ def acquisition(row: Row, options: Options) -> Acquisition:
     return Acquisition(
         scene=row.scene,
         date=row.date,
-        s2=_bands(files["s2"], sensors.S2_BANDS, options.s2_bands),
+        s2=_bands(files["s2"], sensors.S2_BANDS, options.s2_bands, level or options.s2_level),
         s1=_bands(files["s1"], sensors.S1_BANDS, sensors.S1_BANDS),
         labels=_maps(row.files["labels"]),
         truth=_maps(row.files["truth"]),
         mask=_maps(row.files["mask"]),
-        s1_date=_s1_date(files["s1"]),
+        s2_date=_date_in_name(files["s2"]),
+        s1_date=_date_in_name(files["s1"]),
         s2_level=level,
         metadata=texts,
     )
 
 
-def _s1_date(files: Sequence[pathlib.Path]) -> datetime.datetime | None:
+def _date_in_name(files: Sequence[pathlib.Path]) -> datetime.datetime | None:
     """The date in the name of the first file, or of its folder if that is named as a granule."""
     if not files:
         return None
@@ -278,17 +311,28 @@ def _level(files: Iterable[pathlib.Path]) -> tuple[str, tuple[str, ...]]:
 
 
 def _maps(files: Iterable[pathlib.Path]) -> tuple[Layer, ...]:
-    """The band of labels of each file; of more than one band, the second."""
+    """The band of labels of each file: the only one, the one called label, or of two the second.
+
+    Raises:
+      errors.BadFileError: for other files of several bands, such as pictures of maps.
+    """
     found = []
     for path in files:
         opened = safe.scene_classification(path) if safe.is_product(path) else str(path)
         layers = rasters.layers(opened)
-        found.append(layers[0 if len(layers) == 1 else 1])
+        called = [layer for layer in layers if layer.description.lower() == "label"]
+        if len(layers) > 2 and len(called) != 1:
+            raise errors.BadFileError(
+                opened,
+                f"has {len(layers)} bands, as a picture of a map has: give the map itself, whose "
+                "values are classes, or call its band of classes label in the file",
+            )
+        found.append(called[0] if called else layers[-1])
     return tuple(found)
 
 
 def _bands(
-    files: Sequence[pathlib.Path], known: Sequence[str], wanted: Sequence[str]
+    files: Sequence[pathlib.Path], known: Sequence[str], wanted: Sequence[str], level: str = ""
 ) -> tuple[Group, ...]:
     """The wanted bands of an image, by grid, the finest first.
 
@@ -300,7 +344,7 @@ def _bands(
     found: dict[str, Layer] = {}
     for path in files:
         for opened in safe.band_files(path) if safe.is_product(path) else [str(path)]:
-            for layer in _named(rasters.layers(opened), known, wanted):
+            for layer in _named(rasters.layers(opened), known, wanted, level):
                 if layer.dtype == "uint8" and layer.scale == 1:
                     raise errors.BadFileError(layer.path, "dtype uint8, but raw values are needed")
                 other = found.setdefault(layer.name, layer)
@@ -326,7 +370,9 @@ def _bands(
     return tuple(tuple(group) for group in sorted(groups.values(), key=lambda g: g[0].pixel_size))
 
 
-def _named(layers: list[Layer], known: Sequence[str], wanted: Sequence[str]) -> list[Layer]:
+def _named(
+    layers: list[Layer], known: Sequence[str], wanted: Sequence[str], level: str
+) -> list[Layer]:
     """The layers of a file that are bands, each with its name; by position where it has none."""
     named = [layer for layer in layers if layer.name in known]
     if named:
@@ -334,6 +380,12 @@ def _named(layers: list[Layer], known: Sequence[str], wanted: Sequence[str]) -> 
     by_count = {len(known): known, len(wanted): wanted}
     if known == sensors.S2_BANDS:
         by_count[12] = sensors.S2_BAND_SUBSETS[12]
+    if len(layers) == 12 and level == "L1C" and len(wanted) != 12:
+        raise errors.BadFileError(
+            layers[0].path,
+            "has 12 bands without names, as L2A has, whose values differ from those of L1C: for "
+            "L2A build with --s2_level=L2A, for L1C describe the bands in the file",
+        )
     if len(layers) not in by_count or len(layers) == 1:
         needed = ", ".join(wanted or known)
         raise errors.BadFileError(

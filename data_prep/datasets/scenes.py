@@ -16,19 +16,20 @@ import numpy as np
 import rasterio
 import tensorflow_datasets as tfds
 
-from cromss_jax import sensors
+from cromss_jax import blocks, files, sensors
 from data_prep import errors, parallel, report
-from data_prep.datasets import blocks, scene_scan, scene_table, scene_tiles
+from data_prep.datasets import scene_scan, scene_table, scene_tiles
 from data_prep.datasets.scene_table import Acquisition
-from data_prep.finding import sources
 from data_prep.options import DEFAULT, Options
-from data_prep.reading import warping
+from data_prep.reading import pairing, warping
 from data_prep.reading.rasters import Layer
 from data_prep.reading.warping import Grid
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 _WGS84 = rasterio.CRS.from_epsg(4326).to_wkt()
 _WEB_MERCATOR = 3857
+# Bands of 20 m and Sentinel-1 of 20 m are brought onto 10 m.
+_MAX_ENLARGED = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Cutting:
       block_size: side of a block in metres; 0 for 2 to 8 tiles, by the number of tiles.
       block_gap: metres that tiles of the two splits are apart at least; those that touch always
         count as too close.
-      seed: of the draw of blocks.
+      split_seed: of the draw of blocks.
     """
 
     tile_size: int = 264
@@ -56,7 +57,7 @@ class Cutting:
     test_fraction: float = 0.1
     block_size: float = 0.0
     block_gap: float = 0.0
-    seed: int = 0
+    split_seed: int = 0
 
 
 class Scenes(builder.LocationBuilder):
@@ -88,7 +89,7 @@ class Scenes(builder.LocationBuilder):
         Raises:
           errors.BuildError: if the table is wrong, or too many acquisitions or tiles are skipped.
         """
-        data_dir = sources.absolute(data_dir)
+        data_dir = files.absolute(data_dir)
         findings = report.Report(data_dir, self.name, max_bad_locations)
         acquisitions = _acquisitions(scene_table.read(table), options, findings)
         levels = [a.s2_level for a in acquisitions if a.s2_level]
@@ -99,45 +100,30 @@ class Scenes(builder.LocationBuilder):
             s2_bands=acquisitions[0].s2_bands,
         )
         band_list = options.described_bands(is_native=False)
-        scenes = _scenes(acquisitions)
-        grids = {name: _grid(dates[0], cutting) for name, dates in scenes.items()}
-        windows = {name: list(_windows(grid, cutting)) for name, grid in grids.items()}
-        scans = _scan(scenes, grids, windows, cutting, options, num_workers, findings)
-        tiles = _tiles(scans, grids, windows, cutting)
-        probable = functools.partial(
-            scene_tiles.has_content, min_labelled=cutting.min_labelled, options=options
-        )
-        kept = list(parallel.map_in_order(probable, tiles, num_workers))
-        findings.add_table(
-            "Tiles",
-            [
-                {"tiles": "laid out", "number": len(tiles)},
-                {"tiles": "empty, left out", "number": kept.count(False)},
-            ],
-        )
-        splits = _split(list(itertools.compress(tiles, kept)), cutting, findings)
-        max_seasons = max(len(dates) for dates in scans.values())
+        tiles = _find_tiles(_scenes(acquisitions), cutting, options, num_workers, findings)
+        splits = _split(tiles, cutting, findings)
+        max_seasons = max(len(tile.seasons) for tile in tiles)
         has_truth, side = bool(acquisitions[0].truth), cutting.tile_size
         super().__init__(
             data_dir=data_dir,
             splits=splits,
-            read=functools.partial(
-                scene_tiles.read_tile,
-                band_list=band_list,
-                max_seasons=max_seasons,
-                min_labelled=cutting.min_labelled,
-                options=options,
+            read=cleaning.cleaned(
+                functools.partial(
+                    scene_tiles.read_tile,
+                    band_list=band_list,
+                    max_seasons=max_seasons,
+                    min_labelled=cutting.min_labelled,
+                    options=options,
+                ),
+                options.cleaning,
             ),
             features=scene_tiles.features(side, max_seasons, band_list, has_truth),
             metadata={
                 "tile_size": side,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
-                **options.metadata(),
+                **options.metadata(options.legend, band_list, f"{self.name} in {table}"),
                 **dataclasses.asdict(cutting),
-                "legend": options.legend.to_dict(),
-                "bands": [list(band.to_row()) for band in band_list],
-                "origin": f"{self.name} in {table}",
                 "blocks": {split: [] for split in splits},
             },
             location_bytes=max_seasons * side**2 * (len(band_list) + max_seasons + has_truth),
@@ -162,9 +148,12 @@ def _acquisitions(
     found: list[Acquisition] = []
     for row in rows:
         try:
-            found.append(scene_table.acquisition(row, options))
+            acquisition = scene_table.acquisition(row, options)
+            findings.add(_dates_differ(acquisition, options))
         except errors.BadFileError as bad:
             findings.skip(f"{row.scene} {row.date:%Y-%m-%d}", bad)
+        else:
+            found.append(acquisition)
     if not found:
         findings.write_summary()
         raise errors.BuildError(f"no acquisition can be used; {findings.path} lists why")
@@ -192,12 +181,67 @@ def _acquisitions(
     return found
 
 
+def _dates_differ(acquisition: Acquisition, options: Options) -> list[report.Finding]:
+    """A finding where the files of Sentinel-2 are of another day than their row.
+
+    Raises:
+      errors.BadFileError: if they are further apart than is accepted.
+    """
+    if acquisition.s2_date is None:
+        return []
+    own, said = acquisition.s2_date, acquisition.date
+    days = pairing.days_between(own, said)
+    path = acquisition.s2[0][0].path
+    text = f"is of {own:%Y-%m-%d} by its name, its row of {said:%Y-%m-%d}"
+    if days > options.max_days:
+        raise errors.BadFileError(
+            path, f"{text}: correct the date of the row, or raise --max_days={options.max_days:g}"
+        )
+    return [report.Finding("date differs", path, text)] if days > 1 else []
+
+
 def _scenes(acquisitions: Sequence[Acquisition]) -> dict[str, list[Acquisition]]:
     """The acquisitions of each scene by date."""
     scenes: dict[str, list[Acquisition]] = {}
     for acquisition in sorted(acquisitions, key=lambda a: a.date):
         scenes.setdefault(acquisition.scene, []).append(acquisition)
     return dict(sorted(scenes.items()))
+
+
+def _find_tiles(
+    scenes: dict[str, list[Acquisition]],
+    cutting: Cutting,
+    options: Options,
+    num_workers: int,
+    findings: report.Report,
+) -> list[scene_tiles.SceneTile]:
+    """Looks at each acquisition, and lays out the tiles that probably have content.
+
+    Raises:
+      errors.BuildError: if too many acquisitions cannot be used, or there is no such tile.
+    """
+    grids = {name: _grid(dates[0], cutting) for name, dates in scenes.items()}
+    windows = {name: list(_windows(grid, cutting)) for name, grid in grids.items()}
+    scans = _scan(scenes, grids, windows, cutting, options, num_workers, findings)
+    tiles = _tiles(scans, grids, windows, cutting)
+    probable = functools.partial(
+        scene_tiles.has_content, min_labelled=cutting.min_labelled, options=options
+    )
+    kept = list(parallel.map_in_order(probable, tiles, num_workers))
+    findings.add_table(
+        "Tiles",
+        [
+            {"tiles": "laid out", "number": len(tiles)},
+            {"tiles": "empty, left out", "number": kept.count(False)},
+        ],
+    )
+    if not any(kept):
+        findings.write_summary()
+        raise errors.BuildError(
+            "no tile has valid imagery and labels in one place: do the label maps cover the "
+            "scenes, and is --legend theirs?"
+        )
+    return list(itertools.compress(tiles, kept))
 
 
 def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
@@ -208,6 +252,7 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
     """
     image = (acquisition.s2 or acquisition.s1)[0][0]
     try:
+        _check_resolution(image, cutting)
         if cutting.grid == "labels":
             return _labels_grid(image, acquisition.labels[0])
         crs = rasterio.CRS.from_wkt(image.crs)
@@ -224,6 +269,21 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
         )
     except errors.BadFileError as bad:
         raise errors.BuildError(f"{bad.file}: {bad.reason}") from bad
+
+
+def _check_resolution(image: Layer, cutting: Cutting) -> None:
+    """Refuses a grid much finer than the finest band, whose pixels would all be interpolated.
+
+    Raises:
+      errors.BadFileError: naming the resolution to choose.
+    """
+    metres = image.metres
+    if cutting.grid == "s2" and metres and metres > _MAX_ENLARGED * cutting.resolution:
+        raise errors.BadFileError(
+            image.path,
+            f"is the finest band and has pixels of {metres:g} m, but tiles would have "
+            f"{cutting.resolution:g} m: give --resolution={metres:g}, or finer bands",
+        )
 
 
 def _spanned(crs: str, left: float, bottom: float, right: float, top: float, size: float) -> Grid:
@@ -350,14 +410,8 @@ def _split(
     """The tiles of each split.
 
     Raises:
-      errors.BuildError: if there are none, or blocks are too large for the area.
+      errors.BuildError: if blocks are too large for the area.
     """
-    if not tiles:
-        findings.write_summary()
-        raise errors.BuildError(
-            "no tile has valid imagery and labels in one place: do the label maps cover the "
-            "scenes, and is --legend theirs?"
-        )
     bounds = [warping.bounds_in(t.location_id, t.grid.bounds, t.grid.crs, _WGS84) for t in tiles]
     # About 20 blocks or more, so that a tenth of the tiles can be held back.
     num_sides = min(max(math.sqrt(len(tiles) / 20), 2), 8)
@@ -374,7 +428,9 @@ def _split(
         "choose a smaller --block_size or --block_gap, or --test_fraction=0 to hold back nothing"
     )
     try:
-        kinds = blocks.split(bounds, cutting.test_fraction, size, cutting.block_gap, cutting.seed)
+        kinds = blocks.split(
+            bounds, cutting.test_fraction, size, cutting.block_gap, cutting.split_seed
+        )
     except ValueError as error:
         raise errors.BuildError(f"{error} of {size / 1000:.1f} km: {advice}") from error
     splits = {

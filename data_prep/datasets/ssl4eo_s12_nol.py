@@ -18,14 +18,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from cromss_jax import presets, sensors
+from cromss_jax import files, presets, sensors
 from data_prep import errors, report
 from data_prep.datasets import nol_locations
 from data_prep.datasets.nol_table import TABLE, Location, read_table
 from data_prep.finding import component_tree, sources
 from data_prep.options import DEFAULT, Options
 from data_prep.report import Finding
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 # The names that each component has in the published archives.
 COMPONENTS = {
@@ -60,7 +60,7 @@ def find_source(
     components = {name: names for name, names in COMPONENTS.items() if name not in left}
     missing = list(components)
     unread = ()
-    if sources.absolute(source_dir).exists():
+    if files.absolute(source_dir).exists():
         source = component_tree.ComponentTree(source_dir, components)
         # The table says which locations to index. It is a file, or in the zip of the labels.
         if TABLE not in source.found:
@@ -142,7 +142,7 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
           sources.SourceError: if there is no such tree.
           errors.BuildError: if its table is wrong, or too many locations are bad.
         """
-        data_dir = sources.absolute(data_dir)
+        data_dir = files.absolute(data_dir)
         index_path = data_dir / f"{self.name}.archives.sqlite"
         source, locations, unread = find_source(source_dir, index_path, options.modalities)
         max_seasons = max(1, *(len(location.granules) for location in locations))
@@ -160,21 +160,26 @@ class Ssl4eoS12Nol(builder.LocationBuilder):
         super().__init__(
             data_dir=data_dir,
             splits={"train": locations},
-            read=functools.partial(
-                read, tile_size=tile_size, has_truth=has_truth, is_native=is_native
+            read=cleaning.cleaned(
+                functools.partial(
+                    read, tile_size=tile_size, has_truth=has_truth, is_native=is_native
+                ),
+                options.cleaning,
             ),
             features=nol_locations.features(tile_size, max_seasons, has_truth, described),
             metadata={
                 "tile_size": tile_size,
                 "max_seasons": max_seasons,
                 "has_truth": has_truth,
-                **options.metadata(),
-                "legend": (options.legend or presets.DYNAMIC_WORLD).to_dict(),
-                "bands": [list(band.to_row()) for band in described],
-                "origin": f"{self.name} in {source_dir}",
+                **options.metadata(
+                    options.legend or presets.DYNAMIC_WORLD,
+                    described,
+                    f"{self.name} in {source_dir}",
+                ),
             },
             location_bytes=max_seasons
             * sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray)),
             num_workers=num_workers,
             findings=findings,
+            block_size=options.block_size,
         )

@@ -2,17 +2,17 @@
 
 import functools
 import os
-import pathlib
 
 import tensorflow_datasets as tfds
+from etils import epath
 
-from cromss_jax import presets
+from cromss_jax import files, presets
 from data_prep import report
 from data_prep.datasets import zarr_samples, zarr_shards
 from data_prep.finding import sources
 from data_prep.options import DEFAULT, Options
 from data_prep.reading import zarr_stores
-from data_prep.writing import builder
+from data_prep.writing import builder, cleaning
 
 # 0 is nodata, 8 is cloud.
 LULC = presets.ESRI.with_values({1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 9: 7}, ignored=(0, 8))
@@ -46,8 +46,8 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
           errors.BuildError: if shards are missing or damaged, or too many samples are.
         """
         zarr_stores.check_installed()
-        data_dir = sources.absolute(data_dir)
-        found, unread = self._find(pathlib.Path(sources.absolute(source_dir)), options)
+        data_dir = files.absolute(data_dir)
+        found, unread = self._find(files.absolute(source_dir), options)
         legend = options.legend or LULC
         band_list = options.described_bands(is_native=False)
         read = functools.partial(
@@ -68,27 +68,33 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         super().__init__(
             data_dir=data_dir,
             splits=found,
-            read=functools.partial(read, tile_size=tile_size, max_seasons=max_seasons),
+            read=cleaning.cleaned(
+                functools.partial(read, tile_size=tile_size, max_seasons=max_seasons),
+                options.cleaning,
+            ),
             features=zarr_samples.features(tile_size, max_seasons, band_list),
             metadata={
                 "tile_size": tile_size,
                 "max_seasons": max_seasons,
                 "has_truth": False,
-                **options.metadata(),
+                **options.metadata(legend, band_list, f"{self.name} in {source_dir}"),
                 "ignore_clouds": ignore_clouds,
-                "legend": legend.to_dict(),
-                "bands": [list(band.to_row()) for band in band_list],
-                "origin": f"{self.name} in {source_dir}",
             },
             location_bytes=max_seasons * tile_size**2 * (len(band_list) + max_seasons),
             num_workers=num_workers,
             findings=findings,
+            block_size=options.block_size,
         )
 
     def _find(
-        self, source_dir: pathlib.Path, options: Options
+        self, source_dir: epath.Path, options: Options
     ) -> tuple[dict[str, list[zarr_shards.Sample]], list[report.Finding]]:
         """The samples of each split, and what of the shards is not read."""
+        if files.in_bucket(source_dir):
+            raise sources.SourceError(
+                f"{source_dir} is in a bucket, and shards cannot be read there: give the path "
+                "under which the bucket is mounted"
+            )
         folders = {split: source_dir / split for split in _SPLITS}
         folders = {split: folder for split, folder in folders.items() if folder.is_dir()}
         if not folders:
@@ -100,10 +106,20 @@ class ZarrBuilder(builder.LocationBuilder, skip_registration=True):
         needed = ["LULC"] + ([f"S2{options.s2_level}"] if "s2" in options.modalities else [])
         either = zarr_samples.FOLDERS["s1"]("") if "s1" in options.modalities else ()
         also = ["S2L1C"] if options.s2_level == "L2A" and "s2" in options.modalities else []
+        known: dict[str, str] = {}
         for split, folder in folders.items():
-            samples[split], findings = zarr_shards.find(folder, needed, either, also)
+            found, findings = zarr_shards.find(folder, needed, either, also)
             unread += findings
-        return samples, unread
+            samples[split] = []
+            for sample in found:
+                shard = f"{split}/{sample.shard}"
+                first = known.setdefault(sample.location_id, shard)
+                if first is shard:
+                    samples[split].append(sample)
+                else:
+                    name = f"{shard}/{sample.location_id}"
+                    unread.append(report.Finding("found twice", name, f"also in {first}"))
+        return {split: found for split, found in samples.items() if found}, unread
 
 
 class Terramesh(ZarrBuilder):

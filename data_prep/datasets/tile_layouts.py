@@ -51,6 +51,7 @@ class Layout:
         is usually published, with fields such as `{split}` and `{lon}`.
       recognise: from a path to a `TileFile`, or None if the file is no part of a tile.
       forms: one sentence for people on other forms that are read.
+      label_band: which band of label files that have several holds the labels, from 0.
     """
 
     splits: Mapping[str, str]
@@ -58,6 +59,7 @@ class Layout:
     paths: Mapping[str, str]
     recognise: Callable[[str], TileFile | None]
     forms: str
+    label_band: int = 1
 
     def of_kinds(self, kinds: Sequence[str]) -> "Layout":
         """The layout of a data set that needs these kinds of files only."""
@@ -201,4 +203,43 @@ DFC2020_LC = dataclasses.replace(
         "truth": DFC2020.paths["labels"],
     },
     recognise=functools.partial(_dfc2020, kinds={"lc": "labels", "dfc": "truth"}),
+    label_band=0,
+)
+
+
+def _sen12ms(path: str) -> TileFile | None:
+    """Recognises `ROIs1158_spring_s1_1_p30.tif`."""
+    match = re.fullmatch(
+        r"(?P<season>ROIs\d+_[a-z]+)_(?P<kind>s1|s2|lc)_(?P<scene>\d+)_p(?P<number>\d+)\.tiff?",
+        path.rpartition("/")[2],
+        re.IGNORECASE,
+    )
+    if match is None:
+        return None
+    season, scene, number = match["season"], match["scene"], match["number"]
+    token = match["kind"].lower()
+    return TileFile(
+        path=path,
+        split="train",
+        kind="labels" if token == "lc" else token,
+        location_id=f"{season}_{scene}_p{number}",
+        order=(season, int(scene), int(number)),
+        date="",
+        root="",
+        token=token,
+        sibling=f"{season}_{{}}_{scene}_p{number}.tif",
+    )
+
+
+SEN12MS = Layout(
+    splits={"train": "all"},
+    optional_splits=frozenset(),
+    paths={
+        kind: f"ROIs1158_spring/{token}_1/ROIs1158_spring_{token}_1_p30.tif"
+        for kind, token in (("s1", "s1"), ("s2", "s2"), ("labels", "lc"))
+    },
+    recognise=_sen12ms,
+    forms="All seasons and scenes are read.",
+    # IGBP; after it other schemes.
+    label_band=0,
 )

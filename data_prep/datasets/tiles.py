@@ -22,6 +22,7 @@ def read_tile(
     *,
     source: bands.Reader,
     legends: Mapping[str, Legend],
+    label_band: int,
     options: Options,
 ) -> tuple[records.Example | None, tuple[Finding, ...]]:
     """Reads, checks and scales one tile of H x W pixels.
@@ -30,6 +31,7 @@ def read_tile(
       tile: the tile.
       source: where its files are.
       legends: of its labels and, if it has one, of its truth: by "labels" and "truth".
+      label_band: see `tile_layouts.Layout`.
       options: see `Options`.
 
     Returns:
@@ -56,8 +58,7 @@ def read_tile(
     main = "s2" if "s2" in images else "s1"
     maps = {}
     for kind, legend in legends.items():
-        # Files of more than one band have the labels in the second, those of MODIS in the first.
-        band = 0 if kind == "labels" and options.labels == "lc" else 1
+        band = label_band if kind == "labels" else 1
         maps[kind], map_found = _read_labels(
             tile.paths[kind], source, legend, images[main], tile.paths[main], band
         )
@@ -199,6 +200,7 @@ def read_records(
     *,
     source: bands.Reader,
     legends: Mapping[str, Legend],
+    label_band: int,
     options: Options,
     tile_size: int,
     patch_size: int,
@@ -209,6 +211,7 @@ def read_records(
       tile: the tile.
       source: where its files are.
       legends: see `read_tile`.
+      label_band: see `read_tile`.
       options: see `Options`.
       tile_size: T, to which tiles are padded at the bottom and the right; 0 takes the tile's.
       patch_size: side of the patches, padded likewise; 0 does not cut tiles.
@@ -220,7 +223,9 @@ def read_records(
     Raises:
       errors.BadFileError: see `read_tile`.
     """
-    example, findings = read_tile(tile, source=source, legends=legends, options=options)
+    example, findings = read_tile(
+        tile, source=source, legends=legends, label_band=label_band, options=options
+    )
     if example is None:
         return records.Reading([], findings)
     if not patch_size:

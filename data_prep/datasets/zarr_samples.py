@@ -40,7 +40,7 @@ class Cube:
     Attributes:
       path: of the store, for errors.
       pixels: (T, K, H, W).
-      names: [K] of the bands; empty where the store names none.
+      names: [K] of the bands; empty where neither the store nor their number tells them.
       dates: [T].
       crs: WKT; empty if there is none.
       transform: see `geotiff.Image`.
@@ -67,9 +67,8 @@ class Cube:
         if names:
             missing = [name for name in names if name not in self.names]
             if missing:
-                raise errors.BadFileError(
-                    self.path, f"has no band {missing[0]}, but {', '.join(self.names)}"
-                )
+                found = ", ".join(self.names) or f"{len(pixels)} bands without names"
+                raise errors.BadFileError(self.path, f"has no band {missing[0]}, but {found}")
             pixels = pixels[[self.names.index(name) for name in names]]
         valid = np.isfinite(pixels) if np.issubdtype(pixels.dtype, np.floating) else None
         if valid is not None:
@@ -108,13 +107,21 @@ def read_cube(sample: Sample, folder: str, arrays: Sequence[str] = _ARRAYS) -> C
     return Cube(
         path,
         pixels,
-        tuple(bands.band_name(str(name)) for name in found.get("band", np.zeros(0)).ravel()),
+        _names(found.get("band"), pixels.shape[1]),
         dates,
         _crs(path, found.get("crs"), store.attributes.get("spatial_ref", {})),
         _transform(path, found["x"], found["y"], pixels.shape[2:]),
         found.get("cloud_mask"),
         json.dumps(dict(store.attributes), default=str),
     )
+
+
+def _names(given: np.ndarray | None, count: int) -> tuple[str, ...]:
+    """The names of bands: as the store gives them, otherwise by their number in the usual order."""
+    if given is not None:
+        return tuple(bands.band_name(str(name)) for name in given.ravel())
+    usual = (sensors.S1_BANDS, *(tuple(level) for level in sensors.S2_STATISTICS.values()))
+    return next((names for names in usual if len(names) == count), ())
 
 
 def _dates(
@@ -392,8 +399,10 @@ def _read_season(
         found += nodata.findings(name, "masked", clear)
         valid = valid & clear
     label_map, label_found = _labels(lulc, main, time, legend)
-    season = _Season(example, nodata.ignore(label_map, valid), tuple(measures))
-    return season, (*found, *label_found)
+    label_map = nodata.ignore(label_map, valid)
+    if (label_map == IGNORE_LABEL).all():
+        return None, (Finding("season unlabelled", name, "0.0% of the pixels have a label", 1.0),)
+    return _Season(example, label_map, tuple(measures)), (*found, *label_found)
 
 
 def _clouds(cube: Cube) -> np.ndarray:

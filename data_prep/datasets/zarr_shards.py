@@ -34,6 +34,12 @@ class Sample:
     location_id: str
     stores: dict[str, tuple[str, int, int]]
 
+    @property
+    def shard(self) -> str:
+        """The name of its shards."""
+        path, _, _ = next(iter(self.stores.values()))
+        return path.rpartition("/")[2]
+
     def name(self, folder: str) -> str:
         """The path of a store, for errors."""
         return f"{self.stores[folder][0]}/{self.location_id}{_SUFFIX}"

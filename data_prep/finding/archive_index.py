@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
+from cromss_jax import files
 from data_prep.finding import archive_indexing, archives
 
 
@@ -60,7 +61,7 @@ class ArchiveIndex:
     def _open_files(self) -> None:
         """Opens the index; archives follow when they are read."""
         local = self._index_path
-        if "://" in local:
+        if files.in_bucket(local):
             folder = tempfile.TemporaryDirectory(prefix="archive_index")
             weakref.finalize(self, folder.cleanup)
             local = os.path.join(folder.name, "index.sqlite")

@@ -16,6 +16,7 @@ from typing import Protocol
 import tqdm
 from etils import epath
 
+from cromss_jax import files
 from data_prep.finding import archives
 
 _SCHEMA = """
@@ -65,7 +66,7 @@ def split_path(member: str) -> list[str]:
 @contextlib.contextmanager
 def local_copy(path: epath.Path) -> Iterator[pathlib.Path]:
     """A local file for an index that may be in a bucket, copied there when it was changed."""
-    if "://" not in os.fspath(path):
+    if not files.in_bucket(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield pathlib.Path(os.fspath(path))
         return

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from etils import epath
 
+from cromss_jax import files
 from data_prep.finding import archive_index, archive_indexing, archives, sources
 
 # How many folders there may be between the source directory and a component or an archive.
@@ -81,7 +82,7 @@ class ComponentTree:
         self._folders: dict[str, epath.Path] = {}
         self._index: archive_index.ArchiveIndex | None = None
         self.unread: list[str] = []
-        source_dir = sources.absolute(source_dir)
+        source_dir = files.absolute(source_dir)
         if source_dir.is_dir():
             self._archives = sources.group_archives(self._search(source_dir, SEARCH_DEPTH))
         elif source_dir.is_file() and archives.is_archive(source_dir.name):

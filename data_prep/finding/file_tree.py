@@ -5,6 +5,7 @@ import re
 
 from etils import epath
 
+from cromss_jax import files
 from data_prep.finding import archive_index, archive_indexing, archives, sources
 
 # Folders further down are not searched.
@@ -42,7 +43,7 @@ class FileTree:
         Raises:
           sources.SourceError: if there is no such folder or archive.
         """
-        self._root = sources.absolute(source_dir)
+        self._root = files.absolute(source_dir)
         self._index: archive_index.ArchiveIndex | None = None
         self._on_disk: list[str] = []
         self._folder_names: set[str] = set()

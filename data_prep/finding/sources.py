@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from cromss_jax import files
 from data_prep.finding import archive_index, archive_indexing, archives
 
 
@@ -57,23 +58,12 @@ def why_unread(path: str, default: str) -> str:
     return default
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is that of a bucket."""
-    return "://" in os.fspath(path)
-
-
-def absolute(path: str | os.PathLike) -> epath.Path:
-    """The full path of a file or folder on disk or in a bucket; `~` is the home directory."""
-    path = epath.Path(path)
-    return path if is_remote(path) else path.expanduser().absolute()
-
-
 def entries(folder: epath.Path) -> list[tuple[str, bool]]:
     """Names in a folder, sorted, and whether they are folders; none if there is no folder.
 
     Files that operating systems add are left out.
     """
-    if is_remote(folder):
+    if files.in_bucket(folder):
         found = [(path.name, path.is_dir()) for path in folder.iterdir()]
     elif not folder.is_dir():
         return []
@@ -90,7 +80,7 @@ def group_archives(paths: Sequence[epath.Path]) -> list[archives.ArchivePath]:
       SourceError: if a slice is missing, or an archive is in a bucket.
     """
     for path in paths:
-        if is_remote(path):
+        if files.in_bucket(path):
             raise SourceError(
                 f"{path} is an archive in a bucket, and archives cannot be read there: unpack it, "
                 "or give the path under which the bucket is mounted"
@@ -138,7 +128,7 @@ def read_from(
       UnreadableError: if it is missing, or its archive is damaged there.
     """
     try:
-        if file and not is_remote(file):  # there it would take another request
+        if file and not files.in_bucket(file):  # there it would take another request
             archives.check_size(file.stat().length)
         data = file.read_bytes() if file else index.read(path) if index else None
     except (FileNotFoundError, NotADirectoryError) as error:

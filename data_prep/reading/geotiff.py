@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.reading import proj  # noqa: F401 # isort: skip
 
 import rasterio
+import rasterio._err  # GDAL's errors, which rasterio passes on in places
 import rasterio.enums
 import rasterio.errors
 import rasterio.io
@@ -30,6 +31,12 @@ _FIELD_BYTES = {
 
 # All pixels of a file: a whole scene at 10 m in four bands of uint16 has 0.96 GB.
 MAX_PIXEL_BYTES = 1 << 30
+
+# Hyperspectral sensors have some hundreds.
+MAX_BANDS = 1000
+
+# A whole scene at 10 m in four bands and the smallest blocks, 16 x 16, has 1.9 million.
+MAX_BLOCKS = 2 << 20
 
 # Of an alpha band. Software also calls the second of two label bands one.
 _ALPHA_VALUES = (0, 255, 65535)
@@ -145,14 +152,15 @@ def read_bands(data: bytes) -> Image:
         crs = dataset.crs.to_wkt() if dataset.crs else ""
         if crs.startswith(("LOCAL_CS", "ENGCRS")):
             crs = ""
+        scales, offsets, names = dataset.scales, dataset.offsets, dataset.descriptions
         image = Image(
             pixels,
             _valid_pixels(dataset, indexes, pixels, opaque),
             crs,
             dataset.transform,
-            scales=tuple(dataset.scales[i - 1] for i in indexes),
-            offsets=tuple(dataset.offsets[i - 1] for i in indexes),
-            descriptions=tuple(dataset.descriptions[i - 1] or "" for i in indexes),
+            scales=tuple(scales[i - 1] for i in indexes),
+            offsets=tuple(offsets[i - 1] for i in indexes),
+            descriptions=tuple(names[i - 1] or "" for i in indexes),
             tags=dataset.tags(),
         )
         _check_tags(data)
@@ -169,7 +177,8 @@ def _valid_pixels(
     # GDAL itself uses alpha bands of integers only, and those that hold something else, too.
     valid = None if opaque is None else np.broadcast_to(opaque, pixels.shape)
     not_masks = ([rasterio.enums.MaskFlags.all_valid], _ALPHA_FLAGS)
-    if any(dataset.mask_flag_enums[i - 1] not in not_masks for i in indexes):
+    flags = dataset.mask_flag_enums
+    if any(flags[i - 1] not in not_masks for i in indexes):
         masks = dataset.read_masks(indexes) > 0
         valid = masks if valid is None else valid & masks
     if np.issubdtype(pixels.dtype, np.floating):
@@ -254,12 +263,14 @@ def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff") as dataset:
                 yield dataset
-    except (rasterio.errors.RasterioError, struct.error) as error:
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, struct.error) as error:
         raise GeotiffError("no GeoTIFF, or cut short") from error
 
 
 def _check_pixels(dataset: rasterio.io.DatasetReader) -> None:
-    """Refuses a file that declares more pixels than memory should be given to."""
+    """Refuses a file that declares more than memory and time should be given to."""
+    if dataset.count > MAX_BANDS:
+        raise GeotiffError(f"has {dataset.count:,} bands, more than {MAX_BANDS:,}")
     # One of GDAL's dtypes is none of NumPy's.
     sizes = [
         4 if dtype == "complex_int16" else np.dtype(dtype).itemsize for dtype in dataset.dtypes
@@ -277,6 +288,12 @@ def _check_pixels(dataset: rasterio.io.DatasetReader) -> None:
 def _check_blocks(dataset: rasterio.io.DatasetReader) -> None:
     """Refuses a file with blocks that were never written: GDAL would read them as zeros."""
     height, width = dataset.block_shapes[0]
+    count = dataset.count * -(-dataset.height // height) * -(-dataset.width // width)
+    if count > MAX_BLOCKS:
+        raise GeotiffError(
+            f"has {count:,} blocks, more than the {MAX_BLOCKS:,} that a file may have: write it "
+            "with larger ones"
+        )
     # With pixel interleaving, all bands share their blocks.
     shared = dataset.interleaving == rasterio.enums.Interleaving.pixel
     for band in [1] if shared else dataset.indexes:

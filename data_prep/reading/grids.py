@@ -1,6 +1,12 @@
 """Compares the grids of images and labels of a location."""
 
+import functools
+
 import numpy as np
+
+# Before rasterio: it chooses the database of coordinate reference systems.
+from data_prep.reading import proj  # noqa: F401 # isort: skip
+
 import rasterio
 import rasterio.errors
 import rasterio.warp
@@ -13,6 +19,7 @@ from data_prep.report import Finding
 # In pixels of 10 m. Sentinel-1 and -2 of SSL4EO-S12 are up to 5 apart, which is known; bands of 60
 # m may be a pixel of theirs larger.
 MAX_SHIFT = 8.0
+_WGS84 = rasterio.CRS.from_epsg(4326)
 
 
 def compare(
@@ -55,6 +62,17 @@ def compare(
     if shift <= 0.5 * max(1, reference.size[0] / image.size[0]):
         return ()
     return (Finding("grids shifted", path, f"{shift:.1f} pixels of 10 m"),)
+
+
+def degrees(crs: str, x: float, y: float) -> tuple[float, float]:
+    """Longitude and latitude of a place in a CRS, given as WKT."""
+    (longitude,), (latitude,) = rasterio.warp.transform(_parsed(crs), _WGS84, [x], [y])
+    return longitude, latitude
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(crs: str) -> rasterio.CRS:
+    return rasterio.CRS.from_wkt(crs)
 
 
 def _corners(image: geotiff.Image) -> np.ndarray:

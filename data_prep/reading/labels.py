@@ -23,7 +23,9 @@ def classes(path: str, pixels: np.ndarray, legend: Legend) -> np.ndarray:
     labels, unknown = legend.classes_of(pixels)
     if unknown.size:
         raise errors.BadFileError(
-            path, f"labels {values_text(unknown)} are not {legend.values_text()}"
+            path,
+            f"labels {values_text(unknown)} are not {legend.values_text()}: give the --legend of "
+            "this map, with every value, those to ignore without a class",
         )
     return labels
 

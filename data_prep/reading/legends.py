@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from data_prep.reading import proj  # noqa: F401 # isort: skip
 
 import rasterio
+import rasterio._err  # GDAL's errors, which rasterio passes on in places
 import rasterio.errors
 import rasterio.io
 import rasterio.shutil
@@ -22,6 +24,8 @@ from cromss_jax.legend import Legend, LegendError
 from data_prep import errors
 
 _COLUMNS = ("value", "name", "colour")
+# A QGIS style with 250 classes has 100 kB.
+MAX_BYTES = 16 << 20
 _RASTERS = (".tif", ".tiff", ".vrt", ".img")
 
 
@@ -45,6 +49,11 @@ def read_legend(given: str) -> Legend:
     path = epath.Path(os.path.expanduser(given))
     if not path.is_file():
         raise errors.BuildError(f"the legend {given} does not exist: give {known}")
+    if path.stat().length > MAX_BYTES and suffix not in _RASTERS:
+        raise errors.BuildError(
+            f"{given} has {path.stat().length:,} bytes, more than the {MAX_BYTES:,} that a legend "
+            "may have"
+        )
     try:
         return readers[suffix](path)
     except LegendError as error:
@@ -72,7 +81,10 @@ def _read_csv(path: epath.Path) -> Legend:
         del lines[0]
     header = lines[0] if lines else ""
     delimiter = max(",;\t", key=header.count)
-    rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
+    try:
+        rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
+    except csv.Error as error:
+        raise LegendError(f"it is damaged or no table ({error})") from error
     columns = [cell.strip().lower().replace("color", "colour") for cell in (rows or [[]])[0]]
     if any(columns.count(name) != 1 for name in _COLUMNS) or columns.count("class") > 1:
         raise LegendError(
@@ -103,10 +115,10 @@ def _read_csv(path: epath.Path) -> Legend:
 
 def _whole(text: str, where: str) -> int:
     """A source value from text."""
-    if not re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", text):
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}(\.0*)?", text):
         raise LegendError(
-            f"the value {text!r} of {where} is not a whole number: write the code that label maps "
-            "hold, one a row"
+            f"the value {text[:40]!r} of {where} is not a whole number: write the code that label "
+            "maps hold, one a row"
         )
     return int(float(text))
 
@@ -135,7 +147,7 @@ def _legend(entries: Iterable[tuple[int, str, str, str | None]]) -> Legend:
             groups.setdefault(str(entry[0]) if entry[3] is None else entry[3], []).append(entry)
     has_classes = any(entry[3] for entry in entries)
     names = [group[0][1] for group in groups.values()]
-    if has_classes and all(re.fullmatch(r"-?\d+", key) for key in groups):
+    if has_classes and all(re.fullmatch(r"-?[0-9]{1,9}", key) for key in groups):
         groups = {label: groups[label] for label in sorted(groups, key=int)}
         if [int(label) for label in groups] != list(range(len(groups))):
             raise LegendError(
@@ -184,12 +196,17 @@ def _read_raster(path: epath.Path) -> Legend:
     Its nodata value and transparent colours are ignored.
     """
     try:
-        with rasterio.open(os.fspath(path)) as raster:
+        with warnings.catch_warnings():
+            # A colour table needs no place on the earth.
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            opened = rasterio.open(os.fspath(path))
+        with opened as raster:
             colours = raster.colormap(1) if raster.colorinterp[0].name == "palette" else {}
             names = _category_names(raster) or _names_in_tag(raster.tags().get("legend", ""))
             nodata = raster.nodata
-    except rasterio.errors.RasterioError as error:
-        raise LegendError(f"the raster cannot be read ({error})") from error
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, ET.ParseError) as error:
+        said = " ".join(str(error).split())
+        raise LegendError(f"the raster cannot be read ({said})") from error
     if not colours:
         raise LegendError("the raster has no colour table: write its legend as a CSV file")
     if not names:
@@ -226,4 +243,5 @@ def _category_names(raster: rasterio.io.DatasetReader) -> dict[int, str]:
 
 def _names_in_tag(text: str) -> dict[int, str]:
     """The names in ESA WorldCover's tag: lines of a value and its name."""
-    return {int(v): name.strip() for v, name in re.findall(r"(?m)^\s*(\d+)[ \t:=,]+(\S.*)$", text)}
+    lines = re.findall(r"(?m)^\s*([0-9]{1,9})[ \t:=,]+(\S.*)$", text)
+    return {int(value): name.strip() for value, name in lines}

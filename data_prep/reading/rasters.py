@@ -48,6 +48,7 @@ class Layer:
       dtype: of the pixels.
       scale: physical value = pixel * scale + offset.
       offset: see `scale`.
+      description: of the band in the file.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Layer:
     dtype: str
     scale: float = 1.0
     offset: float = 0.0
+    description: str = ""
 
     @property
     def grid(self) -> tuple:
@@ -70,6 +72,12 @@ class Layer:
     def bounds(self) -> tuple[float, float, float, float]:
         """Left, bottom, right and top, in the units of the CRS."""
         return rasterio.transform.array_bounds(self.height, self.width, Affine(*self.transform))
+
+    @property
+    def metres(self) -> float | None:
+        """The side of a pixel in metres; None in a CRS without."""
+        crs = rasterio.CRS.from_wkt(self.crs)
+        return self.pixel_size * crs.linear_units_factor[1] if crs.is_projected else None
 
     @property
     def pixel_size(self) -> float:
@@ -132,6 +140,7 @@ def layers(path: str) -> list[Layer]:
             file.dtypes[i - 1],
             file.scales[i - 1],
             file.offsets[i - 1],
+            file.descriptions[i - 1] or "",
         )
         for i in kept
     ]

@@ -25,6 +25,12 @@ _FORMAT = flags.DEFINE_enum(
     "format", _NOL, [_NOL, *downstream.FORMATS], "The data set whose tree is written."
 )
 _LOCATIONS = flags.DEFINE_integer("locations", 64, "Number of locations.", lower_bound=1)
+_LABELS = flags.DEFINE_enum(
+    "labels",
+    "dfc",
+    ["dfc", "lc"],
+    "Labels of dfc2020: dfc, those of the contest; lc, also land cover at 500 m, as of MODIS.",
+)
 _SEASONS = flags.DEFINE_integer(
     "seasons",
     None,
@@ -46,6 +52,8 @@ _NUM_WORKERS = flags.DEFINE_integer(
 
 def _run_nol() -> str:
     """Writes SSL4EO-S12 + NoL as the flags say, and returns a summary."""
+    if _LABELS.value == "lc":
+        raise ValueError(f"--labels=lc is for --format=dfc2020, not for {_NOL}")
     seasons = _SEASONS.value or nol.SEASONS
     tile_size = _TILE_SIZE.value or nol.TILE_SIZE
     wrong = nol.write_sample(
@@ -69,6 +77,9 @@ def _run_downstream() -> str:
             f"--seasons={_SEASONS.value} is for --format={_NOL}: tiles of --format={_FORMAT.value} "
             "have one date, leave --seasons out"
         )
+    coarse = _LABELS.value == "lc"
+    if coarse and _FORMAT.value != "dfc2020":
+        raise ValueError(f"--labels=lc is for --format=dfc2020, not for {_FORMAT.value}")
     tile_size = _TILE_SIZE.value or downstream.FORMATS[_FORMAT.value].tile_size
     downstream.write_sample(
         _OUTPUT_DIR.value,
@@ -77,12 +88,13 @@ def _run_downstream() -> str:
         tile_size,
         _SEED.value,
         _NUM_WORKERS.value,
+        coarse,
     )
     num_training = downstream.num_training(_LOCATIONS.value)
     return (
         f"{_LOCATIONS.value} tiles ({num_training} to train on, "
         f"{_LOCATIONS.value - num_training} to test on) of {tile_size} x {tile_size} pixels in "
-        f"{_OUTPUT_DIR.value}, labels clean"
+        f"{_OUTPUT_DIR.value}, labels {'coarse, truth beside them' if coarse else 'clean'}"
     )
 
 

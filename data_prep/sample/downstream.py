@@ -49,6 +49,32 @@ FORMATS = {
     "dfc2020": Format(tile_layouts.DFC2020, 256, (10, 1, 4, 5, 6, 2, 7, 9, 8), 1, np.float64),
 }
 
+# Values of MODIS land cover (IGBP) for the classes of the world.
+IGBP_VALUES = (17, 5, 10, 11, 12, 7, 13, 16, 15)
+_MODIS_METRES = 500
+
+
+def coarse_labels(truth: np.ndarray, easting: float, northing: float) -> np.ndarray:
+    """Land cover as a sensor with pixels of 500 m maps it: in each the most common class.
+
+    Args:
+      truth: [T,T] uint8, classes of the world at 10 m.
+      easting: of the left edge in m; the coarse pixels begin at multiples of 500.
+      northing: of the upper edge.
+
+    Returns:
+      [T,T] uint8, values of `IGBP_VALUES`. Of a coarse pixel only what lies in the tile counts.
+    """
+    side = np.arange(len(truth)) * 10 + 5
+    rows = (northing - side) // _MODIS_METRES
+    columns = (easting + side) // _MODIS_METRES
+    found = np.zeros_like(truth)
+    for row in np.unique(rows):
+        for column in np.unique(columns):
+            block = np.ix_(rows == row, columns == column)
+            found[block] = np.bincount(truth[block].ravel()).argmax()
+    return np.array(IGBP_VALUES, np.uint8)[found]
+
 
 def num_training(locations: int) -> int:
     """Number of locations in the training split, which is the first half."""
@@ -72,6 +98,7 @@ def write_tile(
     split: str,
     tile_size: int,
     output_dir: pathlib.Path,
+    coarse: bool = False,
 ) -> None:
     """Writes the first season of a location as one tile, with the truth for its labels.
 
@@ -82,14 +109,18 @@ def write_tile(
       split: "train" or "test", by our names.
       tile_size: T, pixels along a side; the upper left of the location.
       output_dir: root of the tree.
+      coarse: DFC2020 only: whether `coarse_labels` are written, too.
 
     Raises:
       OSError: if a file cannot be written.
     """
     file_format = FORMATS[format_name]
+    layout = tile_layouts.DFC2020_LC if coarse else file_format.layout
     values = np.array(file_format.label_values, np.uint8)
     labels = np.zeros((file_format.label_bands, tile_size, tile_size), np.uint8)
-    labels[-1] = values[location.truth[0, :tile_size, :tile_size]]
+    truth = location.truth[0, :tile_size, :tile_size]
+    labels[-1] = values[truth]
+    easting, northing = location.origin
     images = {
         "s1": location.s1[0, :tile_size, :tile_size]
         .transpose(2, 0, 1)
@@ -97,11 +128,12 @@ def write_tile(
         "s2": stack_s2(location, tile_size),
         "labels": labels,
     }
-    dates = {"s1": location.s1_times[0], "s2": location.s2_times[0], "labels": location.s2_times[0]}
-    easting, northing = location.origin
+    if coarse:
+        images |= {"truth": labels, "labels": coarse_labels(truth, easting, northing)[None]}
+    dates = dict.fromkeys(images, location.s2_times[0]) | {"s1": location.s1_times[0]}
     for kind, pixels in images.items():
-        path = output_dir / file_format.layout.paths[kind].format(
-            split=file_format.layout.splits[split],
+        path = output_dir / layout.paths[kind].format(
+            split=layout.splits[split],
             lon=f"{location.longitude:.4f}",
             lat=f"{location.latitude:.4f}",
             date=f"{dates[kind]:%Y%m%d}",
@@ -109,7 +141,7 @@ def write_tile(
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         # Maps compress to a tenth. Noisy images do not, and would take twice the time.
-        options = {"compress": "deflate"} if kind == "labels" else {}
+        options = {"compress": "deflate"} if kind in ("labels", "truth") else {}
         transform = Affine(10, 0, easting, 0, -10, northing)
         geotiff.write(path, pixels, f"EPSG:{location.epsg}", transform, **options)
 
@@ -122,6 +154,7 @@ def make_and_write(
     seed: int,
     tile_size: int,
     output_dir: pathlib.Path,
+    coarse: bool,
 ) -> None:
     """Makes one of the locations and writes it in the split that its index belongs to."""
     # Bands at 20 and 60 m need a multiple of 6, which 256 is not: make more and crop.
@@ -133,6 +166,7 @@ def make_and_write(
         split="train" if index < num_training(locations) else "test",
         tile_size=tile_size,
         output_dir=output_dir,
+        coarse=coarse,
     )
 
 
@@ -143,6 +177,7 @@ def write_sample(
     tile_size: int | None = None,
     seed: int = 0,
     num_workers: int = 1,
+    coarse: bool = False,
 ) -> None:
     """Writes a sample of a downstream data set, with clean labels.
 
@@ -153,6 +188,7 @@ def write_sample(
       tile_size: pixels of 10 m along a side; None takes the real data set's.
       seed: of the world; other seeds give other locations.
       num_workers: processes; the files are the same for any number.
+      coarse: DFC2020 only: see `write_tile`.
 
     Raises:
       FileExistsError: if `output_dir` holds anything.
@@ -169,6 +205,7 @@ def write_sample(
         seed=seed,
         tile_size=tile_size or FORMATS[format_name].tile_size,
         output_dir=new_directory(output_dir),
+        coarse=coarse,
     )
     for _ in parallel.map_in_order(make, range(locations), num_workers):
         pass

@@ -8,16 +8,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
+from cromss_jax import blocks, files
 from cromss_jax.legend import Legend
 from data_prep import errors, report
 from data_prep.errors import BadFileError
-from data_prep.finding import sources
+from data_prep.reading import grids
 from data_prep.writing import records
 from data_prep.writing.records import Example, Location, Outcome, Plan, Reading, Shard
+
+# In dB. Of land and water, VV is some 7 dB brighter.
+_SWAPPED = -1.0
 
 
 def first_readable(
@@ -39,10 +44,27 @@ def first_readable(
         else:
             skipped.add(result.findings)
     skipped.write_summary()
+    why = f" ({skipped.why_skipped()})" if skipped.why_skipped() else ""
     raise errors.BuildError(
-        f"none of the {len(locations)} locations can be used; {skipped.path} and "
-        f"{skipped.summary_path} list why"
+        f"none of the {len(locations)} locations can be used{why}; {skipped.path} and "
+        f"{skipped.summary_path} list all reasons"
     )
+
+
+def _block(location_id: str, written: records.Written, size: float) -> blocks.Block:
+    """The block of the earth in which the middle of a location lies.
+
+    Raises:
+      errors.BuildError: if it does not say where it is.
+    """
+    crs, x, y = written.place
+    if not crs:
+        raise errors.BuildError(
+            f"{location_id} does not say where it lies, so that it is in no block: leave "
+            "--block_size out"
+        )
+    longitude, latitude = grids.degrees(crs, x, y)
+    return blocks.block_of_centre((longitude, latitude, longitude, latitude), size)
 
 
 class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):
@@ -65,6 +87,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         location_bytes: int,
         num_workers: int,
         findings: report.Report,
+        block_size: float = 0.0,
     ):
         """Describes a build.
 
@@ -78,6 +101,8 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
           location_bytes: raw size of a location's records in memory.
           num_workers: processes that read.
           findings: where to report locations that cannot be read, and findings.
+          block_size: see `Options`; adds `blocks` to the metadata, by split the number of the block
+            of each location that has records.
         """
         self._splits = splits
         self._read = read
@@ -85,6 +110,8 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         self._metadata = tfds.core.MetadataDict(
             metadata, season_counts={split: [] for split in splits}, num_bad_locations=0
         )
+        self._block_size = block_size
+        self._blocks: dict[str, list[blocks.Block]] = {split: [] for split in splits}
         self._locations_per_shard = max(1, records.SHARD_BYTES // location_bytes)
         self._write = functools.partial(records.write_here, num_workers=num_workers)
         self.report = findings
@@ -113,7 +140,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 self.download_and_prepare(download_dir=download_dir)
         except BaseException:
             # A bucket has no folders to rename: files are already in the final folder.
-            if sources.is_remote(self.data_path) and self.data_path.exists():
+            if files.in_bucket(self.data_path) and self.data_path.exists():
                 self.data_path.rmtree()
             raise
         finally:
@@ -150,6 +177,13 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 if not isinstance(outcome, BadFileError):
                     lengths[shard.path] += outcome.num_records
                     digests[shard.split].update(outcome.digest)
+        self._check_polarisations()
+        if self._block_size:
+            present = sorted({block for found in self._blocks.values() for block in found})
+            numbers = {block: number for number, block in enumerate(present)}
+            self._metadata["blocks"] = {
+                split: [numbers[block] for block in found] for split, found in self._blocks.items()
+            }
         self._metadata["records_digest"] = {s: digest.hexdigest() for s, digest in digests.items()}
         infos = []
         for split, template in templates.items():
@@ -163,6 +197,22 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 )
             )
         self.info.set_splits(tfds.core.SplitDict(infos))
+
+    def _check_polarisations(self) -> None:
+        """Refuses data whose bands of Sentinel-1 are swapped.
+
+        A single image of calm water or noise may be wrong about it.
+
+        Raises:
+          errors.BuildError: if VH is brighter than VV in most records.
+        """
+        values = self.report.measures(records.VV_MINUS_VH)
+        if values and (middle := float(np.median(values))) < _SWAPPED:
+            raise errors.BuildError(
+                f"VH is brighter than VV, by {-middle:.1f} dB at the median of all records, which "
+                "never is so: the bands are swapped, nothing was written. Describe them in the "
+                "files, or name the files after their bands"
+            )
 
     def _shards_of(self, split: str, template: tfds.core.ShardedFileTemplate) -> list[Shard]:
         locations, size = self._splits[split], self._locations_per_shard
@@ -180,22 +230,26 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
         """Reports a location that was skipped, or counts its records.
 
         Raises:
-          BuildError: if too many locations are bad, or the split is left without records.
+          BuildError: if too many locations are bad, the split is left without records, or blocks
+            are wanted of a location that does not say where it is.
         """
         if isinstance(outcome, BadFileError):
             self.report.skip(location.location_id, outcome)
             self._metadata["num_bad_locations"] = self.report.count
         else:
             self._count(split, location, outcome.num_records)
+            if self._block_size and outcome.place:
+                self._blocks[split].append(_block(location.location_id, outcome, self._block_size))
             self.report.add(outcome.findings)
             self.report.count_classes(split, outcome.num_records, outcome.classes)
             self.report.add_measures(outcome.measures)
         locations = self._splits[split]
         # After the last location: a split without records cannot be opened.
         if location is locations[-1] and not any(self._metadata["season_counts"][split]):
+            why = f", {example}" if (example := self.report.why_skipped()) else ""
             raise errors.BuildError(
                 f"split {split} is left without records: its {len(locations)} locations are bad "
-                "or have no labels; nothing was written. Correct the files that "
+                f"or have no labels{why}; nothing was written. Correct the files that "
                 f"{self.report.path} and {self.report.summary_path} list"
             )
 

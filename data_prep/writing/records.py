@@ -18,8 +18,8 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from cromss_jax import files, sensors
 from data_prep import errors, parallel
-from data_prep.finding import sources
 from data_prep.report import Finding
 
 # One record a group: random access. On real tiles zstd:-1 takes 0.64 of the raw size and reads as
@@ -27,6 +27,9 @@ from data_prep.report import Finding
 ARRAY_RECORD_OPTIONS = "group_size:1,zstd:-1"
 # Raw size of the records of one file.
 SHARD_BYTES = 512 << 20
+
+# The name of a measure of each record.
+VV_MINUS_VH = "VV minus VH, dB"
 
 Example = dict[str, Any]
 # The unit that a builder reads at once; it has an attribute `location_id`.
@@ -66,6 +69,7 @@ class Written:
       classes: (2, 256) int64, for each label the number of its pixels, and of the records that have
         any of them.
       measures: see `Reading`.
+      place: its CRS as WKT and the coordinates of its middle; None without records.
     """
 
     num_records: int
@@ -73,6 +77,7 @@ class Written:
     digest: bytes
     classes: np.ndarray
     measures: tuple[tuple[str, float], ...] = ()
+    place: tuple[str, float, float] | None = None
 
 
 # The result of a location, or why it has none.
@@ -133,7 +138,7 @@ class Plan:
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
     """The name of a local file that is copied to `path`: ArrayRecord cannot write to buckets."""
-    if not sources.is_remote(path):
+    if not files.in_bucket(path):
         yield os.fspath(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -170,6 +175,7 @@ def write_shard(
                 continue
             digest = hashlib.sha256()
             classes = np.zeros((2, 256), np.int64)
+            measures = result.measures
             for example in result.examples:
                 serialized = serializer.serialize_example(features.encode_example(example))
                 # TFDS gives the features in another order in each process.
@@ -178,13 +184,37 @@ def write_shard(
                 digest.update(stored)
                 pixels = np.bincount(example["labels"][example["season"]].ravel(), minlength=256)
                 classes += np.stack([pixels, pixels > 0])
+                measures += _measures(example)
                 with _write_errors():
                     writer.write(stored)
             yield Written(
-                len(result.examples), result.findings, digest.digest(), classes, result.measures
+                len(result.examples),
+                result.findings,
+                digest.digest(),
+                classes,
+                measures,
+                _place(result.examples[0]) if result.examples else None,
             )
         with _write_errors():
             writer.close()
+
+
+def _place(example: Example) -> tuple[str, float, float]:
+    """The CRS of a record and the coordinates of its middle."""
+    a, b, c, d, e, f = example["transform"].tolist()
+    row, column = (side / 2 for side in example["labels"].shape[-2:])
+    return example["crs"], a * column + b * row + c, d * column + e * row + f
+
+
+def _measures(example: Example) -> tuple[tuple[str, float], ...]:
+    """How much brighter VV is than VH, if the record has both."""
+    if "s1" not in example or example["s1"].shape[-1] != len(sensors.S1_BANDS):
+        return ()
+    decibels = [
+        mean - 2 * std + 4 * std * float(example["s1"][..., i].mean()) / 255
+        for i, (mean, std) in enumerate(map(sensors.BAND_STATISTICS.get, sensors.S1_BANDS))
+    ]
+    return ((VV_MINUS_VH, round(decibels[0] - decibels[1], 3)),)
 
 
 def write_here(plan: Plan, num_workers: int) -> Iterator[tuple[Shard, Location, Outcome]]:

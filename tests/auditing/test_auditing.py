@@ -44,6 +44,38 @@ def test_witnesses_are_a_product_of_powers():
     np.testing.assert_allclose(own, [found[0], found[2], 1])
 
 
+def test_reasons():
+    """Rows: label 0 fits; both see 1; they see 1 and 2; S1 alone sees 1; S2 alone; neither."""
+    one = np.eye(3, dtype=np.float32)
+    probs = {"s1": one[[0, 1, 1, 1, 0, 0]], "s2": one[[1, 1, 2, 0, 1, 0]]}
+    labels = np.zeros(6, np.uint8)
+    suggested = np.uint8([0, 1, 1, 1, 1, 1])
+    found = evidence.reasons(probs, labels, suggested)
+    np.testing.assert_array_equal(found, np.arange(6))
+    assert [evidence.REASONS[i] for i in evidence.AGREEING] == [
+        "S1 and S2 see the same other class",
+        "other dates or neighbours",
+    ]
+    alone = evidence.reasons({"s2": probs["s2"]}, labels, suggested)
+    np.testing.assert_array_equal(alone, [0, 4, 4, 5, 4, 5])
+
+
+def test_a_label_that_is_probably_wrong_is_not_suggested():
+    product = np.float32([[0.4, 0.5, 0.1], [0.2, 0.15, 0.65]])
+    labels = np.uint8([0, 2])
+    # The odds of a wrong label are 1.5 and 35 / 65, of which shifts make exp(shift) as many.
+    for shift, wrong, suggested in (
+        (0.0, [0.6, 0.35], [1, 2]),
+        (np.log(1 / 1.5), [0.5, 0.35 / (0.35 + 0.65 * 1.5)], [1, 2]),
+        (np.log(6.0), [0.9, 2.1 / 2.75], [1, 0]),
+    ):
+        calibration = job.Calibration(np.zeros((2, 3)), np.full(3, shift))
+        found = calibration.judge(product, labels)
+        np.testing.assert_allclose(found[0], wrong, rtol=1e-5)
+        np.testing.assert_array_equal(found[1], suggested)
+        assert found[1].dtype == np.uint8
+
+
 def simulated(num: int = 60_000):
     """Classes, noisy labels of known noise, and predictions that are right nine times in ten."""
     rng = np.random.default_rng(0)

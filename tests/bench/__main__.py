@@ -21,7 +21,7 @@ _ONLY = flags.DEFINE_list(
     "only",
     DEFAULT,
     "Parts to run. Not by default: claims (hours), tpu (needs libtpu), and scaling, processes, "
-    "kills and faults, whose outcomes change only with the code that they are about.\n"
+    "faults, mutants and fuzz, whose outcomes change only with the code that they are about.\n"
     + "\n".join(f"{name}: {p.measures} ({p.takes})" for name, p in parts.PARTS.items()),
 )
 flags.register_validator(

@@ -3,12 +3,16 @@
 bits: one flipped bit in the newest checkpoint of a run, in a file drawn from all of them. It must
 be noticed, its file named, and the checkpoint before be restored with the bits that it was saved
 with.
-kills: SIGKILL at random moments of pretraining and of fine-tuning, again and again until the run is
-complete. It must end with the bits of a run that was left alone.
+kills_*: SIGKILL to a run, or to one of its two processes, in each phase in turn until the run is
+complete. It must end with the bits of a run that was left alone. The phase of each kill is printed.
+signals: what interrupts a run, in several phases. It must leave within ten seconds, and go on to
+the bits of a run that was left alone.
 truncations: a GeoTIFF, or an archive of the whole tree, cut at a random place, then built. The file
 must be named in one sentence, and no data set be left.
-disks: seven kinds of output on a full disk. It must be said in a sentence, nothing half-written be
+disks_*: seven kinds of output where the disk is full, a quota is used up, the disk cannot be
+written any more or the folder has vanished. It must be said in a sentence, nothing half-written be
 left under its name, and the last checkpoint load.
+hostile: files that would take all memory or time. They must be refused in a sentence.
 writers: two processes that lock a folder at once. One must have it.
 
 The full form takes less than half an hour on two idle cores; --share=0.1 injects a tenth.
@@ -21,25 +25,22 @@ import pathlib
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import pytest
 from absl import app, flags, logging
 
-from cromss_jax import command_line, files, sensors
-from cromss_jax.results import maps, pictures, report
+from cromss_jax import command_line
 from cromss_jax.training import checkpoint, pretrain_step
-from cromss_jax.weights import cards, folders, manifest, torch_keys
-from cromss_jax.weights import files as weight_files
-from cromss_jax.weights.network import Network, Weights, WeightsError
-from data_prep import errors, options
-from data_prep.datasets.ssl4eo_s12_nol import Ssl4eoS12Nol
-from data_prep.finding import sources
-from tests import disks, runs
+from cromss_jax.weights import manifest
+from data_prep import errors
+from tests import disks, places, runs, test_full_disk, test_hostile
+from tests.bench import kills
 
 _SEED = flags.DEFINE_integer("seed", 0, "Of the places and the moments")
 _SHARE = flags.DEFINE_float("share", 1.0, "Of the faults of the full form", 0.0, 1.0)
@@ -109,82 +110,7 @@ def bits(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]
         shutil.rmtree(copy)
 
 
-# ---------------------------------------------------------------- kills
-
-
-def kills(mode: str) -> Callable[[pathlib.Path, random.Random, int], Iterator[str]]:
-    """The same for kills of pretraining or fine-tuning."""
-
-    def inject(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
-        finetunes = mode == "finetune"
-        dataset = "dfc2020" if finetunes else "ssl4eo_s12_nol"
-        sample = {"format": "dfc2020"} if finetunes else {"seasons": 2}
-        data_dir = runs.make_data(folder, dataset, locations=16, tile_size=48, **sample)
-        chosen = runs.tiny_flags(data_dir)
-        recipe = "configs/pretrain.py:sample"
-        if finetunes:
-            of_both = {name for name in chosen if not name.startswith(("eval", "selection"))}
-            chosen = {name: chosen[name] for name in of_both} | {"seeds": "(0,)"}
-            recipe = "configs/finetune.py:task=dfc2020,input=s2,sample"
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-        def start(workdir: pathlib.Path) -> subprocess.Popen:
-            line = runs.command(
-                "cromss_jax.main",
-                config=recipe,
-                workdir=workdir,
-                **{f"config.{k}": v for k, v in chosen.items()},
-            )
-            log = (folder / f"{workdir.name}.log").open("a")
-            return subprocess.Popen(line, cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
-
-        def outcome(workdir: pathlib.Path) -> tuple:
-            run = workdir / "seed_0" if finetunes else workdir
-            return runs.final_digest(run), runs.logged(run)
-
-        for name in ("compiles", "reference"):
-            started = time.monotonic()
-            if start(folder / name).wait():
-                raise RuntimeError((folder / f"{name}.log").read_text())
-            length = time.monotonic() - started
-        expected, killed, number = outcome(folder / "reference"), 0, 0
-        while killed < trials:
-            workdir, here = folder / f"killed_{number}", 0
-            number += 1
-            while True:
-                process = start(workdir)
-                try:
-                    status = process.wait(timeout=rng.uniform(0, 1.2 * length))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    here += 1
-                    if here < trials - killed:
-                        continue
-                    status = start(workdir).wait()
-                break
-            killed += here
-            if status:
-                raise RuntimeError((folder / f"{workdir.name}.log").read_text())
-            same = outcome(workdir) == expected
-            yield from [GOOD if same else "ENDED DIFFERENTLY"] * here
-
-    return inject
-
-
 # ---------------------------------------------------------------- truncations
-
-
-def make_builder(source: pathlib.Path, data_dir: pathlib.Path) -> Ssl4eoS12Nol:
-    """Builds a tree with none of its locations left out."""
-    return Ssl4eoS12Nol(
-        source_dir=str(source),
-        data_dir=sources.absolute(data_dir),
-        num_workers=1,
-        max_bad_locations=0,
-        options=options.DEFAULT,
-    )
 
 
 def truncations(kind: str) -> Callable[[pathlib.Path, random.Random, int], Iterator[str]]:
@@ -197,7 +123,7 @@ def truncations(kind: str) -> Callable[[pathlib.Path, random.Random, int], Itera
         )
         subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
         tiles = sorted(tree.rglob("*.tif"))
-        undamaged = make_builder(tree, folder / "whole")
+        undamaged = places.make_builder(tree, folder / "whole")
         undamaged.build()
         expected = undamaged.info.metadata["records_digest"]
         for number in range(trials):
@@ -212,7 +138,7 @@ def truncations(kind: str) -> Callable[[pathlib.Path, random.Random, int], Itera
             cut.write_bytes(whole[: rng.randrange(len(whole))])
             target = folder / f"data_{number}"
             try:
-                builder = make_builder(source, target)
+                builder = places.make_builder(source, target)
                 builder.build()
                 same = builder.info.metadata["records_digest"] == expected
                 yield "nothing was lost (the end of the padding)" if same else "NOT NOTICED"
@@ -228,103 +154,26 @@ def truncations(kind: str) -> Callable[[pathlib.Path, random.Random, int], Itera
 # ---------------------------------------------------------------- disks
 
 
-def noise(*shape: int) -> np.ndarray:
-    """Pixels that cannot be compressed."""
-    return np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+def damaged_disks(damage: str) -> Callable[[pathlib.Path, random.Random, int], Iterator[str]]:
+    """The same for every kind of output where it cannot be written."""
 
+    def inject(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
+        del rng
+        chosen = list(places.PLACES)[:trials]
+        if damage == "quota":
+            found = places.with_quota(folder / damage, chosen)
+            yield from [f"{place}: {said}" if said else GOOD for place, said in found.items()]
+            return
+        for place in chosen:
+            # What is unlinked still takes space while it is open.
+            size = "64m" if damage == "vanished" else "4m"
+            with disks.small(folder / place / "disk", size) as disk:
+                own = disk / "own"  # what is mounted cannot vanish
+                own.mkdir()
+                said = places.attempt(place, damage, own if damage == "vanished" else disk)
+                yield f"{place}: {said}" if said else GOOD
 
-def fill(disk: pathlib.Path, left: int) -> None:
-    """Leaves that many bytes of a disk."""
-    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - left))
-
-
-def weights() -> Weights:
-    """An encoder of a megabyte."""
-    network = Network("encoder", 10, {"s1": sensors.S1_BANDS}, None)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.abstract_state())
-    random_values = np.random.default_rng(0)
-    return Weights(
-        network,
-        {
-            name: random_values.standard_normal(array.shape).astype(array.dtype)
-            for name, array in torch_keys.to_torch_state(zeros).items()
-        },
-    )
-
-
-def _write_checkpoints(disk: pathlib.Path) -> None:
-    fill(disk, 1_000_000)
-    with checkpoint.Checkpoints(disk / "run", keep=100) as checkpoints:
-        for step in range(100):
-            state = {"x": jax.random.normal(jax.random.key(step), (50_000,))}
-            checkpoints.save(step, state, {})
-
-
-def _write_log(disk: pathlib.Path) -> None:
-    log = report.MetricLog(str(disk), 0)
-    fill(disk, 50_000)
-    for step in range(10_000):
-        log.scalars(step, "train", {"loss": 0.5})
-
-
-def _build(disk: pathlib.Path) -> None:
-    tree = disk.parent / "tree"
-    line = runs.command("data_prep.sample", output_dir=tree, locations=8, seasons=2, tile_size=96)
-    subprocess.run(line, check=True, cwd=runs.ROOT, capture_output=True)
-    fill(disk, 200_000)
-    make_builder(tree, disk).build()
-
-
-def _write(name: str) -> Callable[[pathlib.Path], None]:
-    def write(disk: pathlib.Path) -> None:
-        path, found = files.absolute(disk / name), weights()
-        fill(disk, 20_000)
-        if name.endswith("png"):
-            pictures.save_picture(path, noise(300, 300, 3))
-        elif name.endswith("tif"):
-            transform = (10, 0, 0, 0, -10, 0)
-            maps.write_map(path, noise(300, 300) % 9, "", transform, sensors.DYNAMIC_WORLD)
-        elif name.endswith("safetensors"):
-            card = cards.make(found, found.network, "encoder")
-            weight_files.write(path, found.arrays, card)
-        else:
-            folders.write_folder(path, found)
-
-    return write
-
-
-PLACES = {
-    "records": (_build, ("*.array_record*", "dataset_info.json")),
-    "checkpoint": (_write_checkpoints, ()),
-    "metrics.jsonl": (_write_log, ()),
-    **{
-        name: (_write(name), (name,))
-        for name in ("samples.png", "map.tif", "weights.safetensors", "weights_folder")
-    },
-}
-
-
-def full_disks(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
-    """The same for seven kinds of output on a full disk."""
-    del rng
-    for place, (write, names) in list(PLACES.items())[:trials]:
-        with disks.small(folder / place / "disk", "4m") as disk:
-            try:
-                write(disk)
-                yield f"{place}: NOT NOTICED"
-                continue
-            except (OSError, checkpoint.CheckpointError, errors.BuildError, WeightsError) as error:
-                said = "No space left" in str(error)
-            left = [path.name for name in names for path in disk.rglob(name)]
-            if place == "checkpoint":
-                shape = jax.ShapeDtypeStruct((50_000,), jnp.float32, sharding=jnp.zeros(1).sharding)
-                with checkpoint.Checkpoints(disk / "run", keep=100) as checkpoints:
-                    step, restored, _ = checkpoints.restore({"x": shape})
-                wanted = jax.random.normal(jax.random.key(step), (50_000,))
-                left += [] if bool((restored["x"] == wanted).all()) else ["wrong checkpoint"]
-            if place == "metrics.jsonl":
-                files.read_metrics(disk / place)
-            yield GOOD if said and not left else f"{place}: said: {said}, left: {left}"
+    return inject
 
 
 # ---------------------------------------------------------------- writers
@@ -342,16 +191,64 @@ def writers(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[s
         yield GOOD if has_one else f"{said}"
 
 
+# ---------------------------------------------------------------- hostile files
+
+# By what the file does, the test that says what must be said of it.
+HOSTILE: dict[str, Callable[[pathlib.Path, pytest.MonkeyPatch], None]] = {
+    "tile in a zip of 1.5 GB": lambda path, _: (
+        test_hostile.test_a_file_in_a_zip_that_unpacks_to_more_than_a_gigabyte(path)
+    ),
+    "table in a zip of 1.5 GB": lambda path, _: (
+        test_hostile.test_a_table_in_a_zip_that_unpacks_to_more_than_a_gigabyte(path)
+    ),
+    "tar.gz bomb, a member": lambda path, patch: test_hostile.test_a_tar_gz_bomb(
+        path, "member", patch
+    ),
+    "tar.gz bomb, the tail": lambda path, patch: test_hostile.test_a_tar_gz_bomb(
+        path, "tail", patch
+    ),
+    "GeoTIFF of 10 GB of pixels": lambda path, _: (
+        test_hostile.test_a_geotiff_that_declares_more_pixels_than_memory_has(path)
+    ),
+    "reversed safetensors file": lambda path, _: test_hostile.test_a_reversed_safetensors_file(
+        path
+    ),
+    "float8 tensors": lambda path, _: test_hostile.test_safetensors_that_lie(
+        path, {"dtype": "F8_E4M3"}, "has float8 tensors"
+    ),
+    ".pt of 10 TB": lambda path, _: test_hostile.test_pickles_that_ask_for_terabytes(path),
+    "truncated config.json, garbage in metrics.jsonl": lambda path, _: (
+        test_full_disk.test_damaged_files_of_a_run_are_one_sentence(path)
+    ),
+}
+
+
+def hostile(folder: pathlib.Path, rng: random.Random, trials: int) -> Iterator[str]:
+    """Yields how long it took to refuse each of these files in a sentence."""
+    del rng
+    for number, (name, refused) in enumerate(list(HOSTILE.items())[:trials]):
+        own = folder / str(number)
+        own.mkdir()
+        started = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            refused(own, patch)
+        yield f"{name}: a sentence in {time.monotonic() - started:.1f} s"
+
+
 PARTS = {
     "bits": (bits, 200),
-    "kills_pretraining": (kills("pretrain"), 25),
-    "kills_finetuning": (kills("finetune"), 25),
+    "kills_pretraining": (kills.kills("pretrain", 1), 16),
+    "kills_finetuning": (kills.kills("finetune", 1), 16),
+    "kills_pretraining_two_processes": (kills.kills("pretrain", 2), 16),
+    "kills_finetuning_two_processes": (kills.kills("finetune", 2), 8),
+    "signals": (kills.interruptions, len(kills.SIGNALS)),
     **{
         f"truncations_{kind}": (truncations(kind), 20)
         for kind in ("GeoTIFF", "tar", "tar.gz", "zip")
     },
-    "disks": (full_disks, len(PLACES)),
+    **{f"disks_{name}": (damaged_disks(name), len(places.PLACES)) for name in places.DAMAGES},
     "writers": (writers, 20),
+    "hostile": (hostile, len(HOSTILE)),
 }
 _ONLY = flags.DEFINE_list("only", list(PARTS), f"Parts to run, of {', '.join(PARTS)}")
 
@@ -366,13 +263,16 @@ def main(_) -> None:
         inject, full = PARTS[name]
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            found = inject(pathlib.Path(folder), random.Random(_SEED.value), count(full))
-            happened = collections.Counter(found)
+            happened: collections.Counter = collections.Counter()
+            for outcome in inject(pathlib.Path(folder), random.Random(_SEED.value), count(full)):
+                happened[outcome] += 1
+                print(f"{name}: {outcome}", file=sys.stderr, flush=True)
         figures[name] = dict(happened)
         said = ", ".join(f"{outcome}: {number}" for outcome, number in happened.items())
         seconds = time.monotonic() - started
         print(f"| {name} | {sum(happened.values())} | {said} | {seconds:.0f} |", flush=True)
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)
+    os._exit(0)  # Orbax has threads that wait for minutes after an error
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from cromss_jax import presets, sensors
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.training import memory
 from tests import runs
 
@@ -195,7 +195,7 @@ def measure_ours() -> dict[str, float]:
     """Figures of our pipeline."""
     memory.keep_freed_memory()  # as `main` does
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _NAME.value)
-    train, _ = input_pipeline.split_locations(dataset.num_locations, 0.01, 0)
+    train, _ = validation_split.split_locations(dataset.num_locations, 0.01, 0)
     records = input_pipeline.training_records(dataset, train, _BATCH_SIZE.value, 0)
 
     def start():

@@ -77,11 +77,37 @@ PARTS = {
         "half an hour or more",
         ("tests.bench.processes",),
     ),
-    "kills": Part("runs killed at random moments", "half an hour or more", ("tests.bench.kills",)),
     "faults": Part(
-        "flipped bits, kills, cut files, full disks, two writers",
+        "flipped bits, kills in every phase, signals, cut and hostile files, disks, two writers",
         "half an hour",
         ("tests.bench.faults",),
+    ),
+    "mutants": Part(
+        "whether the tests notice a hundred wrong lines", "half an hour", ("tests.bench.mutants",)
+    ),
+    "fuzz": Part(
+        "damaged files for every reader of strangers' files",
+        "10 min for each of 9 readers",
+        ("tests.bench.fuzz",),
+    ),
+    "maps": Part(
+        "maps of scenes against a tiled loop of smp", "half an hour; torch", ("tests.bench.maps",)
+    ),
+    "audit": Part(
+        "wrong labels found by networks that never saw them, and what cleaning brings",
+        "two hours",
+        ("tests.bench.audit", "--workdir=runs/audit_{commit}", "--compared=1"),
+    ),
+    "audit_dfc2020": Part(
+        "the same of coarse labels, as of MODIS",
+        "quarter of an hour",
+        (
+            "tests.bench.audit",
+            "--workdir=runs/audit_dfc2020_{commit}",
+            "--dataset=dfc2020",
+            "--seeds=0",
+            "--stages=audit",
+        ),
     ),
     "parity": Part(
         "all networks against smp's", "three quarters of an hour", ("tests.bench.parity",), True

@@ -282,10 +282,22 @@ def processes(figures: Mapping) -> str:
     return "\n\n".join(shown)
 
 
-def kills(figures: Mapping) -> str:
-    """How many runs were killed, and how many of them ended with the same bits."""
-    row = [str(figures["kills"]), str(figures["bit_equal_endings"])]
-    return table(["runs killed", "of which end with the same bits and logs"], [row])
+def mutants(figures: Mapping) -> str:
+    """How many wrong lines were noticed, and how many could not be."""
+    noticed = figures.get("failed", 0) + figures.get("took too long", 0)
+    counts = [noticed, figures.get("LIVED", 0), figures.get("equal", 0)]
+    share = f"{100 * figures['killed_share']:.0f} %"
+    head = ["wrong lines noticed", "not noticed", "equal in effect", "noticed of the first two"]
+    return table(head, [[*map(str, counts), share]])
+
+
+def fuzz(figures: Mapping) -> str:
+    """What happened to the files of each reader."""
+    rows = [
+        [name.replace("_", " "), *(str(found[key]) for key in ("read", "refused", "faults"))]
+        for name, found in figures.items()
+    ]
+    return table(["reader", "files read", "refused in a sentence", "faults"], rows)
 
 
 def faults(figures: Mapping) -> str:
@@ -299,6 +311,102 @@ def faults(figures: Mapping) -> str:
         for name, happened in figures.items()
     ]
     return table(["fault", "injected", "what happened"], rows)
+
+
+def maps(figures: Mapping) -> str:
+    """Speed of maps and of the loop."""
+    rows = [
+        [
+            label,
+            f"{figures[f'{name}_pixels_per_processors']:,.0f}",
+            f"{figures[f'{name}_pixels_per_seconds']:,.0f}",
+        ]
+        for name, label in (("predict", "`predict`"), ("loop", "smp and PyTorch"))
+    ]
+    speeds = table(["", "pixels per second of the processors", "pixels per second"], rows)
+    return f"{speeds}\n\nThe same class at {100 * figures['same_classes']:.2f} % of the pixels."
+
+
+def audit(figures: Mapping) -> str:
+    """How wrong labels are ranked, estimated and cleaned; values in the order of the seeds."""
+    seeds = figures["seeds"]
+
+    def each(*path: str, form: str = ".3f", factor: float = 1) -> str:
+        found = []
+        for own in seeds.values():
+            for name in path:
+                own = None if own is None else own.get(name)
+            found.append("–" if own is None else f"{factor * own:{form}}")
+        return ", ".join(found)
+
+    def ranking(*path: str) -> list[list[str]]:
+        first = next(iter(seeds.values()))
+        for name in path:
+            first = first.get(name, {})
+        return [
+            [name, each(*path, name, "auroc"), each(*path, name, "auprc")]
+            + [each(*path, name, f"precision_at_{n}", form=".1f", factor=100) for n in (1, 5, 10)]
+            for name in first
+        ]
+
+    header = ["evidence", "AUROC", "AUPRC", *(f"precision at {n} %" for n in (1, 5, 10))]
+    shown = [f"Seeds {', '.join(seeds)}, in this order.", table(header, ranking("ranking"))]
+    rows = [
+        ["all labels", *(each("rates", n, form=".1f", factor=100) for n in ("estimate", "truth"))]
+    ]
+    for name in next(iter(seeds.values()))["rates"]["classes"]:
+        pairs = [own["rates"]["classes"][name] for own in seeds.values()]
+        rows.append([name, *(", ".join(map(percent, side)) for side in zip(*pairs, strict=True))])
+    error = each("rates", "calibration_error", form=".1f", factor=100)
+    rows.append(["calibration error", error, ""])
+    shown.append(table(["wrong labels, in percent", "estimated", "true"], rows))
+    if "kinds" in next(iter(seeds.values())):
+        shown.append(_kinds(seeds, each))
+    if selection := ranking("selection"):
+        shown.append(table(["network with or without selection", *header[1:]], selection))
+    if "cleaned" in next(iter(seeds.values())):
+        shown.append(_cleaned(seeds, each))
+    return "\n\n".join(shown)
+
+
+def _kinds(seeds: Mapping, each: Callable[..., str]) -> str:
+    """What is found of each kind of noise."""
+    columns = {
+        "share": "share of the labels",
+        "auroc": "AUROC against right labels",
+        "mean_probability": "mean probability",
+        "found_at_0.5": "probability of 0.5 and more",
+        "suggested_right": "of these, suggested class right",
+    }
+    rows = [
+        [kind, *(each("kinds", kind, name, form=".2f") for name in columns)]
+        for kind in next(iter(seeds.values()))["kinds"]
+    ]
+    return table(["kind of noise", *columns.values()], rows)
+
+
+def _cleaned(seeds: Mapping, each: Callable[..., str]) -> str:
+    """Labels before and after cleaning, and networks trained on both."""
+    names = {
+        "changed": "labels replaced",
+        "changed_was_wrong": "of these, wrong before",
+        "changed_is_right": "of these, right after",
+        "wrong_before": "wrong labels before",
+        "wrong_after": "wrong labels after",
+    }
+    rows = [
+        [label, each("cleaned", "labels", name, form=".1f", factor=100)]
+        for name, label in names.items()
+    ]
+    for group in ("held back", "other fold"):
+        for name in next(iter(seeds.values()))["cleaned"]["folds"][0][f"before, {group}"]:
+            pairs = [
+                " to ".join(f"{fold[f'{when}, {group}'][name]:.1f}" for when in ("before", "after"))
+                for own in seeds.values()
+                for fold in own.get("cleaned", {}).get("folds", [])
+            ]
+            rows.append([f"mIoU of {name}, {group}", ", ".join(pairs)])
+    return table(["cleaned, in percent", ""], rows)
 
 
 def parity(figures: Mapping) -> str:
@@ -322,8 +430,12 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "gpu": gpu,
     "scaling": scaling,
     "processes": processes,
-    "kills": kills,
     "faults": faults,
+    "mutants": mutants,
+    "fuzz": fuzz,
+    "maps": maps,
+    "audit": audit,
+    "audit_dfc2020": audit,
     "parity": parity,
 }
 # Of the first page, which has no captions: by name, the part and its table.

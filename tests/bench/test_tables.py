@@ -38,7 +38,7 @@ def test_text_outside_of_markers_is_kept():
 
 def test_a_part_is_measured_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "find_commit", lambda: "abc1234")
-    figures = {"kills": 3, "bit_equal_endings": 2}
+    figures = {"bits": {"as it must be": 3}}
     (tmp_path / "abc1234.json").write_text(json.dumps(figures))
     # A bench that prints these figures.
     part = parts.Part("", "", ("json.tool", "--compact", f"{tmp_path}/{{commit}}.json"))
@@ -48,12 +48,12 @@ def test_a_part_is_measured_and_shown(tmp_path, monkeypatch):
     assert entry["versions"]["jax"] == jax.__version__
     entry |= {"date": "2026-12-01", "processor": "CPU, 2 cores", "seconds": 5}
     entry["versions"] = {"python": "3.11.1", "jax": "0.9.0"}
-    assert tables.blocks(RESULTS | {"kills": entry})["kills"] == (
-        "`make bench ONLY=kills`, 2026-12-01, commit abc1234, CPU, 2 cores, python 3.11.1, "
+    assert tables.blocks(RESULTS | {"faults": entry})["faults"] == (
+        "`make bench ONLY=faults`, 2026-12-01, commit abc1234, CPU, 2 cores, python 3.11.1, "
         "jax 0.9.0, 5 s in all.\n\n"
-        "| runs killed | of which end with the same bits and logs |\n"
-        "| --- | --- |\n"
-        "| 3 | 2 |"
+        "| fault | injected | what happened |\n"
+        "| --- | --- | --- |\n"
+        "| bits | 3 | as it must be: 3 |"
     )
 
 
@@ -171,6 +171,13 @@ def test_faults():
     ]
 
 
+def test_mutants_and_fuzz():
+    figures = {"failed": 90, "took too long": 1, "LIVED": 4, "equal": 5, "killed_share": 0.958}
+    assert rows(tables.mutants(figures))[1:] == [["91", "4", "5", "96 %"]]
+    figures = {"legend_csv": {"read": 2, "refused": 3, "failed": 0, "faults": 1}}
+    assert rows(tables.fuzz(figures))[1:] == [["legend csv", "2", "3", "1"]]
+
+
 def test_parity():
     figures = {"errors": {"train_logits": 3.14e-6}, "tolerances": {"train_logits": 1e-4}}
     assert rows(tables.parity(figures))[1:] == [["train logits", "3.1e-06", "1e-04"]]
@@ -191,3 +198,53 @@ def test_claims():
     ]
     assert rows(differences)[1:] == [["CromSS minus random", "42.2 ± 3.4 (40.0, 44.5)"]]
     assert rows(selected)[1:] == [["CromSS, S2", "35 %", "20 %", "26 %"]]
+
+
+def test_audit():
+    def ranked(auroc):
+        return {"auroc": auroc, "auprc": 0.8, **{f"precision_at_{n}": 0.9 for n in (1, 5, 10)}}
+
+    def seed(shift):
+        iou = {"s1": 40 + shift, "both": 50.0}
+        return {
+            "ranking": {"audit": ranked(0.9 + shift / 100)},
+            "rates": {
+                "estimate": 0.3,
+                "truth": 0.34,
+                "calibration_error": 0.04,
+                "classes": {"water": [0.1, 0.125], "trees": [None, None]},
+            },
+            "kinds": {"confused": dict.fromkeys(
+                ("share", "auroc", "mean_probability", "found_at_0.5", "suggested_right"), 0.5
+            )},
+            "selection": {"audit, with": ranked(0.91)},
+            "cleaned": {
+                "labels": dict.fromkeys(
+                    ("changed", "changed_was_wrong", "changed_is_right", "wrong_before",
+                     "wrong_after"), 0.25
+                ),
+                "folds": [{f"{when}, {group}": iou for when in ("before", "after")
+                           for group in ("held back", "other fold")}],
+            },
+        }  # fmt: skip
+
+    shown = tables.audit({"seeds": {"0": seed(0), "1": seed(1)}})
+    found = [rows(part) for part in shown.split("\n\n")[1:]]
+    assert found[0][1][:3] == ["audit", "0.900, 0.910", "0.800, 0.800"]
+    assert found[1][1:] == [
+        ["all labels", "30.0, 30.0", "34.0, 34.0"],
+        ["water", "10.0, 10.0", "12.5, 12.5"],
+        ["trees", "–, –", "–, –"],
+        ["calibration error", "4.0, 4.0", ""],
+    ]
+    assert found[2][1] == ["confused", *["0.50, 0.50"] * 5]
+    assert found[3][1][0] == "audit, with"
+    assert ["mIoU of s1, held back", "40.0 to 40.0, 41.0 to 41.0"] in found[4]
+
+
+def test_maps():
+    figures = {f"{n}_pixels_per_{k}": 1234.5 for n in ("predict", "loop") for k in
+               ("processors", "seconds")} | {"same_classes": 0.9997}  # fmt: skip
+    shown = tables.maps(figures)
+    assert rows(shown.partition("\n\n")[0])[1] == ["`predict`", "1,234", "1,234"]
+    assert shown.endswith("99.97 % of the pixels.")

@@ -1,12 +1,15 @@
 """Which record comes when: every location once an epoch, the same for any number of processes."""
 
+import dataclasses
+import hashlib
+import json
 import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
-from cromss_jax import presets, sensors
+from cromss_jax import files, presets, sensors
 from cromss_jax.data import input_pipeline
 from tests import runs
 
@@ -124,27 +127,30 @@ def test_validation_covers_every_season_and_pads_with_ignored_labels(dataset):
     assert (dataset.source[17]["labels"] != 255).all()  # the record itself is untouched
 
 
-def test_held_back_locations():
-    train, held_back = input_pipeline.split_locations(1000, 0.01, seed=0)
-    assert len(held_back) == 10
-    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_back])), np.arange(1000))
-    assert len(input_pipeline.split_locations(4, 0.01, seed=0)[1]) == 1
-    assert len(input_pipeline.split_locations(4, 0.0, seed=0)[1]) == 0
-    with pytest.raises(input_pipeline.DataError, match="1 locations and .*fraction is 0.01"):
-        input_pipeline.split_locations(1, 0.01, seed=0)
+def test_a_row_of_padding_repeats_the_first_record_and_ignores_labels_and_truth(dataset):
+    for record in dataset.source:
+        record["truth"] = record["labels"][0]
+    with_truth = dataclasses.replace(dataset, has_truth=True)
+    batch = input_pipeline.read_batch(with_truth, ("s1", "s2"), np.array([7, 12, -1]))
+    np.testing.assert_array_equal(batch["s1"][:, 0, 0, 0], [7, 12, 7])
+    np.testing.assert_array_equal(batch["s2_60m"][:, 0, 0, 0], [7, 12, 7])
+    for name in ("labels", "truth"):
+        assert (batch[name][2] == sensors.IGNORE_LABEL).all()
+        assert (batch[name][:2] != sensors.IGNORE_LABEL).all()
 
 
-def test_validation_takes_whole_blocks():
-    blocks = np.repeat(np.arange(10), [30, 5, 8, 10, 12, 9, 7, 6, 10, 3])
-    train, held_back = input_pipeline.split_locations(100, 0.2, 0, blocks)
-    assert np.array_equal(np.union1d(train, held_back), np.arange(100))
-    assert not set(blocks[train]) & set(blocks[held_back])
-    assert 10 < len(held_back) <= 20
-    # A tenth of a block: the smallest one.
-    assert set(blocks[input_pipeline.split_locations(100, 0.01, 0, blocks)[1]]) == {9}
-    assert len(input_pipeline.split_locations(100, 0.0, 0, blocks)[1]) == 0
-    with pytest.raises(input_pipeline.DataError, match="all locations lie in one block"):
-        input_pipeline.split_locations(100, 0.2, 0, np.zeros(100))
+def test_the_identity_has_tile_size_seasons_and_records(dataset):
+    class Source(list):
+        built_digest = "of the records"
+
+    whole = dataclasses.replace(dataset, source=Source(dataset.source))
+    counts = hashlib.sha256(np.asarray(COUNTS, "<i8").tobytes()).hexdigest()
+    assert whole.identity == {
+        "tile_size": 6,
+        "season_counts": counts,
+        "records": {"built": "of the records"},
+    }
+    assert whole.padded_to(7).identity["tile_size"] == 12
 
 
 def test_missing_data_says_what_and_how(tmp_path):
@@ -153,6 +159,11 @@ def test_missing_data_says_what_and_how(tmp_path):
     parts = ("python -m data_prep.build", "python -m data_prep.sample")
     for part in (str(tmp_path / "ssl4eo_s12_nol"), *parts):
         assert part in str(error.value)
+    other = tmp_path / "scenes/1.0.0"
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").touch()
+    with pytest.raises(input_pipeline.DataError, match="Choose scenes by --config.data.name"):
+        input_pipeline.open_dataset(str(tmp_path), "ssl4eo_s12_nol")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +179,17 @@ def data_dir(built, tmp_path_factory):
     folder = shutil.copytree(built, tmp_path_factory.mktemp("earlier") / "data")
     runs.change_digest(folder, None)
     return str(folder)
+
+
+def test_the_newest_version_is_opened(built, tmp_path):
+    """By number, not by text; what a killed build leaves is none."""
+    folder = shutil.copytree(built, tmp_path / "data") / "ssl4eo_s12_nol"
+    (version,) = folder.iterdir()
+    for number in ("1.9.0", "1.10.0", "incomplete.ABC_1.11.0"):
+        shutil.copytree(version, folder / number)
+    (path,) = (folder / "1.10.0").glob("metadata.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "records_digest": {"train": "x"}}))
+    assert open_built(tmp_path / "data").source.built_digest == "x"
 
 
 def open_built(data_dir) -> input_pipeline.TileDataset:
@@ -201,6 +223,25 @@ def test_records_with_other_labels_are_others(data_dir, tmp_path, chosen):
     assert open_built(runs.relabel(data_dir, tmp_path / "again", ())).identity == original.identity
 
 
+def test_the_sampled_digest_is_of_the_ends_of_the_files(tmp_path):
+    """The last 128 KiB, the size, and the sampled records."""
+    path = files.absolute(tmp_path / "shard")
+
+    def digest(content: bytes, records: tuple[bytes, ...] = (b"a", b"b")) -> str:
+        path.write_bytes(content)
+        return input_pipeline._Records(records, {}, [path], [2], None, 0).sample_digest
+
+    content = bytes(200_000)
+    change = lambda position: content[:position] + b"x" + content[position + 1 :]
+    assert digest(content) == digest(content)
+    for position in (199_999, 200_000 - (128 << 10)):
+        assert digest(change(position)) != digest(content)
+    assert digest(change(200_000 - (128 << 10) - 1)) == digest(content)
+    assert digest(content, (b"a", b"c")) != digest(content)
+    assert digest(b"\0" + content) != digest(content)
+    assert digest(b"short") != digest(b"other")
+
+
 def test_a_digest_in_the_metadata_stands_for_the_records(data_dir, built, tmp_path):
     original = open_built(data_dir)
     folder = shutil.copytree(built, tmp_path / "data")
@@ -225,6 +266,7 @@ def test_a_batch_of_padding_alone_is_ignored(dataset):
     batch = input_pipeline.read_batch(dataset, ("s1",), np.full(2, -1))
     assert not batch["is_real"].any()
     assert (batch["labels"] == sensors.IGNORE_LABEL).all()
+    assert (batch["s1"] == dataset.source[0]["s1"]).all()  # of the first record
 
 
 @pytest.fixture

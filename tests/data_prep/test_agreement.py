@@ -16,7 +16,7 @@ from cromss_jax import sensors
 from data_prep import errors
 from data_prep.options import Options
 from data_prep.reading import geotiff, offsets, pairing
-from tests import runs
+from tests import commands, runs
 from tests.data_prep import trees
 
 
@@ -496,11 +496,10 @@ def test_proj_database_that_cannot_be_replaced_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", ["on", "-1000", "20000", "1e3"])
 def test_offset_that_is_no_number_is_refused(tmp_path, value):
-    command = runs.command(
+    result = commands.run_flags(
         "data_prep.build", dataset="dfc2020", source_dir=tmp_path, data_dir=tmp_path / "data",
         s2_offset=value,
     )  # fmt: skip
-    result = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == (
         f"Error: --s2_offset={value} is neither auto nor a whole number from 0 to 10000\n"

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,9 +11,10 @@ import rasterio
 from cromss_jax import presets, sensors
 from cromss_jax.data import input_pipeline
 from data_prep import errors
+from data_prep.datasets import downstream
 from data_prep.options import Options
 from data_prep.reading import legends
-from tests import runs
+from tests import commands
 from tests.data_prep import trees
 
 CSV = "value,name,colour\n111,urban,#E6004D\n311,forest,#80ff00\n"
@@ -178,8 +178,7 @@ def test_rasters_without_a_legend(tmp_path):
 
 
 def build_command(*flags) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "data_prep.build", *map(str, flags)]
-    return subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
+    return commands.run("data_prep.build", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +335,35 @@ def test_single_modalities(nol, dfc, tmp_path):
         for ours, theirs in zip(one.source, both.source, strict=True):
             for name in one.features:
                 np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_sen12ms(dfc, tmp_path):
+    tree = trees.sen12ms(dfc, tmp_path / "SEN12MS")
+    (tree / "ROIs1158_spring.csv").write_text("")
+    built = downstream.Sen12Ms(source_dir=tree, data_dir=tmp_path / "data")
+    built.build()
+    assert built.report.counts == {"not read": 1}
+    dataset = input_pipeline.open_dataset(str(tmp_path / "data"), "sen12ms")
+    assert dataset.legend == presets.DFC2020_OF_IGBP
+    assert not dataset.has_truth
+    ids = [record["location_id"].decode() for record in dataset.source]
+    assert ids == sorted(ids)
+    assert {name.rpartition("_")[0].rpartition("_")[0] for name in ids} == {
+        "ROIs1158_spring", "ROIs2017_winter",
+    }  # fmt: skip
+    table = np.full(256, 255)
+    for label, values in enumerate(presets.DFC2020_OF_IGBP.values):
+        table[list(values)] = label
+    for record, name in zip(dataset.source, ids, strict=True):
+        season, scene, patch = name.rsplit("_", 2)
+        (lc,) = tree.glob(f"{season}/lc_{scene}/{season}_lc_{scene}_{patch}.tif")
+        np.testing.assert_array_equal(record["labels"][0], table[trees.read(lc)[0]])
+        s2 = trees.read(str(lc).replace("lc_", "s2_"))
+        want = sensors.scale_to_uint8(s2[1], "B2")
+        np.testing.assert_array_equal(record["s2"][..., 1], want)
+    next(tree.rglob("*_lc_*.tif")).unlink()
+    with pytest.raises(errors.BuildError, match=r"lc_\d+_p30.tif: missing"):
+        downstream.Sen12Ms(source_dir=tree, data_dir=tmp_path / "more").build()
 
 
 @pytest.mark.parametrize("is_bundle", [False, True])

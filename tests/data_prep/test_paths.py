@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_prep import cpus
-from tests import runs
+from tests import commands, runs
 from tests.data_prep import trees
 
 NAMES = [
@@ -40,12 +40,6 @@ def expected(tmp_path_factory):
     return made
 
 
-def run(module, **flags):
-    return subprocess.run(
-        runs.command(module, **flags), cwd=runs.ROOT, capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_any_character_in_paths(expected, tmp_path, name):
     """Folders, archives and data sets; a decoy matches each name taken as a pattern."""
@@ -67,7 +61,7 @@ def test_any_character_in_paths(expected, tmp_path, name):
 @pytest.mark.parametrize("name", ["br[1]", "new\nline", "100%41"])
 def test_any_character_in_flags(tmp_path, name):
     root = tmp_path / name
-    made = run(
+    made = commands.run_flags(
         "data_prep.sample", output_dir=root / "tree", locations=2, seasons=1, tile_size=24,
         num_workers=1,
     )  # fmt: skip
@@ -77,14 +71,14 @@ def test_any_character_in_flags(tmp_path, name):
     for folder in ("s2c", "dw_noisy_labels", "dw_complete_ids.csv"):
         (root / "tree" / folder).rename(root / folder)
     (root / "tree").rename(tmp_path / "elsewhere")
-    built = run(
+    built = commands.run_flags(
         "data_prep.build", dataset="ssl4eo_s12_nol", source_dir=root, data_dir=root / "data",
         num_workers=2,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     assert built.stdout.startswith("2 locations written, 0 skipped, 2 records")
     assert (root / "data" / "ssl4eo_s12_nol.archives.sqlite").is_file()
-    again = run(
+    again = commands.run_flags(
         "data_prep.build", dataset="ssl4eo_s12_nol", source_dir=root, data_dir=root / "data"
     )
     assert "exists, nothing was done: 2 records" in again.stdout
@@ -122,7 +116,8 @@ def test_affinity_limits_the_workers():
     try:
         os.sched_setaffinity(0, {min(before)})
         assert cpus.available() == 1
-        result = run("data_prep.build", help=True)
+        line = runs.command("data_prep.build", help=True)
+        result = subprocess.run(line, cwd=runs.ROOT, capture_output=True, text=True)
         flag = result.stdout.split("--num_workers: ")[1].split("--patch_size")[0]
         assert "(default: '1')" in flag
     finally:

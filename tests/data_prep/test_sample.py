@@ -2,21 +2,23 @@
 
 import itertools
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import rasterio
 
-from cromss_jax.presets import DYNAMIC_WORLD
+from cromss_jax.data import input_pipeline
+from cromss_jax.presets import DFC2020_OF_IGBP, DYNAMIC_WORLD
 from cromss_jax.sensors import (
     IGNORE_LABEL,
     S1_BANDS,
     S2_BANDS,
     S2_BANDS_BY_RESOLUTION,
 )
-from data_prep.sample import imagery, nol, world
+from data_prep import options
+from data_prep.datasets.downstream import Dfc2020
+from data_prep.sample import downstream, imagery, nol, world
+from tests import commands
 
 WATER, TREES, BARE, SNOW = (
     DYNAMIC_WORLD.names.index(name) for name in ("water", "trees", "bare ground", "snow & ice")
@@ -201,6 +203,46 @@ def test_coarse_bands_are_area_means_of_the_fine_scene():
             np.testing.assert_allclose(seen[..., i], blocks.mean((1, 3)), atol=75)
 
 
+def test_coarse_labels_by_hand():
+    """A tile of 60 pixels whose 20th row and 30th column begin other pixels of 500 m."""
+    truth = np.zeros((60, 60), np.uint8)
+    truth[:20, 30:] = 1
+    truth[0, 30:] = 4
+    truth[20:, :30] = 4
+    truth[20:30, :30] = 6
+    truth[20:, 30:] = 8
+    truth[20:, 31:46] = 7
+    found = downstream.coarse_labels(truth, easting=300_200.0, northing=5_000_200.0)
+    expected = np.zeros((60, 60), np.uint8)
+    # Water, broadleaved forest; cropland, which is more than built area; barren: half is snow.
+    expected[:20, :30], expected[:20, 30:] = 17, 5
+    expected[20:, :30], expected[20:, 30:] = 12, 16
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_coarse_labels_are_built_with_the_truth(tmp_path):
+    downstream.write_sample(tmp_path / "tree", "dfc2020", 2, 60, coarse=True)
+    (lc,) = (tmp_path / "tree").glob("lc_validation/*.tif")
+    with rasterio.open(lc) as file:
+        pixels, (left, top) = file.read(1), (file.transform.c, file.transform.f)
+    legend = DFC2020_OF_IGBP
+    assert set(np.unique(pixels)) <= {*sum(legend.values, ()), 15}
+    # Constant inside of each pixel of 500 m.
+    rows = (top - 5 - 10 * np.arange(60)) // 500
+    columns = (left + 5 + 10 * np.arange(60)) // 500
+    for row, column in itertools.product(set(rows), set(columns)):
+        assert len(np.unique(pixels[np.ix_(rows == row, columns == column)])) == 1
+    choice = options.Options(labels="lc")
+    source, target = tmp_path / "tree", tmp_path / "data"
+    Dfc2020(source_dir=source, data_dir=target, options=choice).build()
+    (record,) = input_pipeline.open_dataset(str(target), "dfc2020").source
+    own = {value: i for i, values in enumerate(legend.values) for value in values}
+    np.testing.assert_array_equal(
+        record["labels"][0], np.vectorize(lambda v: own.get(v, 255))(pixels)
+    )
+    assert (record["labels"][0] != record["truth"]).any()
+
+
 def test_archetypes_take_turns():
     names = {world.make_location(7, index, 1, 6).archetype for index in range(8, 16)}
     assert names == set(world.ARCHETYPES)
@@ -223,8 +265,7 @@ def test_directory_in_use_is_not_changed(tmp_path):
 
 def test_command(tmp_path):
     def run(*args):
-        command = [sys.executable, "-m", "data_prep.sample", f"--output_dir={tmp_path / 'out'}"]
-        return subprocess.run([*command, *args], capture_output=True, text=True)
+        return commands.run("data_prep.sample", f"--output_dir={tmp_path / 'out'}", *args)
 
     done = run("--locations=2", "--seasons=1", "--tile_size=24", "--num_workers=1")
     assert done.returncode == 0, done.stderr

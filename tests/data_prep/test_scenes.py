@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import shutil
 import warnings
 import zipfile
 
@@ -15,12 +16,11 @@ from affine import Affine
 from rasterio.enums import Resampling
 from scipy import ndimage
 
-from cromss_jax import presets, sensors
+from cromss_jax import blocks, presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.legend import Legend
 from data_prep import errors, options
 from data_prep.datasets import (
-    blocks,
     scene_images,
     scene_labels,
     scene_scan,
@@ -29,6 +29,7 @@ from data_prep.datasets import (
     scenes,
 )
 from data_prep.reading import rasters, registration, warping
+from tests import commands
 
 UTM33, UTM32, DEGREES, EUROPE = "EPSG:32633", "EPSG:32632", "EPSG:4326", "EPSG:3035"
 LEFT, TOP = 400_000.0, 5_800_000.0
@@ -307,6 +308,18 @@ def test_zeros_of_one_band_are_dark_pixels(folder):
             "line 2 has s1, line 3 has none: all rows must have it, or none",
         ),
         ("scene,date,s2,s1,labels", "", "has no rows"),
+        ("scene;date;s2;labels", "a;b;c;d", "separated by commas, of which s1 or s2"),
+        ("scene,date,s2,s1,labels", ROW.replace("2022", "2202"), "but Sentinel images are of 2014"),
+        (
+            "scene,date,s2,s1,labels",
+            ROW + "\n" + ROW.replace("2022-07-01", "2022-07-20"),
+            "line 3 names the imagery and labels of line 2: keep one",
+        ),
+        (
+            "scene,date,s2,labels,truth",
+            "here,2022-07-01,B*.tif,map.tif,map.tif",
+            "names the same files as labels and as truth",
+        ),
     ],
 )
 def test_wrong_table(folder, header, row, message):
@@ -326,31 +339,33 @@ def test_bands_by_name_description_and_position(tmp_path):
     pixels = np.ones((13, 8, 8), np.uint16)
     write(tmp_path / "all.tif", pixels, UTM33, utm_transform(10))
     header = "scene,date,s2,labels"
-    found = acquisition(tmp_path, "a,20220701,all.tif,all.tif", header=header)
+    write(tmp_path / "map.tif", pixels[:1], UTM33, utm_transform(10))
+    found = acquisition(tmp_path, "a,20220701,all.tif,map.tif", header=header)
     assert found.s2_bands == sensors.S2_BANDS
+    l2a = dataclasses.replace(OPTIONS, s2_level="L2A")
     write(tmp_path / "l2a.tif", pixels[:12], UTM33, utm_transform(10))
-    found = acquisition(tmp_path, "a,20220701,l2a.tif,all.tif", header=header)
+    found = acquisition(tmp_path, "a,20220701,l2a.tif,map.tif", header=header, opts=l2a)
     assert found.s2_bands == sensors.S2_BAND_SUBSETS[12]
     write(tmp_path / "x.tif", pixels[:3], UTM33, utm_transform(10), ("B04", "NDVI", "B8A"))
-    found = acquisition(tmp_path, "a,20220701,x.tif,all.tif", header=header)
+    found = acquisition(tmp_path, "a,20220701,x.tif,map.tif", header=header)
     assert [(layer.name, layer.index) for layer in found.s2[0]] == [("B4", 1), ("B8A", 3)]
     write(tmp_path / "T33_B04_10m.tif", pixels[:1], UTM33, utm_transform(10))
     write(tmp_path / "T33_B04_20m.tif", pixels[:1], UTM33, utm_transform(20))
-    found = acquisition(tmp_path, "a,20220701,T33_*.tif,all.tif", header=header)
+    found = acquisition(tmp_path, "a,20220701,T33_*.tif,map.tif", header=header)
     assert [layer.path[-11:] for layer in found.s2[0]] == ["B04_10m.tif"]
     some = dataclasses.replace(OPTIONS, s2_bands=("B2", "B3", "B4"))
     write(tmp_path / "y.tif", pixels[:3], UTM33, utm_transform(10))
-    found = acquisition(tmp_path, "a,20220701,y.tif,all.tif", header=header, opts=some)
+    found = acquisition(tmp_path, "a,20220701,y.tif,map.tif", header=header, opts=some)
     assert found.s2_bands == ("B2", "B3", "B4")
     with pytest.raises(errors.BadFileError, match=r"3 bands without names"):
-        acquisition(tmp_path, "a,20220701,y.tif,all.tif", header=header)
+        acquisition(tmp_path, "a,20220701,y.tif,map.tif", header=header)
     with pytest.raises(errors.BadFileError, match="no file holds B2, B3"):
-        acquisition(tmp_path, "a,20220701,x.tif,all.tif", header=header, opts=some)
+        acquisition(tmp_path, "a,20220701,x.tif,map.tif", header=header, opts=some)
 
 
 def test_date_of_radar():
     def found(path):
-        return scene_table._s1_date((pathlib.Path(path),))
+        return scene_table._date_in_name((pathlib.Path(path),))
 
     assert found("s1/20221003_VV.tif") == datetime.datetime(2022, 10, 3)
     granule = "S1A_IW_GRDH_1SDV_20200607T010800_20200607T010825_032904_03CFBA_D457"
@@ -459,8 +474,9 @@ def test_records(folder):
 def test_dates_are_seasons(folder):
     (folder / "later").mkdir()
     write_s2(folder / "later", add=500)
+    shutil.copy(folder / "map.tif", folder / "other.tif")
     rows = ["here,2022-10-01,later/B*.tif,map.tif", "here,2022-07-01,B*.tif,map.tif",
-            "there,2022-10-01,later/B*.tif,map.tif"]  # fmt: skip
+            "there,2022-10-01,later/B*.tif,other.tif"]  # fmt: skip
     write_table(folder, *rows, header="scene,date,s2,labels")
     # Darkest pixels near 600 do not tell an offset.
     build(folder, opts=dataclasses.replace(OPTIONS, s2_offset=0))
@@ -691,6 +707,64 @@ def test_modality_and_level_that_are_not_there(folder):
         build(folder, opts=dataclasses.replace(OPTIONS, s2_level="L2A"))
 
 
+def test_date_in_the_name_of_imagery(folder):
+    for name in BANDS:
+        (folder / f"{name}.tif").rename(folder / f"T33UVT_20220704T102031_{name}.tif")
+    write_table(folder, ROW.replace("B*", "T33*"))
+    assert build(folder).report.counts["date differs"] == 1
+    text = scan_error(folder, ROW.replace("B*", "T33*").replace("2022-07-01", "2022-01-01"))
+    assert "is of 2022-07-04 by its name, its row of 2022-01-01: correct the date" in text
+
+
+def test_mask_of_another_place(folder):
+    far = moved(5000, 0)
+    write(folder / "mask.tif", np.ones((1, 64, 64), np.uint8), UTM33, far)
+    write_table(folder, ROW + ",mask.tif", header="scene,date,s2,s1,labels,mask")
+    with pytest.raises(errors.BuildError, match="mask.tif: does not cover any tile of here"):
+        build(folder)
+
+
+def test_mask_of_everything(folder):
+    write(folder / "mask.tif", np.ones((1, SIDE, SIDE), np.uint8), UTM33, utm_transform(10))
+    write_table(folder, ROW + ",mask.tif", header="scene,date,s2,s1,labels,mask")
+    with pytest.raises(errors.BuildError, match="season unlabelled: here_0_0 .*: 0.0% of the pix"):
+        build(folder)
+
+
+def test_imagery_much_coarser_than_the_grid(tmp_path):
+    pixels = np.full((1, 40, 40), 500, np.uint16)
+    write(tmp_path / "B4.tif", pixels, UTM33, utm_transform(60))
+    write_labels(tmp_path)
+    write_table(tmp_path, "here,2022-07-01,B4.tif,map.tif", header="scene,date,s2,labels")
+    with pytest.raises(errors.BuildError, match="would have 10 m: give --resolution=60, or finer"):
+        build(tmp_path)
+
+
+def test_labels_that_are_a_picture(folder):
+    picture = np.random.default_rng(0).choice([10, 20], (3, SIDE, SIDE)).astype(np.uint8)
+    write(folder / "map.tif", picture, UTM33, utm_transform(10))
+    assert "map.tif: has 3 bands, as a picture of a map has" in scan_error(folder)
+    # Dynamic World is exported so, with probabilities in the other bands.
+    write(folder / "map.tif", picture, UTM33, utm_transform(10), ("label", "water", "trees"))
+    rasters._open_for.cache_clear()
+    assert acquisition(folder).labels[0].index == 1
+
+
+def test_imagery_that_is_a_picture(folder):
+    for name in BANDS:
+        edit(folder, f"{name}.tif", lambda p: (p / p.max() * 255).astype(np.uint16))
+    assert "has values of 0 to 255 in all bands, as a picture" in scan_error(folder)
+
+
+def test_twelve_bands_without_names(folder):
+    pixels = np.random.default_rng(0).integers(20, 4000, (12, SIDE, SIDE)).astype(np.uint16)
+    write(folder / "all.tif", pixels, UTM33, utm_transform(10))
+    row = ROW.replace("B*", "all")
+    assert "all.tif: has 12 bands without names, as L2A has" in scan_error(folder, row)
+    build(folder, opts=dataclasses.replace(OPTIONS, s2_level="L2A"))
+    assert [band.name for band in open_split(folder).bands][-1] == "B12"
+
+
 def test_scaled_imagery_is_refused(folder):
     write(folder / "B4.tif", np.ones((1, SIDE, SIDE), np.uint8), UTM33, utm_transform(10))
     assert "B4.tif: dtype uint8, but raw values are needed" in scan_error(folder)
@@ -807,3 +881,20 @@ def test_geotiff_of_gcps_is_refused(tmp_path):
         f.gcps = (gcps, rasterio.CRS.from_string(DEGREES))
     with pytest.raises(errors.BadFileError, match="in radar geometry"):
         rasters.layers(str(path))
+
+
+def test_command(folder):
+    write_table(folder)
+    (folder / "legend.csv").write_text("value,name,colour\n10,water,#0000ff\n20,trees,#00ff00\n")
+    flags = {
+        "dataset": "scenes", "table": folder / "scenes.csv", "legend": folder / "legend.csv",
+        "data_dir": folder / "data", "tile_size": 64, "test_fraction": 0, "num_workers": 1,
+    }  # fmt: skip
+
+    def run(**more):
+        return commands.run_flags("data_prep.build", **(flags | more))
+
+    built = run()
+    assert built.stdout.startswith("9 locations written, 0 skipped, 9 records, "), built.stderr
+    assert "exists, nothing was done: 9 records" in run().stdout
+    assert "was built with --stride=64: delete it, or choose another" in run(stride=32).stderr

@@ -21,6 +21,7 @@ from data_prep.datasets import ssl4eo_s12_nol
 from data_prep.finding import sources
 from data_prep.options import Options
 from data_prep.writing import records
+from tests import commands
 
 TILE_SIZE = 24
 PIXEL_SIZE = {band: m for m, bands in sensors.S2_BANDS_BY_RESOLUTION.items() for band in bands}
@@ -114,10 +115,8 @@ def reported(data_dir):
         return [tuple(row.values()) for row in csv.DictReader(file)]
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments]
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, **options)
+def run(*arguments):
+    return commands.run("data_prep.build", "--dataset=ssl4eo_s12_nol", *arguments)
 
 
 def assert_scaled_files(record, tree):
@@ -151,6 +150,7 @@ def test_records(template, tmp_path):
         "tile_size": 24, "max_seasons": 4, "has_truth": False,
         "season_counts": {"train": [4, 4, 2]},
         "num_bad_locations": 0, "s2_offset": "auto", "max_invalid": 0.5, "max_days": 60,
+        "block_size": 0.0,
         "modalities": ["s1", "s2"], "s2_level": "L1C", "s2_bands": list(sensors.S2_BANDS),
         "legend": presets.DYNAMIC_WORLD.to_dict(),
         "bands": [list(band.to_row()) for band in sensors.preset_bands(is_native=True)],

@@ -4,11 +4,16 @@ import pathlib
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import rasterio
+import rasterio.warp
+from affine import Affine
 
-from cromss_jax import sensors
+from cromss_jax import presets, sensors
 from data_prep import errors
+from data_prep.datasets import scene_labels
+from data_prep.reading import rasters, warping
 from tests.data_prep import trees
 
 pytestmark = pytest.mark.skipif(
@@ -138,3 +143,59 @@ def test_files_of_gdal_calc(template, tmp_path, names, formula, kind, expected):
     built = trees.build("nol", tree, tmp_path / "data")
     assert built.report.counts == expected
     assert (trees.digests(built) == before) is ("S1 invalid" not in expected)
+
+
+def write_map(path, bounds, side=700):
+    """A map of WorldCover's values, in degrees and without a pattern."""
+    values = [group[0] for group in presets.WORLDCOVER.values] + [0]
+    pixels = np.random.default_rng(0).choice(values, (side, side)).astype(np.uint8)
+    west, south, east, north = bounds
+    transform = Affine((east - west) / side, 0, west, 0, (south - north) / side, north)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=side, width=side, count=1, dtype="uint8",
+        crs="EPSG:4326", transform=transform, nodata=0,
+    ) as file:  # fmt: skip
+        file.write(pixels, 1)
+    return path
+
+
+def check_warped(path, bounds, work_dir, tile):
+    """Labels read tile by tile on a UTM grid are what gdalwarp writes for all of it."""
+    crs = "EPSG:32632"
+    left, bottom, right, top = rasterio.warp.transform_bounds("EPSG:4326", crs, *bounds)
+    left, top = 10 * np.floor(left / 10), 10 * np.ceil(top / 10)
+    height, width = int((top - bottom) // 10), int((right - left) // 10)
+    extent = f"-te {left} {top - 10 * height} {left + 10 * width} {top} -ts {width} {height}"
+    # Exact coordinates for each pixel: gdalwarp by default accepts an eighth of a pixel.
+    options = f"-r near -et 0 -dstnodata 0 -t_srs {crs} {extent}"
+    subprocess.run(
+        f"gdalwarp -q {options} '{path}' '{work_dir}/warped.tif'", shell=True, check=True
+    )
+    with rasterio.open(work_dir / "warped.tif") as file:
+        expected = file.read(1)
+    wkt = rasterio.CRS.from_string(crs).to_wkt()
+    grid = warping.Grid(wkt, (10.0, 0.0, left, 0.0, -10.0, top), height, width)
+    layers = rasters.layers(str(path))
+    value_of = np.zeros(256, np.uint8)
+    value_of[: len(presets.WORLDCOVER.names)] = [v[0] for v in presets.WORLDCOVER.values]
+    found = np.empty((height, width), np.uint8)
+    for row in range(0, height, tile):
+        for column in range(0, width, tile):
+            part = grid.window(row, column, min(tile, height - row), min(tile, width - column))
+            labels, _ = scene_labels.read(layers, part, presets.WORLDCOVER)
+            found[row : row + tile, column : column + tile] = value_of[labels]
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 5
+
+
+def test_labels_are_warped_as_by_gdalwarp(tmp_path):
+    bounds = (6.5, 0.1, 6.56, 0.16)
+    path = write_map(tmp_path / "map.tif", bounds)
+    # The grid goes over the map's edge, where there is no label.
+    check_warped(path, (6.52, 0.12, 6.57, 0.17), tmp_path, 97)
+
+
+def test_worldcover_is_warped_as_by_gdalwarp(shared, tmp_path):
+    (path,) = (shared / "real/worldcover").glob("*.tif")
+    # The south of the island.
+    check_warped(path, (6.45, 0.0, 6.55, 0.1), tmp_path, 264)

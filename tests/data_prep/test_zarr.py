@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 import tarfile
 import zipfile
 
@@ -30,7 +29,6 @@ NAMES = {
 }
 NAMES["S2L2A"] = [name for name in NAMES["S2L1C"] if name != "B10"]
 CRS = rasterio.CRS.from_epsg(32633).to_wkt()
-REAL = pathlib.Path(__file__).parents[2].parent / "shared/real/terramesh"
 
 
 def pack(arrays, attributes=None, consolidated=True, chunks=None):
@@ -68,15 +66,37 @@ def days(*dates):
     return np.array(dates, "datetime64[ns]").astype(np.int64)
 
 
-def store(folder, pixels, dates, *, left=500_000.0, clouds=None, turned=False):
-    places = np.arange(SIDE) * 10 + 5.0
+def store(
+    folder, pixels, dates, *, left=500_000.0, top=6_000_000.0, crs=CRS, clouds=None, turned=False
+):
+    places = np.arange(pixels.shape[-1]) * 10 + 5.0
     arrays = {
         "bands": pixels, "band": np.array(NAMES[folder]), "time": days(*dates),
-        "x": left + places, "y": 6_000_000 + (places if turned else -places), "spatial_ref": 0,
+        "x": left + places, "y": top + (places if turned else -places), "spatial_ref": 0,
     }  # fmt: skip
     if clouds is not None:
         arrays["cloud_mask"] = clouds
-    return pack(arrays, {"spatial_ref": {"crs_wkt": CRS}, "time": {}})
+    return pack(arrays, {"spatial_ref": {"crs_wkt": crs}, "time": {}})
+
+
+def real_samples(folder):
+    """The stores by folder of each real place, and their pixels."""
+    stores, images = {}, {}
+    for path in sorted(folder.glob("LULC/*.tif")):
+        stores[path.stem], images[path.stem], dates = {}, {}, {}
+        for kind in ("LULC", "S1RTC", "S2L1C", "S2L2A"):
+            with rasterio.open(folder / kind / path.name) as file:
+                pixels, place, crs = file.read(), file.transform, file.crs.to_wkt()
+                # Sentinel-2 has no date here, the labels that were made from it have.
+                dates[kind] = file.tags().get("datetime") or dates["LULC"]
+            # As float16 they were released.
+            stored = pixels.astype(np.float16) if kind == "S1RTC" else pixels
+            np.testing.assert_array_equal(stored, pixels)
+            stores[path.stem][kind] = store(
+                kind, stored[None], [dates[kind]], left=place.c, top=place.f, crs=crs
+            )
+            images[path.stem][kind] = pixels
+    return stores, images
 
 
 def reflectance(seed, num_dates=1, b10=15):
@@ -259,6 +279,72 @@ def test_missing_shards(tmp_path):
         build(tmp_path / "train")
 
 
+def test_samples_that_are_found_twice(tmp_path):
+    write_shards(tmp_path, {"a": sample(1), "b": sample(2)})
+    write_shards(tmp_path, {"b": sample(2)}, shard="majortom_shard_000002.tar")
+    write_shards(tmp_path, {"a": sample(1), "c": sample(3)}, split="val")
+    built = build(tmp_path)
+    assert built.report.counts["found twice"] == 2
+    kept = {
+        split: [record["location_id"] for record in built.as_data_source(split)]
+        for split in ("train", "val")
+    }
+    assert kept == {"train": [b"a", b"b"], "val": [b"c"]}
+
+
+def test_samples_without_a_label_or_names_of_bands(tmp_path):
+    arrays = {
+        "bands": reflectance(2), "time": days(*DATE), "x": 500_005.0 + 10 * np.arange(SIDE),
+        "y": 5_999_995.0 - 10 * np.arange(SIDE), "crs": np.array(32633),
+    }  # fmt: skip
+    cloudy = store("LULC", np.full((1, 1, SIDE, SIDE), 8, np.uint8), DATE)
+    write_shards(tmp_path, {"a": sample(1, LULC=cloudy), "b": sample(2, S2L1C=pack(arrays))})
+    built = build(tmp_path)
+    assert built.report.counts == {"season unlabelled": 1}
+    (record,) = built.as_data_source("train")
+    want = sensors.scale_to_uint8(reflectance(2)[0, 3], "B4")
+    np.testing.assert_array_equal(record["s2"][..., 3], want)
+
+
+def test_blocks_that_validation_holds_back(tmp_path):
+    # 60 km apart, and beside each other; the last has no label.
+    lefts = {"a": 500_000.0, "b": 560_000.0, "c": 500_240.0, "d": 560_240.0}
+    samples = {}
+    for seed, (key, left) in enumerate(lefts.items()):
+        labels = np.zeros((1, 1, SIDE, SIDE), np.uint8) if key == "d" else classes(seed)
+        samples[key] = {
+            "S2L1C": store("S2L1C", reflectance(seed), DATE, left=left),
+            "S1RTC": store("S1RTC", radar(seed), DATE, left=left),
+            "LULC": store("LULC", labels, DATE, left=left),
+        }
+    write_shards(tmp_path, samples)
+    build(tmp_path, options=options.Options(block_size=20_000))
+    dataset = input_pipeline.open_dataset(str(tmp_path / "data"), "terramesh")
+    assert dataset.blocks.tolist() == [0, 1, 0]
+    assert dataset.season_counts.tolist() == [1, 1, 1]
+
+
+def test_swapped_polarisations(tmp_path):
+    """Of a sample alone they could be right, of most they cannot."""
+    swapped = {
+        seed: sample(seed, S1RTC=store("S1RTC", radar(seed)[:, ::-1], DATE)) for seed in (1, 2)
+    }
+    write_shards(tmp_path, {"a": swapped[1], "b": sample(2), "c": sample(3)})
+    built = build(tmp_path)
+    values = built.report.measures("VV minus VH, dB")
+    # The bands were drawn 7 dB apart; scaling clips them a little.
+    np.testing.assert_allclose(values, [-7, 7, 7], atol=0.5)
+    write_shards(tmp_path, {"a": swapped[1], "b": swapped[2], "c": sample(3)})
+    (tmp_path / "data").rename(tmp_path / "first")
+    with pytest.raises(errors.BuildError, match="VH is brighter than VV, by .* are swapped"):
+        build(tmp_path)
+
+
+def test_shards_in_a_bucket(tmp_path):
+    with pytest.raises(sources.SourceError, match="shards cannot be read there: give the path"):
+        terramesh.Terramesh(source_dir="gs://bucket/terramesh", data_dir=tmp_path)
+
+
 def test_the_form_without_labels(tmp_path):
     folder = tmp_path / "train/S2L1C"
     folder.mkdir(parents=True)
@@ -357,20 +443,32 @@ def test_times_as_xarray_writes_them(tmp_path):
     assert record["s1_timestamp"] == b"2020-05-04T12:00:00"
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="no real samples beside the checkout")
-def test_real_levels():
-    found = {}
-    for path in sorted((REAL / "S2L1C").glob("*.tif")):
-        l1c = rasterio.open(path).read().astype(np.int32)
-        l2a = rasterio.open(REAL / "S2L2A" / path.name).read().astype(np.int32)
-        valid = np.ones(l1c.shape[1:], bool)
-        l1c = {name: (band, valid) for name, band in zip(sensors.S2_BANDS, l1c, strict=True)}
-        names = sensors.S2_BAND_SUBSETS[12]
-        l2a = {name: (band, valid) for name, band in zip(names, l2a, strict=True)}
-        first = offsets.find("", l1c, ()).value
-        found[path.stem] = first, offsets.from_l1c(l2a, l1c, first).value
-    # Band 10 is near 1005, 59, 1042 and 18.
-    assert found == {
-        "282D_485L_3_3": (1000, 0), "38D_378R_2_3": (0, 0), "609U_541L_3_0": (1000, 0),
-        "637U_59R_1_3": (0, 0),
-    }  # fmt: skip
+# Band 10 of the places is near 1005, 59, 1042 and 18.
+REAL_OFFSETS = {"282D_485L_3_3": 1000, "38D_378R_2_3": 0, "609U_541L_3_0": 1000, "637U_59R_1_3": 0}
+
+
+@pytest.mark.parametrize("level", ["L1C", "L2A"])
+def test_real_places(shared, tmp_path, level):
+    stores, images = real_samples(shared / "real/terramesh")
+    write_shards(tmp_path, stores)
+    built = build(tmp_path, options=options.Options(s2_level=level))
+    dataset = input_pipeline.open_dataset(str(tmp_path / "data"), "terramesh")
+    places = [dataset.source[i]["location_id"].decode() for i in range(4)]
+    assert places == list(REAL_OFFSETS)
+    for i, place in enumerate(places):
+        record, pixels = dataset.source[i], images[place]
+        # All four have L2A without offset.
+        offset = REAL_OFFSETS[place] if level == "L1C" else 0
+        raw = {
+            "s1": pixels["S1RTC"].astype(np.float32),
+            "s2": np.maximum(pixels[f"S2{level}"] - offset, 0),
+        }
+        for array, values in raw.items():
+            own = [band for band in dataset.bands if band.array == array]
+            for k, band in enumerate(own):
+                statistics = {band.name: (band.mean, band.std)}
+                want = sensors.scale_to_uint8(values[k], band.name, statistics)
+                np.testing.assert_array_equal(record[array][..., k], want)
+        want = np.array([255, 0, 1, 2, 3, 4, 5, 6, 255, 7])[pixels["LULC"][0]]
+        np.testing.assert_array_equal(record["labels"][0], want)
+    assert built.report.counts.get("offset subtracted", 0) == (2 if level == "L1C" else 0)

@@ -148,6 +148,22 @@ def public_bundle(tree: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
     return root
 
 
+def sen12ms(tree: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
+    """SEN12MS: a folder a season, in it one a scene and sensor; `lc` has four bands of MODIS."""
+    seasons = ["ROIs1158_spring", "ROIs2017_winter"]
+    for file in sorted(tree.rglob("*.tif")):
+        kind, number = file.stem.split("_")[2], file.stem.rpartition("_p")[2]
+        kind, season, scene = kind.replace("dfc", "lc"), seasons[int(number) % 2], int(number) + 1
+        target = root / season / f"{kind}_{scene}" / f"{season}_{kind}_{scene}_p30.tif"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+        if kind == "lc":
+            side = read(target).shape[1]
+            modis = np.random.default_rng(int(number)).integers(1, 18, (4, side, side), np.uint8)
+            rewrite(target, lambda _, modis=modis: modis)
+    return root
+
+
 def released_tiles(tree: pathlib.Path, root: pathlib.Path, labels: str) -> pathlib.Path:
     """DW or OSM as in the published zip: folders `dw_train`, p as decimal point, S2 as int16."""
     for file in sorted(tree.rglob("*.tif")):

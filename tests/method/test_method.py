@@ -112,6 +112,23 @@ def test_golden_smoothing_prior(shared):
         np.testing.assert_allclose(value[0], golden[key], atol=GOLDEN_TOLERANCE, err_msg=key)
 
 
+@pytest.mark.parametrize(("kind", "sees"), [("t", "seasons"), ("s", "space"), ("ts", "both")])
+def test_kinds_of_priors(kind, sees):
+    """Two seasons of one class each, of which the second is drawn: time halves, space does not."""
+    season_labels = jnp.stack([jnp.full((1, 30, 30), 1), jnp.full((1, 30, 30), 2)], axis=1)
+    prior = smoothing.smoothing_prior(season_labels, season_labels[:, 1], 3, kind)
+    expected = {"seasons": [0, 0.5, 0.5], "space": [0, 0, 1], "both": [0, 0.25, 0.75]}[sees]
+    np.testing.assert_allclose(prior, np.broadcast_to(expected, prior.shape), atol=1e-6)
+
+
+def test_targets_by_hand():
+    prior = jnp.array([[[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]])
+    targets = smoothing.smoothed_targets(jnp.array([[[0, 3]]]), prior, 0.2, 0.3)
+    # 0.5 onehot + 0.2 prior + 0.3 / 3; a label that is no class is ignored.
+    expected = [[[[0.7, 0.15, 0.15], [0, 0, 0]]]]
+    np.testing.assert_allclose(targets, expected, rtol=1e-6)
+
+
 def test_golden_scaling(shared):
     golden = np.load(shared / "golden/downstream_clip.npz")
     for modality, bands in (("s1", sensors.S1_BANDS), ("s2", sensors.S2_BANDS)):
@@ -199,6 +216,37 @@ def test_selection_weights_by_hand():
     np.testing.assert_allclose(weights(0.0), [0.8, 0.4, 0.2, 0, 0, 0, 0.7, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("ramp", "final", "kept"), [(0.0, 0.2, 1.0), (0.5, 0.2, 0.6), (1.0, 0.2, 0.2), (0.5, 0.8, 0.9)]
+)
+def test_the_kept_fraction_falls_to_its_final_value(ramp, final, kept):
+    np.testing.assert_allclose(selection.keep_fraction(ramp, final), kept)
+
+
+def test_confidences_by_hand():
+    probs = jnp.array([[[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]]])
+    np.testing.assert_allclose(
+        selection.prediction_confidence(jnp.log(probs), "gini"), [[[0.38, 0.66]]], rtol=1e-6
+    )
+    entropy = -(0.5 * np.log(0.5) + 0.3 * np.log(0.3) + 0.2 * np.log(0.2))
+    found = selection.prediction_confidence(jnp.log(probs), "entropy")
+    np.testing.assert_allclose(found[0, 0, 0], 1 - entropy / np.log(3), rtol=1e-5)
+    np.testing.assert_allclose(
+        selection.label_confidence(probs, jnp.array([[[1, 255]]])), [[[0.3, 0]]], rtol=1e-6
+    )
+    np.testing.assert_allclose(selection.entangle(jnp.float32(0.8), jnp.float32(0.5)), 0.6)
+    confidence = jnp.array([0.0, 0.4, 1.0])
+    np.testing.assert_allclose(
+        selection.consistency_weights(confidence, jnp.float32(0.25)), [0.75, 0.85, 1.0]
+    )
+
+
+def test_a_confidence_does_not_leave_zero_to_one_by_rounding():
+    log_probs = jax.nn.log_softmax(1e-4 * jax.random.normal(jax.random.key(0), (1, 40, 40, C)))
+    found = selection.prediction_confidence(log_probs, "entropy")
+    assert 0 <= found.min() <= found.max() <= 1
+
+
 def test_scopes_are_separate_batches():
     keys = jax.random.split(jax.random.key(2))
     confidence = jax.random.uniform(keys[0], (4, 8, 8))
@@ -252,6 +300,38 @@ def test_losses_by_hand():
     )
     # Class 1 is absent from the targets: it counts as 0.
     np.testing.assert_allclose(loss("dice"), (1 - 2 * 1.7 / (1.7 + 4)) / 2, rtol=1e-6)
+
+
+def test_dice_does_not_depend_on_the_scale_of_small_weights():
+    log_probs = jnp.log(jnp.array([[[[0.5, 0.5]]]]))
+    targets = jnp.array([[[[1.0, 0.0]]]])
+    # 1 - 2 * 0.5 / 1.5, of one of two classes, down to where the floor of 1e-7 begins.
+    for weight in (1.0, 1e-3, 1e-6):
+        found = losses.soft_dice(log_probs, targets, jnp.full((1, 1, 1), weight))
+        np.testing.assert_allclose(found, (1 / 3) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.soft_dice(log_probs, targets, jnp.full((1, 1, 1), 1e-8)), (1 - 0.1) / 2, rtol=1e-5
+    )
+
+
+def test_consistency_by_hand():
+    teacher = jnp.log(jnp.array([[[[0.5, 0.5], [0.2, 0.8]]]]))
+    student = jnp.log(jnp.array([[[[0.25, 0.75], [0.5, 0.5]]]]))
+    weights = jnp.array([[[3.0, 1.0]]])
+    loss = lambda kind: losses.consistency_loss(teacher, student, weights, kind)
+    ce = (-0.5 * np.log(0.25) - 0.5 * np.log(0.75), np.log(2))
+    np.testing.assert_allclose(loss("ce"), (3 * ce[0] + ce[1]) / 4, rtol=1e-6)
+    entropy = (np.log(2), -0.2 * np.log(0.2) - 0.8 * np.log(0.8))
+    kl = [c - h for c, h in zip(ce, entropy, strict=True)]
+    np.testing.assert_allclose(loss("kl"), (3 * kl[0] + kl[1]) / 4, rtol=1e-5)
+    # Summed over the classes: 2 * 0.25^2 and 2 * 0.3^2.
+    np.testing.assert_allclose(loss("mse"), (3 * 0.125 + 0.18) / 4, rtol=1e-6)
+    assert loss("none") == 0
+
+
+def test_of_equal_values_the_first_class_is_taken():
+    values = jnp.array([[[[1.0, 3, 3, 0], [0, 0, 0, 0], [0, 1, 2, 3], [-1, -2, -1, -3]]]])
+    np.testing.assert_array_equal(losses.argmax(values), [[[1, 0, 3, 0]]])
 
 
 @pytest.mark.parametrize("kind", losses.SEGMENTATION_LOSSES)

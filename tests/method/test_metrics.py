@@ -36,6 +36,27 @@ def test_confusion_matrix_counts_every_valid_pixel():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_counts_beyond_an_int32_are_exact():
+    confusion = np.array([[2**30 - 1, 700_000], [0, 2**20]], np.int32)
+    counts = jnp.asarray(metrics.no_counts(2))
+    for number in range(1, 6):
+        counts = metrics.add_counts(counts, confusion)
+        np.testing.assert_array_equal(metrics.counted(counts), number * confusion.astype(np.int64))
+    assert counts.dtype == jnp.int32
+    # The remainders stay below 2^20, so that the next batch of up to 2^30 can be added.
+    assert 0 <= counts[1].min() <= counts[1].max() < 2**20
+
+
+def test_confidences_are_counted_at_or_above_each_level():
+    confidence = jnp.array([[[0.0, 1 / 256, 0.5, 1.0, 1.0]]])
+    right = jnp.array([[[True, True, False, True, False]]])
+    wrong = jnp.array([[[False, False, True, False, False]]])  # the last one is neither
+    counts = np.asarray(metrics.confidence_counts(confidence, right, wrong))
+    assert counts.shape == (2, 256)
+    np.testing.assert_array_equal(counts[0], [3, 2] + 254 * [1])
+    np.testing.assert_array_equal(counts[1], 129 * [1] + 127 * [0])
+
+
 def test_auroc_is_the_chance_that_a_right_label_is_more_confident():
     rng = np.random.default_rng(1)
     # Multiples of 1/256, so that the levels lose nothing; ties count half.
@@ -71,6 +92,13 @@ def test_plateau_is_torchs(patience):
         expected.append(optimizer.param_groups[0]["lr"])
     assert rates == expected
     assert min(rates) < 0.5
+
+
+def test_cosine_by_hand():
+    found = lambda epoch: float(schedules.cosine(jnp.int32(epoch), 0.4, 0.1, 40))
+    # Half a cosine of 0.3 above 0.1, and constant after it.
+    np.testing.assert_allclose([found(0), found(20), found(40), found(60)], [0.4, 0.25, 0.1, 0.1])
+    np.testing.assert_allclose(found(10), 0.1 + 0.15 * (1 + np.sqrt(0.5)), rtol=1e-6)
 
 
 def test_learning_rates():

@@ -1,5 +1,6 @@
 """Checkpoints: folders of any name, checksums, damage."""
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
@@ -61,6 +62,67 @@ def restore(folder: pathlib.Path) -> tuple:
     np.testing.assert_array_equal(state["params"]["x"], [step] * 3)
     assert host == {"iterator": step}
     return step
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    """By number, not by text."""
+    folder = save(tmp_path / "run" / "checkpoints", 7, 8, 9, 10)
+    assert sorted(int(path.name) for path in folder.iterdir()) == [8, 9, 10]
+    assert restore(folder) == 10
+    assert folders.find_checkpoint(str(tmp_path / "run")) == folder / "10"
+
+
+def test_a_step_is_saved_once(tmp_path):
+    folder = files.absolute(tmp_path)
+    with checkpoint.Checkpoints(folder, keep=3) as checkpoints:
+        checkpoints.save(1, state_of(1), {"iterator": 1})
+        checkpoints.wait()
+        assert checkpoints.latest_step == 1
+        before = [(path, path.stat().st_mtime_ns) for path in all_files(folder)]
+        checkpoints.save(1, state_of(2), {"iterator": 2})
+        checkpoints.wait()
+        assert [(path, path.stat().st_mtime_ns) for path in all_files(folder)] == before
+    assert restore(folder) == 1
+
+
+def test_two_checkpoints_must_fit_before_the_first(tmp_path, monkeypatch):
+    """A state of 20 bytes; later one must, as another is removed."""
+    usage = shutil.disk_usage(tmp_path)
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        for free, fits in ((40, True), (39, False)):
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+            )
+            with contextlib.nullcontext() if fits else pytest.raises(checkpoint.CheckpointError):
+                checkpoints.check_space(state_of(0))
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        for free, fits in ((20, True), (19, False)):
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+            )
+            with contextlib.nullcontext() if fits else pytest.raises(checkpoint.CheckpointError):
+                checkpoints.check_space(state_of(0))
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    folder = save(tmp_path, 1)
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp-0")
+    assert restore(folder) == 1
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(("processes", "waits"), [(1, True), (2, False), (3, False)])
+def test_a_save_is_not_waited_for_where_another_process_is_lost(
+    processes, waits, tmp_path, monkeypatch
+):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    waited = []
+    monkeypatch.setattr(checkpoints, "_finish", lambda: waited.append(True))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    error = jax.errors.JaxRuntimeError("lost")
+    checkpoints.__exit__(type(error), error, None)
+    assert waited == [True] * waits
 
 
 def all_files(folder: pathlib.Path) -> list[pathlib.Path]:

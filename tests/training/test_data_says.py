@@ -68,7 +68,6 @@ def data_dir(tmp_path_factory, legend) -> str:
 def finished(data_dir, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("run")
     config = runs.tiny_config(data_dir, "sample,bands=10", batch_size=4, num_epochs=1)
-    config.network.depth = 18
     config.eval_every_epochs = 1
     pretrain.pretrain(config, str(workdir))
     return workdir
@@ -95,11 +94,13 @@ def test_44_classes_with_gaps_train_and_are_scored(finished, data_dir, legend):
 
 def test_44_classes_are_exported(finished, legend, tmp_path):
     """The card's names, colours and scaling are the data set's; smp takes the weights strictly."""
-    smp = pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("segmentation_models_pytorch")
+    from tests import torch_parity
+
     safetensors_torch = pytest.importorskip("safetensors.torch")
     path = tmp_path / "s2.safetensors"
     convert.to_torch(str(finished), str(path), "unet", "s2")
-    net = smp.Unet("resnet18", encoder_weights=None, in_channels=10, classes=C)
+    net = torch_parity.torch_model(10, in_channels=10, num_classes=C)
     net.load_state_dict(safetensors_torch.load_file(path), strict=True)
     for source in (path, finished):
         model = cromss_jax.load(source)

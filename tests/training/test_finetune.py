@@ -22,10 +22,16 @@ from cromss_jax.weights import torch_keys
 from cromss_jax.weights.network import WeightsError
 from data_prep.datasets import downstream
 from data_prep.sample import downstream as sample_downstream
-from tests import runs
+from tests import runs, steps
 
 VARIANT = "task=dfc2020,input=s2,sample"
 TILE_SIZE, SHORT, NUM_TRAIN, NUM_TEST = 36, 29, 6, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_steps():
+    with steps.shared():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +277,8 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"optimizer.learning_rate": 1e-6}, "learning_rate is 1e-06; make both positive"),
         ({"network.fusion": "mid"}, "choose from none"),
         ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
+        ({"optimizer.layer_decay": 0.0}, "is 0.0; it must be above 0 and at most 1"),
+        ({"data.num_train_tiles": -1}, "is -1; it must be at least 0"),
         ({"data.test_split": "exam"}, "no split 'exam': choose one of"),
         ({"data.name": "ssl4eo_s12_dw"}, "--dataset=ssl4eo_s12_dw"),
     ],

@@ -1,76 +1,21 @@
 """Signals that interrupt a run: in every phase, to one process and to one of two."""
 
-import contextlib
-import hashlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
 from cromss_jax.training import preemption
 from tests import runs
-
-STATUS = 75
-
-
-def busy() -> None:
-    """Minutes in C, as a compilation: the main thread sees no signal meanwhile."""
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
-
-
-def until_reached() -> None:
-    for _ in range(10**9):
-        time.sleep(0.01)
-        if preemption.reached():
-            break
-
-
-def child(phase: str) -> None:
-    """A run in that phase."""
-    if phase == "ignored":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    preemption.watch(lambda: STATUS)
-    if phase == "outside":
-        print("ready", flush=True)
-        busy()
-    with preemption.deferred():
-        print("ready", flush=True)
-        if phase == "stuck":
-            busy()
-        if phase == "within":
-            with preemption.deferred(False):
-                busy()
-        until_reached()
-        print("saved", flush=True)
-        if phase == "told before":
-            with contextlib.suppress(preemption.Preempted), preemption.deferred(False):
-                print("not left", flush=True)
-            print("left before", flush=True)
-    print("not left", flush=True)
-
-
-def child_of_two(index: int, port: int) -> None:
-    """Counts steps until the processes agree to leave, and prints the step."""
-    preemption.watch(lambda: STATUS)
-    from cromss_jax.training import distributed
-
-    distributed.initialize(f"localhost:{port}", 2, index)
-    with preemption.deferred():
-        print("ready", flush=True)
-        for number in range(10**9):
-            time.sleep(0.01)
-            if preemption.reached():
-                print(f"left {number}", flush=True)
-                break
+from tests.training.interruptible import STATUS
 
 
 def start(*arguments: object) -> subprocess.Popen:
     process = subprocess.Popen(
-        [*runs.command("tests.training.test_preemption"), *map(str, arguments)],
+        [*runs.command("tests.training.interruptible"), *map(str, arguments)],
         cwd=runs.ROOT,
         env=dict(os.environ),
         stdout=subprocess.PIPE,
@@ -104,6 +49,15 @@ def test_a_signal_is_deferred_until_the_run_is_saved(number):
     assert output == "saved\n"
     assert errors.splitlines()[-1].endswith("Preempted: interrupted: all is saved, the same "
                                             "command continues")  # fmt: skip
+
+
+def test_a_closed_terminal_keeps_no_process_alive():
+    process = start("outside")
+    process.stderr.close()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=10) == STATUS
+    process.stdout.close()
 
 
 def test_what_was_deferred_ends_a_part_in_which_it_no_longer_is():
@@ -145,7 +99,7 @@ def test_two_processes_leave_at_the_same_step(number, told):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    line = runs.command("tests.training.test_preemption")
+    line = runs.command("tests.training.interruptible")
     processes = [
         subprocess.Popen(
             [*line, str(index), str(port)],
@@ -164,10 +118,3 @@ def test_two_processes_leave_at_the_same_step(number, told):
     assert [process.returncode for process in processes] == [0, 0]
     assert left[0].startswith("left ")
     assert left[0] == left[1]
-
-
-if __name__ == "__main__":
-    if sys.argv[1].isdigit():
-        child_of_two(int(sys.argv[1]), int(sys.argv[2]))
-    else:
-        child(sys.argv[1])

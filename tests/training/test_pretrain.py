@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -13,16 +14,23 @@ import numpy as np
 import pytest
 from etils import epath
 
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
+from cromss_jax.results import pictures
 from cromss_jax.training import loop, memory, preemption, pretrain, run, validation
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
 from cromss_jax.weights.network import Weights
-from tests import runs
+from tests import runs, steps
 
 # Few of 300 MB each.
 SAVING = {"checkpoint_every_epochs": 2, "checkpoints_to_keep": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_steps():
+    with steps.shared():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +158,8 @@ def test_an_interrupted_validation_is_made_up_for(finished, data_dir, tmp_path, 
         return evaluate(step, state, telling(), mesh)
 
     monkeypatch.setattr(validation, "evaluate", interrupted)
+    # Pictures take longer than the steps; `finished` has drawn its own.
+    monkeypatch.setattr(pictures, "draw_samples", lambda *_: np.zeros((8, 8, 3), np.uint8))
     for step in (4, 7):
         with pytest.raises(Preempted, match=f"saved step {step}; .* with its validation"):
             train_here(tiny_config(data_dir), tmp_path)
@@ -207,7 +217,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         train_here(config, tmp_path / "run")
     first_bad = int(str(error.value).split("at step ")[1].split(",")[0])
     dataset = input_pipeline.open_dataset(data_dir, config.data.name)
-    locations, _ = input_pipeline.split_locations(16, config.data.validation_fraction, config.seed)
+    locations, _ = validation_split.split_locations(
+        16, config.data.validation_fraction, config.seed
+    )
     batch = input_pipeline.training_records(dataset, locations, config.batch_size, config.seed)[
         first_bad
     ]
@@ -237,6 +249,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         ({"network.depth": 101}, "choose from 10, 18, 34, 50"),
         ({"augmentation.rotation_probability": 20.0}, "is 20.0; it must be from 0 to 1"),
         ({"selection.final_keep_fraction": -0.5}, "is -0.5; it must be from 0 to 1"),
+        ({"optimizer.momentum": 1.0}, "is 1.0; it must be from 0 to below 1"),
+        ({"optimizer.learning_rate": math.nan}, "is nan; it must be above 0"),
+        ({"optimizer.l2": -1e-8}, "is -1e-08; it must be at least 0"),
+        ({"schedule.factor": 1.0}, "is 1.0; it must be above 0 and below 1"),
+        ({"schedule.decay": 1.02}, "is 1.02; it must be above 0 and at most 1"),
+        ({"loss.consistency_weight": math.inf}, "is inf; it must be at least 0"),
+        ({"augmentation.max_angle": 360.0}, "is 360.0; it must be from 0 to 180"),
         ({"loss.prior_weight": 0.9, "loss.uniform_weight": 0.2}, "are 1.1 together; make them at"),
         ({"modalities": ("s1",)}, "use 'none' for one modality"),
     ],

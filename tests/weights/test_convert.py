@@ -7,8 +7,6 @@ import os
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +25,7 @@ from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import find_network, from_layout, to_layout
 from cromss_jax.weights.network import Network, Weights, WeightsError, part_of
 from cromss_jax.weights.transfer import transfer
+from tests import commands
 
 S1, S2 = sensors.S1_BANDS, sensors.S2_BANDS
 ROOT = pathlib.Path(__file__).parents[2]
@@ -516,10 +515,9 @@ def test_cards_of_runs(tmp_path):
 
 def test_command_line(folder, tmp_path):
     def run_command(*arguments):
-        line = [sys.executable, "-m", "cromss_jax.convert", *arguments]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        return commands.run("cromss_jax.convert", *arguments)
 
-    output, relative = tmp_path / "e.safetensors", os.path.relpath(folder, ROOT)
+    output, relative = tmp_path / "e.safetensors", os.path.relpath(folder, commands.ROOT)
     choice = (f"--checkpoint={relative}", "--layout=encoder", "--modality=s2")
     good = run_command("to_torch", f"--output={output}", *choice)
     assert good.returncode == 0, good.stderr

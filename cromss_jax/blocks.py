@@ -1,4 +1,4 @@
-"""Splits tiles by blocks of the earth's surface, so that held-back tiles have no close neighbours.
+"""Blocks of the earth's surface, so that what is held back has no close neighbours.
 
 Blocks are cells of about the same size between parallels and meridians. They do not depend on
 scenes, so that overlapping scenes, also of different UTM zones, are split in the same way.
@@ -8,7 +8,8 @@ import collections
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ import numpy as np
 _DEGREE = 111_195.0
 
 Block = tuple[int, int]
+# A block, or a number that stands for it.
+Key = TypeVar("Key", bound=Hashable)
 # West, south, east and north in degrees; east is less than west across the antimeridian.
 Bounds = tuple[float, float, float, float]
 
@@ -60,6 +63,34 @@ def side_of(tiles: Sequence[Bounds]) -> float:
     return float(np.median([north - south for _, south, _, north in tiles])) * _DEGREE
 
 
+def draw(sizes: Mapping[Key, int], order: Iterable[Key], limit: float) -> set[Key]:
+    """The blocks that are held back.
+
+    Args:
+      sizes: number of tiles in each block.
+      order: of the draw.
+      limit: number of tiles that they together may hold.
+
+    Returns:
+      Blocks in that order, without those that no longer fit; if none fits, the smallest.
+    """
+    held, total = set(), 0
+    for block in order:
+        if total + sizes[block] <= limit:
+            held.add(block)
+            total += sizes[block]
+    return held or {min(sizes, key=sizes.get)}
+
+
+def deal(sizes: Mapping[Key, int], num_folds: int) -> dict[Key, int]:
+    """The fold of each block: from the largest on, each goes to the fold with the fewest tiles."""
+    folds, totals = {}, np.zeros(num_folds, int)
+    for block in sorted(sizes, key=lambda block: (-sizes[block], block)):
+        folds[block] = int(totals.argmin())
+        totals[folds[block]] += sizes[block]
+    return folds
+
+
 def split(
     tiles: Sequence[Bounds], fraction: float, size: float, gap: float, seed: int
 ) -> np.ndarray:
@@ -84,18 +115,12 @@ def split(
     """
     centres = [block_of_centre(bounds, size) for bounds in tiles]
     present = sorted(set(centres))
+    if len(present) < 2:
+        raise ValueError("all tiles lie in one block")
     # By a digest, so that more scenes leave the order of the blocks as it is.
     order = sorted(present, key=lambda b: hashlib.sha256(f"{seed} {b}".encode()).digest())
     sizes = collections.Counter(centres)
-    held: set[Block] = set()
-    num_held = 0
-    for block in order:
-        if num_held + sizes[block] <= fraction * len(tiles):
-            held.add(block)
-            num_held += sizes[block]
-    held = held or {min(order, key=sizes.get)}
-    if len(held) == len(present):
-        raise ValueError("all tiles lie in one block")
+    held = draw({block: sizes[block] for block in order}, order, fraction * len(tiles))
     kinds = np.array([int(centre in held) for centre in centres], np.int8)
     near: dict[Block, list[Bounds]] = {}
     for bounds, kind in zip(tiles, kinds, strict=True):

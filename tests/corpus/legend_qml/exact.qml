@@ -1,0 +1,1 @@
+<?xml version="1.0" encoding="UTF-8"?><!DOCTYPE qgis PUBLIC "a" "b"><qgis><rastershader><colorrampshader colorRampType="EXACT"><item value="1" label="a" color="#419bdf"/><item value="2" label="b" color="#397d49"/></colorrampshader></rastershader></qgis>

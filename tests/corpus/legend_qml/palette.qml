@@ -1,0 +1,1 @@
+<qgis><pipe><rasterrenderer type="paletted"><colorPalette><paletteEntry value="1" label="water" color="#419bdf" alpha="255"/><paletteEntry value="2" label="trees" color="#397d49" alpha="255"/><paletteEntry value="3" label="none" color="#000000" alpha="0"/></colorPalette></rasterrenderer></pipe></qgis>
