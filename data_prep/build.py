@@ -24,7 +24,6 @@ from cromss_jax import files, lock, presets, sensors
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
-from data_prep.finding import sources
 from data_prep.reading import bands, legends, proj
 from data_prep.writing import cleaning, records
 from data_prep.writing.builder import LocationBuilder
@@ -267,7 +266,7 @@ def _cleaning() -> options.Cleaning | None:
                 "them with the folder of an audit"
             )
         return None
-    found = options.Cleaning(os.fspath(sources.absolute(given[chosen[0]])), _ABOVE.value, chosen[0])
+    found = options.Cleaning(os.fspath(files.absolute(given[chosen[0]])), _ABOVE.value, chosen[0])
     cleaning.check(found)
     return found
 

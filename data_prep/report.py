@@ -160,6 +160,10 @@ class Report:
         for name, value in measures:
             self._measures.setdefault(name, []).append(value)
 
+    def measures(self, name: str) -> Sequence[float]:
+        """The values of a measure so far."""
+        return self._measures.get(name, ())
+
     def _measure_rows(self) -> list[dict[str, Any]]:
         """The range of each measure."""
         return [

@@ -27,7 +27,6 @@ from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.network import Network, Weights, WeightsError
 from data_prep import errors, options
 from data_prep.datasets.ssl4eo_s12_nol import Ssl4eoS12Nol
-from data_prep.finding import sources
 from tests import disks, runs
 
 # What is said to the user in a sentence.
@@ -43,7 +42,7 @@ def make_builder(source: pathlib.Path, data_dir: pathlib.Path) -> Ssl4eoS12Nol:
     """Builds a tree with none of its locations left out."""
     return Ssl4eoS12Nol(
         source_dir=str(source),
-        data_dir=sources.absolute(data_dir),
+        data_dir=files.absolute(data_dir),
         num_workers=1,
         max_bad_locations=0,
         options=options.DEFAULT,

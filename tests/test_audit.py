@@ -53,7 +53,9 @@ def test_a_data_set_is_judged(data_dir, tmp_path):
     assert len(report["worst_locations"]) == LOCATIONS
     assert "| location | labels probably wrong |" in (tmp_path / "audit" / "report.md").read_text()
 
-    assert (tmp_path / "audit" / "reliability.png").stat().st_size > 1000
+    for name in ("reliability.png", "worst.png"):
+        assert (tmp_path / "audit" / name).stat().st_size > 1000
+        assert f"]({name})" in (tmp_path / "audit" / "report.md").read_text()
 
     # The maps lie where the labels do, and say what the report sums up.
     record = dataset.source[3]

@@ -420,6 +420,21 @@ def test_a_gpu_that_is_too_small(toy_gpus, monkeypatch):
     assert table.markdown(plan.make_plan(toy_gpus, "l40s:2", **SMALL)).endswith("or crop.")
 
 
+def test_the_largest_batch_that_fits_a_gpu(toy_gpus, monkeypatch):
+    def compile_step(config, described, mesh, available):
+        raise plan.OutOfMemory(1.5 * available, available)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    figures = plan.make_plan(toy_gpus, "a100:2", **SMALL)
+    text = table.markdown(figures)
+    available = 0.75 * chips.GPUS["a100"].memory / chips.GIB
+    needed = f"a GPU needs {1.5 * available:.2f} GiB and has {available:.2f}."
+    assert f"Does not fit: {needed}" in text
+    # Nearly two thirds of three: the state's memory is the same for all.
+    assert "fits is config.batch_size 2, 1 images per GPU (estimated in proportion" in text
+    assert text.endswith("with more config.microbatches, or config.rematerialise=True.")
+
+
 def test_a_plan_compiled_for_gpus(gpu_compiler, toy_step, monkeypatch):
     """On two hosts, with the compiler for GPUs; then in less memory than it needs."""
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)

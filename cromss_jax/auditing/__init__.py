@@ -1,4 +1,4 @@
-"""Which labels of a data set are probably wrong: evidence, the noise that it tells, reports.
+"""Which labels of a data set are probably wrong: evidence, noise, maps, polygons, reports.
 
 May import `mapping`, `training.sharding` and the rooms below it. Begin with `evidence`.
 """

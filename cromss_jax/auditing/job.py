@@ -21,6 +21,7 @@ from cromss_jax.auditing import (
     scores,
     suspects,
     vectors,
+    worst,
 )
 from cromss_jax.data import input_pipeline
 
@@ -251,6 +252,12 @@ def audit(
         content["suspects"] = suspects.write(
             folder, tiles, names, settings.above, settings.min_area, len(modalities) == 2
         )
+        shown = [row["name"] for row in content["worst_locations"]][: worst.COUNT]
+        chosen = worst.rank(tiles, shown)
+        if chosen:
+            # Tiles are in the order of the records.
+            worst.draw(folder, dataset, chosen, [tiles.index(tile) for tile in chosen])
+            content["pictures"] = worst.FILE
     if polygons is not None:
         counted = parcels.count(polygons, tiles, len(names))
         content["parcels"] = parcels.write(folder, polygons, counted, names)

@@ -103,6 +103,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         )
     lines += ["", "## Worst locations", "", "| location | labels probably wrong |", "|---|---|"]
     lines += [f"| {row['name']} | {row['wrong']:.1%} |" for row in found["worst_locations"]]
+    if "pictures" in found:
+        lines += ["", f"![The worst dates of the first of these]({found['pictures']})"]
     if "suspects" in found:
         lines += ["", *_suspects(found["suspects"])]
     if "parcels" in found:

@@ -34,12 +34,13 @@ def _sums(axis: int, *arrays: jax.Array) -> list[jax.Array]:
 def _pixel_sums(*arrays: jax.Array) -> jax.Array:
     """Sums over all pixels of n arrays [B, H, W, C], [n, C], in two operations.
 
-    The second adds the sums of groups, which are as many as a group has pixels. A group lies on one
-    device, so that devices exchange only their results, by one all-reduce.
+    The second adds the sums of groups, which are about as many as a group has pixels. A group lies
+    within one sample, so that devices exchange only their results, by one all-reduce.
     """
-    *sides, num_channels = arrays[0].shape
-    count = math.prod(sides)
-    groups = math.gcd(count, 2 ** (count.bit_length() // 2))
+    batch, height, width, num_channels = arrays[0].shape
+    groups_of_all = 2 ** ((batch * height * width).bit_length() // 2)
+    groups_of_sample = 2 ** max((groups_of_all // batch).bit_length() - 1, 0)
+    groups = batch * math.gcd(height * width, groups_of_sample)
     grouped = [x.reshape(groups, -1, num_channels) for x in arrays]
     sums = jnp.concatenate(_sums(1, *grouped), axis=-1).sum(0)
     return sums.reshape(-1, num_channels)

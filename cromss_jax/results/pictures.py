@@ -20,7 +20,9 @@ from cromss_jax.legend import Legend
 
 TITLES = {"s1": "Sentinel-1", "s2": "Sentinel-2", "labels": "Noisy label", "prior": "Prior"}
 TITLES |= {"truth": "Truth", "prediction": "Prediction", "label_confidence": "Label confidence"}
-TITLES |= {"selection_weights": "Selection weights"}
+TITLES |= {"selection_weights": "Selection weights", "suggested": "Suggested"}
+TITLES |= {"wrong_probability": "Label is wrong"}
+_SHARES = ("label_confidence", "selection_weights", "wrong_probability")
 
 
 def class_colours(labels: np.ndarray, legend: Legend) -> np.ndarray:
@@ -45,7 +47,7 @@ def _drawable(
         colours = [s2_bands.index(band) for band in ("B4", "B3", "B2") if band in s2_bands]
         # If red, green or blue is missing, the first band is shown in grey.
         return _stretch(values[..., colours if len(colours) == 3 else [0, 0, 0]])
-    if name.startswith(("label_confidence", "selection_weights")):
+    if name.startswith(_SHARES):
         return values
     return class_colours(values, legend)
 
@@ -67,8 +69,9 @@ def draw_samples(
     order = [name for name in order if name in shown]
     order += sorted(name for name in shown if "/" in name)
     count = len(shown["labels"])
-    # Below the samples, nine classes a line.
-    bottom = 0.4 + 0.2 * ((len(legend) - 1) // 9)
+    # Below the samples, nine classes a line, or five below few maps.
+    per_line = 9 if len(order) > 5 else 5
+    bottom = 0.4 + 0.2 * ((len(legend) - 1) // per_line)
     height = 1.72 * count + 0.35 + bottom
     figure = matplotlib.figure.Figure(figsize=(1.7 * len(order), height), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -82,8 +85,9 @@ def draw_samples(
                 kind, _, modality = name.partition("/")
                 axis.set_title(f"{TITLES[kind]} {modality.upper()}".strip(), fontsize=8)
     handles = [matplotlib.patches.Patch(color=c) for c in legend.colours]
-    figure.legend(handles, legend.names, loc="lower center", ncols=9, fontsize=8)
-    figure.subplots_adjust(0.005, bottom / height, 0.995, 0.95, 0.03, 0.03)
+    figure.legend(handles, legend.names, loc="lower center", ncols=per_line, fontsize=8)
+    top = max(0.95, 1 - 0.4 / height)
+    figure.subplots_adjust(0.005, bottom / height, 0.995, top, 0.03, 0.03)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

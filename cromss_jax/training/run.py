@@ -127,7 +127,8 @@ def describe_data(
             shown = tuple(band for band in wanted if band in found) or tuple(found)
             raise ConfigError(
                 f"the data set {name} has no {modality.upper()} band {', '.join(missing)}, only "
-                f'{", ".join(found)}: choose some of these, such as --config.s2_bands="{shown}"'
+                f"{', '.join(found)}: set config.s2_bands to some of these, such as "
+                f'--config.s2_bands="{shown}"'
             )
     described = ml_collections.ConfigDict(config)
     with described.unlocked():

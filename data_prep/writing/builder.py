@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_builder
@@ -19,6 +20,9 @@ from data_prep.errors import BadFileError
 from data_prep.reading import grids
 from data_prep.writing import records
 from data_prep.writing.records import Example, Location, Outcome, Plan, Reading, Shard
+
+# In dB. Of land and water, VV is some 7 dB brighter.
+_SWAPPED = -1.0
 
 
 def first_readable(
@@ -173,6 +177,7 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 if not isinstance(outcome, BadFileError):
                     lengths[shard.path] += outcome.num_records
                     digests[shard.split].update(outcome.digest)
+        self._check_polarisations()
         if self._block_size:
             present = sorted({block for found in self._blocks.values() for block in found})
             numbers = {block: number for number, block in enumerate(present)}
@@ -192,6 +197,22 @@ class LocationBuilder(dataset_builder.FileReaderBuilder, skip_registration=True)
                 )
             )
         self.info.set_splits(tfds.core.SplitDict(infos))
+
+    def _check_polarisations(self) -> None:
+        """Refuses data whose bands of Sentinel-1 are swapped.
+
+        A single image of calm water or noise may be wrong about it.
+
+        Raises:
+          errors.BuildError: if VH is brighter than VV in most records.
+        """
+        values = self.report.measures(records.VV_MINUS_VH)
+        if values and (middle := float(np.median(values))) < _SWAPPED:
+            raise errors.BuildError(
+                f"VH is brighter than VV, by {-middle:.1f} dB at the median of all records, which "
+                "never is so: the bands are swapped, nothing was written. Describe them in the "
+                "files, or name the files after their bands"
+            )
 
     def _shards_of(self, split: str, template: tfds.core.ShardedFileTemplate) -> list[Shard]:
         locations, size = self._splits[split], self._locations_per_shard

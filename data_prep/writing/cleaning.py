@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cromss_jax import files
 from cromss_jax.sensors import IGNORE_LABEL
 from data_prep import errors
-from data_prep.finding import sources
 from data_prep.options import Cleaning
 from data_prep.reading import proj  # noqa: F401 - chooses the database of reference systems
 from data_prep.report import Finding
@@ -31,7 +31,7 @@ def check(cleaning: Cleaning) -> None:
     Raises:
       errors.BuildError: naming what is missing.
     """
-    folder = sources.absolute(cleaning.audit)
+    folder = files.absolute(cleaning.audit)
     for name in ("report.json", "maps"):
         if not (folder / name).exists():
             raise errors.BuildError(
@@ -60,7 +60,7 @@ def _read_cleaned(
     measures, findings = [], []
     for example in reading.examples:
         name, season = example["location_id"], int(example["season"])
-        folder = sources.absolute(cleaning.audit) / "maps" / name
+        folder = files.absolute(cleaning.audit) / "maps" / name
         if name not in by_name:
             by_name[name] = example["labels"].copy()
             if not folder.is_dir():

@@ -18,7 +18,7 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cromss_jax import files
+from cromss_jax import files, sensors
 from data_prep import errors, parallel
 from data_prep.report import Finding
 
@@ -27,6 +27,9 @@ from data_prep.report import Finding
 ARRAY_RECORD_OPTIONS = "group_size:1,zstd:-1"
 # Raw size of the records of one file.
 SHARD_BYTES = 512 << 20
+
+# The name of a measure of each record.
+VV_MINUS_VH = "VV minus VH, dB"
 
 Example = dict[str, Any]
 # The unit that a builder reads at once; it has an attribute `location_id`.
@@ -172,6 +175,7 @@ def write_shard(
                 continue
             digest = hashlib.sha256()
             classes = np.zeros((2, 256), np.int64)
+            measures = result.measures
             for example in result.examples:
                 serialized = serializer.serialize_example(features.encode_example(example))
                 # TFDS gives the features in another order in each process.
@@ -180,6 +184,7 @@ def write_shard(
                 digest.update(stored)
                 pixels = np.bincount(example["labels"][example["season"]].ravel(), minlength=256)
                 classes += np.stack([pixels, pixels > 0])
+                measures += _measures(example)
                 with _write_errors():
                     writer.write(stored)
             yield Written(
@@ -187,7 +192,7 @@ def write_shard(
                 result.findings,
                 digest.digest(),
                 classes,
-                result.measures,
+                measures,
                 _place(result.examples[0]) if result.examples else None,
             )
         with _write_errors():
@@ -199,6 +204,17 @@ def _place(example: Example) -> tuple[str, float, float]:
     a, b, c, d, e, f = example["transform"].tolist()
     row, column = (side / 2 for side in example["labels"].shape[-2:])
     return example["crs"], a * column + b * row + c, d * column + e * row + f
+
+
+def _measures(example: Example) -> tuple[tuple[str, float], ...]:
+    """How much brighter VV is than VH, if the record has both."""
+    if "s1" not in example or example["s1"].shape[-1] != len(sensors.S1_BANDS):
+        return ()
+    decibels = [
+        mean - 2 * std + 4 * std * float(example["s1"][..., i].mean()) / 255
+        for i, (mean, std) in enumerate(map(sensors.BAND_STATISTICS.get, sensors.S1_BANDS))
+    ]
+    return ((VV_MINUS_VH, round(decibels[0] - decibels[1], 3)),)
 
 
 def write_here(plan: Plan, num_workers: int) -> Iterator[tuple[Shard, Location, Outcome]]:

@@ -1,6 +1,7 @@
 """Suspects and parcels on small maps, by hand: areas, borders of tiles, reference systems."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pyogrio
@@ -9,7 +10,7 @@ import rasterio
 import shapely
 
 from cromss_jax import presets
-from cromss_jax.auditing import maps, mosaics, parcels, suspects, vectors
+from cromss_jax.auditing import maps, mosaics, parcels, suspects, vectors, worst
 from cromss_jax.mapping.cogs import Grid
 
 UTM = rasterio.CRS.from_epsg(32632).to_wkt()
@@ -166,6 +167,16 @@ def test_several_reference_systems_are_written_in_degrees(tmp_path):
     # A ten-thousandth of a degree at 60 degrees north: 11.14 m by 5.58 m.
     (area,) = table["hectares"][table["location"] == "c"]
     assert area == pytest.approx(36 * 11.14 * 5.58 / 1e4, rel=2e-3)
+
+
+def test_the_worst_date_of_a_location(tmp_path):
+    tiles = []
+    for name, wrong in (("a", 0.2), ("b", 0.9), ("c", 0.5)):
+        for season, more in enumerate((0.0, 0.1, 0.05)):
+            own = write_tile(tmp_path / str(season), name, 0, 0, GIVEN, wrong + more - 0.1, 4)
+            tiles.append(dataclasses.replace(own, season=season))
+    assert [(t.location, t.season) for t in worst.rank(tiles, ["b", "c"])] == [("b", 1), ("c", 1)]
+    assert worst.rank(tiles, []) == []
 
 
 def test_parcels(tmp_path):

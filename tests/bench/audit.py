@@ -285,12 +285,31 @@ def unseen(folder: pathlib.Path, seed: str) -> np.ndarray:
 
 
 def measure(folder: pathlib.Path, seed: str) -> dict:
-    """All figures of a seed."""
+    """The figures of a seed that --stages asks for."""
     make_data(folder, seed)
     compared = _COMPARED.value or _FOLDS.value
     train(folder, seed, "audit", "data", "sample", _FOLDS.value)
-    found = predict(folder, seed, "audit")
-    num_classes = found[0][1]["prior"].shape[-1]
+    num_classes = len(folds_of(folder, seed)[0].legend)
+    figures, found = {}, []
+    if {"audit", "off"} & set(_STAGES.value):
+        found = predict(folder, seed, "audit")
+    if "audit" in _STAGES.value:
+        figures |= ranked(folder, seed, found, num_classes)
+        print(json.dumps({seed: figures}), flush=True)
+    if "clean" in _STAGES.value:
+        audit = folder / f"audit{seed}"
+        build(folder, seed, "cleaned", replace_labels=audit, above=_ABOVE.value)
+        train(folder, seed, "auditclean", "cleaned", "sample", compared)
+        figures["cleaned"] = retrained(folder, seed, compared, num_classes)
+        print(json.dumps({seed: figures}), flush=True)
+    if "off" in _STAGES.value:
+        train(folder, seed, "auditoff", "data", "sample,selection=off", compared)
+        figures["selection"] = without_selection(folder, seed, compared, found, num_classes)
+    return figures
+
+
+def ranked(folder: pathlib.Path, seed: str, found: Predictions, num_classes: int) -> dict:
+    """How evidence ranks wrong labels, estimated and true rates, and what is found of each kind."""
     content = audited(found, seed, folder)
     shown = {n: rank(found, own, num_classes) for n, own in simple_evidence(found).items()}
     if _CLEANLAB.value:
@@ -301,15 +320,6 @@ def measure(folder: pathlib.Path, seed: str) -> dict:
     figures = {"ranking": shown, "rates": rates(content, found, num_classes)}
     if _DATASET.value == "ssl4eo_s12_nol":
         figures["kinds"] = by_kind(found, seed)
-    print(json.dumps({seed: figures}), flush=True)
-    if "clean" in _STAGES.value:
-        audit = folder / f"audit{seed}"
-        build(folder, seed, "cleaned", replace_labels=audit, above=_ABOVE.value)
-        train(folder, seed, "auditclean", "cleaned", "sample", compared)
-        figures["cleaned"] = retrained(folder, seed, compared, num_classes)
-    if "off" in _STAGES.value:
-        train(folder, seed, "auditoff", "data", "sample,selection=off", compared)
-        figures["selection"] = without_selection(folder, seed, compared, found, num_classes)
     return figures
 
 

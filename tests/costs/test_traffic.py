@@ -216,3 +216,24 @@ def test_a_text_of_another_form_names_the_plugin():
     unknown = GPU_HLO.replace("dim_labels=b01f_o01i->b01f", "")
     with pytest.raises(traffic.UnreadableProgram, match="install jax-cuda12-plugin"):
         traffic.count(unknown, unknown_rounds=1, is_gpu=True)
+
+
+def test_a_fusion_that_sums_two_arrays_at_once_and_writes_a_third():
+    program = """\
+%fused (p.0: bf16[64,8]) -> ((f32[8], f32[8]), pred[64,8]) {
+  %p.0 = bf16[64,8]{1,0} parameter(0)
+  %wide = f32[64,8]{1,0} convert(%p.0)
+  %zero = f32[] constant(0)
+  %sums = (f32[8]{0}, f32[8]{0}) reduce(%wide, %wide, %zero, %zero), dimensions={0}, to_apply=%add
+  %mask = pred[64,8]{1,0} compare(%p.0, %p.0), direction=GT
+  ROOT %all = ((f32[8]{0}, f32[8]{0}), pred[64,8]{1,0}) tuple(%sums, %mask)
+}
+
+ENTRY %main (x: bf16[64,8]) -> ((f32[8], f32[8]), pred[64,8]) {
+  %x = bf16[64,8]{1,0} parameter(0)
+  ROOT %f = ((f32[8]{0}, f32[8]{0}), pred[64,8]{1,0}) fusion(%x), kind=kInput, calls=%fused
+}
+"""
+    counts = traffic.count(program, unknown_rounds=1, is_gpu=True)
+    assert counts.hbm_bytes == {"others": 64 * 8 * 2 + 2 * 8 * 4 + 64 * 8}
+    assert counts.launches == {"others": 1}

@@ -11,11 +11,13 @@ import sys
 import pytest
 
 from data_prep import errors
-from data_prep.datasets import downstream, ssl4eo_s12_nol
+from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
+from data_prep.options import Options
 from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
 from data_prep.writing import records
 from tests import commands, runs
+from tests.data_prep import test_scenes
 
 BUILDERS = {"nol": ssl4eo_s12_nol.Ssl4eoS12Nol, "dfc2020": downstream.Dfc2020}
 OPTIONS = {"nol": {}, "dfc2020": {"patch_size": 20}}
@@ -86,6 +88,51 @@ def test_pipeline_changes_no_bit(templates, tmp_path, name, beam_args):
     expected = contents(tmp_path / "plain")
     assert sum("array_record" in file for file in expected) >= 3
     assert contents(tmp_path / "beam") == expected
+
+
+def scenes_of(root):
+    """A function from a folder and options to the builder of a small scene."""
+    test_scenes.write_s2(root)
+    test_scenes.write_s1(root)
+    test_scenes.write_labels(root)
+    table = test_scenes.write_table(root)
+    cutting, options = test_scenes.cutting(test_fraction=0.2), test_scenes.OPTIONS
+    return functools.partial(scenes.Scenes, table=table, cutting=cutting, options=options)
+
+
+def shards_of(root):
+    """The same of five samples in shards of Zarr stores."""
+    # Skipped where numcodecs is not installed.
+    from tests.data_prep import test_zarr
+
+    samples = {key: test_zarr.sample(seed, 1000 * (seed % 2)) for seed, key in enumerate("abcde")}
+    test_zarr.write_shards(root, samples)
+    test_zarr.write_shards(root, {"f": test_zarr.sample(7)}, split="val")
+    options = Options(block_size=20_000)
+    return functools.partial(terramesh.Terramesh, source_dir=root, options=options)
+
+
+@pytest.mark.parametrize("make", [scenes_of, shards_of])
+def test_workers_change_no_bit(tmp_path, make):
+    builder = make(tmp_path)
+    for number in (1, 2):
+        builder(data_dir=tmp_path / f"{number}", num_workers=number).build()
+    expected = contents(tmp_path / "1")
+    assert sum("array_record" in file for file in expected) >= 3
+    assert contents(tmp_path / "2") == expected
+
+
+@needs_beam
+@pytest.mark.parametrize("beam_args", [ONE_WORKER, TWO_WORKERS])
+@pytest.mark.parametrize("make", [scenes_of, shards_of])
+def test_pipeline_changes_no_bit_of_scenes_and_shards(tmp_path, make, beam_args):
+    from data_prep.writing import pipeline
+
+    builder = make(tmp_path)
+    builder(data_dir=tmp_path / "plain").build()
+    write = functools.partial(pipeline.write, options=pipeline.parse_options(beam_args))
+    builder(data_dir=tmp_path / "beam").build(write)
+    assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
 
 
 @needs_beam
@@ -245,8 +292,8 @@ def test_commands_of_the_readme():
     """Beam knows all their options."""
     from apache_beam.options import pipeline_options
 
-    text = (runs.ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^    BUILD .* -- (.*)$", text, re.MULTILINE)
+    text = (runs.ROOT / "data_prep/README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python -m data_prep.build .* -- (.*)$", text, re.MULTILINE)
     runners = []
     for line in lines:
         options = pipeline_options.PipelineOptions(line.split())

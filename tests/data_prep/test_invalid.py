@@ -236,7 +236,7 @@ def test_location_without_a_season_left_has_no_records(nol, tmp_path):
     for file in (tree / "s1" / "0000000").rglob("*.tif"):
         trees.rewrite(file, lambda pixels: pixels * np.nan)
     with pytest.raises(
-        errors.BuildError, match=r"none of the 2 locations can be used; .*report.md"
+        errors.BuildError, match=r"none of the 2 locations can be used .season skipped: .*report.md"
     ):
         trees.build("nol", tree, tmp_path / "data")
     text = (tmp_path / "data" / "ssl4eo_s12_nol.report.md").read_text()

@@ -324,6 +324,22 @@ def test_blocks_that_validation_holds_back(tmp_path):
     assert dataset.season_counts.tolist() == [1, 1, 1]
 
 
+def test_swapped_polarisations(tmp_path):
+    """Of a sample alone they could be right, of most they cannot."""
+    swapped = {
+        seed: sample(seed, S1RTC=store("S1RTC", radar(seed)[:, ::-1], DATE)) for seed in (1, 2)
+    }
+    write_shards(tmp_path, {"a": swapped[1], "b": sample(2), "c": sample(3)})
+    built = build(tmp_path)
+    values = built.report.measures("VV minus VH, dB")
+    # The bands were drawn 7 dB apart; scaling clips them a little.
+    np.testing.assert_allclose(values, [-7, 7, 7], atol=0.5)
+    write_shards(tmp_path, {"a": swapped[1], "b": swapped[2], "c": sample(3)})
+    (tmp_path / "data").rename(tmp_path / "first")
+    with pytest.raises(errors.BuildError, match="VH is brighter than VV, by .* are swapped"):
+        build(tmp_path)
+
+
 def test_shards_in_a_bucket(tmp_path):
     with pytest.raises(sources.SourceError, match="shards cannot be read there: give the path"):
         terramesh.Terramesh(source_dir="gs://bucket/terramesh", data_dir=tmp_path)

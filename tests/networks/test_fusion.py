@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cromss_jax.networks import decoders, layers, resampling, resnet
+from cromss_jax.costs import costs
+from cromss_jax.networks import decoders, fused, layers, resampling, resnet
 from cromss_jax.networks import fusion as networks
 from cromss_jax.training import sharding
 from cromss_jax.weights import torch_keys
@@ -40,8 +41,8 @@ def torch():
     torch.set_num_threads(num_threads)
 
 
-def jit(function):
-    return jax.jit(function, compiler_options=FAST_COMPILE)
+def jit(function, **options):
+    return jax.jit(function, compiler_options=FAST_COMPILE, **options)
 
 
 def abstract_state(fusion, depth, num_channels, dtype=jnp.float32, decoder="unet"):
@@ -368,8 +369,8 @@ def test_fused_gradients_are_as_right_in_bfloat16(apply):
         ]
 
     # Both round input, kernel, products and results to 8 bits, in another order.
-    for fused, derived in zip(errors(True), errors(False), strict=True):
-        assert fused <= 1.2 * derived + 1e-6
+    for by_hand, derived in zip(errors(True), errors(False), strict=True):
+        assert by_hand <= 1.2 * derived + 1e-6
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -395,16 +396,34 @@ def test_batch_norm_needs_two_values():
         layers.BatchNorm(1)(jnp.ones((1, 1, 1, 1)), train=True)
 
 
-def test_batch_norm_statistics_are_those_of_the_sharded_batch():
+@pytest.mark.parametrize("fused", [False, True])
+def test_batch_norm_statistics_are_those_of_the_sharded_batch(fused):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     x = np.random.default_rng(0).normal(np.arange(8)[:, None, None, None], 1, (8, 4, 4, 3))
     x = jax.device_put(jnp.asarray(x, jnp.float32), rows)
     norm = layers.BatchNorm(3)
+    norm.fused = fused
     nnx.jit(lambda norm, x: norm(x, train=True))(norm, x)
     exact = np.asarray(x, np.float64).reshape(-1, 3)
     np.testing.assert_allclose(norm.running_mean[...], 0.1 * exact.mean(0), rtol=1e-6)
     np.testing.assert_allclose(norm.running_var[...], 0.9 + 0.1 * exact.var(0, ddof=1), rtol=1e-6)
+
+
+def test_devices_exchange_a_fused_batch_norms_sums_alone():
+    mesh = sharding.make_mesh()
+    vector = jax.ShapeDtypeStruct((3,), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 4, 4, 3), jnp.bfloat16)
+
+    def loss(x, *vectors):
+        return fused.normalise(x, *vectors, True)[0].astype(jnp.float32).sum()
+
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    jitted = jit(jax.grad(loss), in_shardings=(rows, whole, whole, whole), out_shardings=rows)
+    text = jitted.lower(x, vector, vector, vector).compile().as_text()
+    found = costs.find_collectives(text)
+    # Of each pass one, of the two sums of each channel.
+    assert found == {"all-reduce": costs.Collective(2, 2 * 6 * 4)}
 
 
 def test_upsample_repeats_each_pixel():

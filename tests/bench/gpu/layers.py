@@ -23,7 +23,10 @@ TESTS = [
     "tests/training/test_optimizers.py",
     "tests/training/test_oracle.py",
 ]
-SEVERAL_DEVICES = "tests/training/test_gradients.py::test_microbatches_gather_nothing"
+SEVERAL_DEVICES = (
+    "tests/training/test_gradients.py::test_microbatches_gather_nothing",
+    "tests/networks/test_fusion.py::test_devices_exchange_a_fused_batch_norms_sums_alone",
+)
 _TESTS = flags.DEFINE_list("tests", TESTS, "What pytest runs")
 _WORKERS = flags.DEFINE_integer("workers", 6, "Processes")
 _SECONDS = flags.DEFINE_float("seconds", 120, "After which what has ended is shown")
@@ -36,8 +39,9 @@ def main(_) -> None:
     # Other versions than those of the lock files warn of other things.
     line = [sys.executable, "-m", "pytest", "-o", "addopts=", "-W", "default", "-v", "--tb=short"]
     line += ["-p", "no:cacheprovider", "-p", "no:warnings", "--color=no", "-m", "not slow"]
-    line += ["-p", "tests.bench.gpu.failures"]
-    line += ["--maxfail=20", f"--deselect={SEVERAL_DEVICES}", *workers, *chosen]
+    line += ["-p", "tests.bench.gpu.failures", "--no-summary"]
+    line += [f"--deselect={name}" for name in SEVERAL_DEVICES]
+    line += ["--maxfail=20", *workers, *chosen]
     figures = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0, "failed": []}
     process = subprocess.Popen(line, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
     # pytest then shows the failures so far.
