@@ -168,7 +168,7 @@ def _is_validating(run: Started) -> bool:
 
 
 def _is_scoring(run: Started) -> bool:
-    is_done = re.search(r"step (\d+)/\1,", run.said()) or "at step 7" in run.said()
+    is_done = re.search(r"step (\d+)/\1,|at step 4$", run.said(), re.MULTILINE)
     return bool(is_done) and not (run.workdir / "results.json").exists()
 
 
