@@ -14,7 +14,7 @@ All forms of an operation give the same numbers up to rounding; tests compare th
 | search for thresholds | by modality | of all modalities | by modality |
 | its labels | compared once | in every round | compared once |
 | U-Net | plain | plain | packed |
-| optimizer | vectors joined | vectors' gradients joined | vectors joined |
+| optimizer | vectors joined | rows; vectors' gradients joined | vectors joined |
 
 Layers choose by `choose`: when they are compiled or, inside `known`, when they are traced. A step
 chooses when it is built, by `Forms`.

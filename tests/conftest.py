@@ -19,10 +19,11 @@ SLOW = (
     "test_pretrain",
     "test_fusion",
     "test_sharding",
-    "test_oracle",
     "test_finetune",
-    "test_convert",
     "test_docs",
+    "test_convert",
+    "test_gradients",
+    "test_oracle",
 )
 
 

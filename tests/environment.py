@@ -7,6 +7,7 @@ tests that need several devices then fail on one. The CPU is there, too, for tes
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 # What tests run takes longer to compile than to run. Compiled so it takes a ninth of the time:
@@ -23,6 +24,10 @@ def quick_flags() -> str:
     flags += [f"--{name}={value}".lower() for name, value in QUICK_OPTIONS.items()]
     return " ".join(dict.fromkeys(flags))
 
+
+# A shell lets what it starts in the background ignore Ctrl-C, and processes inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Of xdist; workers inherit the environment of the process that starts them.
 worker = os.environ.get("PYTEST_XDIST_WORKER")

@@ -115,9 +115,8 @@ def test_padded_channels_change_no_number(monkeypatch, in_channels, out_channels
     jax.tree.map(np.testing.assert_array_equal, results(), expected)
 
 
-@pytest.mark.parametrize(
-    "variant", ["sample,modality=s2", pytest.param("sample", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # quick forms: the operations above, and those of tests/networks
+@pytest.mark.parametrize("variant", ["sample,modality=s2", "sample"])
 def test_a_step_of_gpu_forms_is_the_step_of_cpu_forms(monkeypatch, variant):
     """Losses, thresholds, gradients of one step in float32, from the same records."""
     config = runs.tiny_config("unused", variant, **{"batch_size": B, "data.crop_size": SIZE})

@@ -66,6 +66,7 @@ def test_it_holds_every_module_and_no_other_top_level_name(site):
     assert {str(path.relative_to(site)) for path in site.rglob("*.py")} == expected
 
 
+@pytest.mark.slow
 def test_sample_build_and_training_run_in_an_empty_folder(site, tmp_path):
     """The home folder's `~` is expanded, too, by the command line."""
     flags = {f"config.{name}": value for name, value in runs.tiny_flags("~/data/sample").items()}

@@ -74,12 +74,30 @@ def split(tree: Any, like: Any) -> Any:
     return jax.tree.map(split_state, like, tree, is_leaf=_is_state)
 
 
-# A GPU runs the update of an array as one kernel. XLA merges the kernels of arrays of one shape if
-# they read from one array. The functions below give them one.
+# A GPU runs the update of an array as one kernel. XLA adds the sums of its rows' squares to that
+# kernel if the rows are so short that an array of usual size has more of them than a GPU has cores.
+_ROW = 256
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, math.gcd(x.size, _ROW))
+
+
+def to_rows(tree: Any) -> Any:
+    """Reshapes a tree's arrays but vectors and scalars to rows."""
+    return jax.tree.map(lambda x: _rows(x) if x.ndim > 1 else x, tree)
+
+
+def from_rows(tree: Any, like: Any) -> Any:
+    """Reverses `to_rows`; `like` is the tree before it."""
+    return jax.tree.map(lambda x, before: x.reshape(before.shape), tree, like)
 
 
 def _from_one(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """The same arrays, of one dtype, read from their concatenation."""
+    """The same arrays, of one dtype, read from their concatenation.
+
+    XLA merges the kernels of arrays of one shape if they read one array.
+    """
     joined = jnp.concatenate([x.ravel() for x in arrays])
     # Without the barrier XLA would read the original arrays.
     joined = jax.lax.optimization_barrier(joined)
@@ -91,11 +109,11 @@ def _from_one(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 def from_memory(grads: Any) -> Any:
     """Returns gradients unchanged, written to memory, their vectors as parts of a single one."""
     arrays, structure = jax.tree.flatten(grads)
+    vectors = iter(_from_one([x for x in arrays if x.ndim == 1]))
     # Without the barrier XLA would transpose a convolution's gradient in the kernel of its update,
     # and run that twice, once for the norm of the new parameters.
-    arrays = jax.lax.optimization_barrier(arrays)
-    vectors = iter(_from_one([x for x in arrays if x.ndim == 1]))
-    return structure.unflatten([next(vectors) if x.ndim == 1 else x for x in arrays])
+    others = iter(jax.lax.optimization_barrier([x for x in arrays if x.ndim != 1]))
+    return structure.unflatten([next(vectors if x.ndim == 1 else others) for x in arrays])
 
 
 def count_together(before: Any, after: Any) -> Any:
@@ -110,18 +128,11 @@ def count_together(before: Any, after: Any) -> Any:
     return jax.tree.structure(after).unflatten(leaves)
 
 
-# A GPU sums up to so many numbers without a second kernel for the sums of parts.
-_SUMMED_AT_ONCE = 4096
-
-
 def norm(tree: Any) -> jax.Array:
-    """The square root of the sum of all squares, as `optax.tree.norm`.
+    """The square root of the sum of all squares of rows and vectors, as `optax.tree.norm`.
 
-    The sums of parts of all arrays are summed in one operation, not in one for each array.
+    The sums of all rows are added in one operation, not in one for each array.
     """
-    rows = [
-        jnp.square(x).reshape(-1, math.gcd(x.size, _SUMMED_AT_ONCE)).sum(1)
-        for x in jax.tree.leaves(join(tree))
-    ]
+    sums = [jnp.square(_rows(x)).sum(1) for x in jax.tree.leaves(join(tree))]
     # Without the barrier XLA would sum each array by itself.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(sums)).sum())

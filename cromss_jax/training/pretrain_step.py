@@ -160,14 +160,15 @@ def make_update(
                 (params, opt_state), grads = optimizers.join((before, grads))
                 norm_of = optax.tree.norm
             else:
+                (params, opt_state), grads = optimizers.to_rows((before, grads))
                 grads, norm_of = optimizers.from_memory(grads), optimizers.norm
                 batch_stats = optimizers.count_together(state.batch_stats, batch_stats)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             norm = norm_of(grads)
             bad_step = first_bad_step(state, loss, norm, params, norm_of)
-        if forms.joins_vectors:
-            params, opt_state = optimizers.split((params, opt_state), like=before)
+        restore = optimizers.split if forms.joins_vectors else optimizers.from_rows
+        params, opt_state = restore((params, opt_state), like=before)
         report |= {"gradient_norm": norm, "learning_rate": rate}
         new_state = dataclasses.replace(
             state,

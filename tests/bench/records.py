@@ -72,6 +72,8 @@ def _read(location: Location, crop: int, num_seasons: int) -> records.Reading:
             "labels": np.repeat(labels[None], num_seasons, 0),
             "season": season,
             "location_id": location.location_id,
+            "crs": "EPSG:32631",
+            "transform": np.array([10, 0, 5e5, 0, -10, 5e6], np.float64),
         }
         for season in range(num_seasons)
     ]
@@ -106,6 +108,8 @@ def write_dataset(
         "labels": array(num_seasons, size, size),
         "season": np.int32,
         "location_id": tfds.features.Text(),
+        "crs": tfds.features.Text(),
+        "transform": array(6, dtype=np.float64),
     }
     for metres, bands in sensors.S2_BANDS_BY_RESOLUTION.items():
         side = size * 10 // metres

@@ -339,14 +339,15 @@ def audit(figures: Mapping) -> str:
             found.append("–" if own is None else f"{factor * own:{form}}")
         return ", ".join(found)
 
-    def ranking(*path: str) -> list[list[str]]:
-        first = next(iter(seeds.values()))
-        for name in path:
-            first = first.get(name, {})
+    def shown_of(name: str) -> Mapping:
+        """Of the first seed that has it: an interrupted bench has not measured all."""
+        return next((own[name] for own in seeds.values() if name in own), {})
+
+    def ranking(part: str) -> list[list[str]]:
         return [
-            [name, each(*path, name, "auroc"), each(*path, name, "auprc")]
-            + [each(*path, name, f"precision_at_{n}", form=".1f", factor=100) for n in (1, 5, 10)]
-            for name in first
+            [name, each(part, name, "auroc"), each(part, name, "auprc")]
+            + [each(part, name, f"precision_at_{n}", form=".1f", factor=100) for n in (1, 5, 10)]
+            for name in shown_of(part)
         ]
 
     header = ["evidence", "AUROC", "AUPRC", *(f"precision at {n} %" for n in (1, 5, 10))]
@@ -354,22 +355,22 @@ def audit(figures: Mapping) -> str:
     rows = [
         ["all labels", *(each("rates", n, form=".1f", factor=100) for n in ("estimate", "truth"))]
     ]
-    for name in next(iter(seeds.values()))["rates"]["classes"]:
+    for name in shown_of("rates")["classes"]:
         pairs = [own["rates"]["classes"][name] for own in seeds.values()]
         rows.append([name, *(", ".join(map(percent, side)) for side in zip(*pairs, strict=True))])
     error = each("rates", "calibration_error", form=".1f", factor=100)
     rows.append(["calibration error", error, ""])
     shown.append(table(["wrong labels, in percent", "estimated", "true"], rows))
-    if "kinds" in next(iter(seeds.values())):
-        shown.append(_kinds(seeds, each))
+    if kinds := shown_of("kinds"):
+        shown.append(_kinds(kinds, each))
     if selection := ranking("selection"):
         shown.append(table(["network with or without selection", *header[1:]], selection))
-    if "cleaned" in next(iter(seeds.values())):
-        shown.append(_cleaned(seeds, each))
+    if cleaned := shown_of("cleaned"):
+        shown.append(_cleaned(cleaned, seeds, each))
     return "\n\n".join(shown)
 
 
-def _kinds(seeds: Mapping, each: Callable[..., str]) -> str:
+def _kinds(kinds: Iterable[str], each: Callable[..., str]) -> str:
     """What is found of each kind of noise."""
     columns = {
         "share": "share of the labels",
@@ -378,14 +379,11 @@ def _kinds(seeds: Mapping, each: Callable[..., str]) -> str:
         "found_at_0.5": "probability of 0.5 and more",
         "suggested_right": "of these, suggested class right",
     }
-    rows = [
-        [kind, *(each("kinds", kind, name, form=".2f") for name in columns)]
-        for kind in next(iter(seeds.values()))["kinds"]
-    ]
+    rows = [[kind, *(each("kinds", kind, name, form=".2f") for name in columns)] for kind in kinds]
     return table(["kind of noise", *columns.values()], rows)
 
 
-def _cleaned(seeds: Mapping, each: Callable[..., str]) -> str:
+def _cleaned(first: Mapping, seeds: Mapping, each: Callable[..., str]) -> str:
     """Labels before and after cleaning, and networks trained on both."""
     names = {
         "changed": "labels replaced",
@@ -399,11 +397,13 @@ def _cleaned(seeds: Mapping, each: Callable[..., str]) -> str:
         for name, label in names.items()
     ]
     for group in ("held back", "other fold"):
-        for name in next(iter(seeds.values()))["cleaned"]["folds"][0][f"before, {group}"]:
+        for name in first["folds"][0][f"before, {group}"]:
             pairs = [
                 " to ".join(f"{fold[f'{when}, {group}'][name]:.1f}" for when in ("before", "after"))
+                if fold
+                else "–"
                 for own in seeds.values()
-                for fold in own.get("cleaned", {}).get("folds", [])
+                for fold in own.get("cleaned", {"folds": [None]})["folds"]
             ]
             rows.append([f"mIoU of {name}, {group}", ", ".join(pairs)])
     return table(["cleaned, in percent", ""], rows)

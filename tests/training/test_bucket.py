@@ -50,6 +50,7 @@ def test_records_are_read_from_a_bucket(environment, tmp_path):
     assert python(script, environment, local) == "4\n"
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_continues_from_its_last_whole_checkpoint(environment):
     first = """
         import os

@@ -117,6 +117,7 @@ def test_the_loss_is_that_of_all_logits_each_normalised_in_its_microbatch():
     assert np.abs(whole["s2"] - logits["s2"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_rematerialised_is_the_same_and_takes_less_memory():
     config = runs.tiny_config("unused", "sample,modality=s2")
     batch = make_batch(config, 1)

@@ -58,6 +58,9 @@ def test_an_optimizer_steps_joined_vectors_as_it_steps_single_ones(name):
 def test_forms_for_gpus_change_no_number():
     grads = params(0)
     jax.tree.map(np.testing.assert_array_equal, optimizers.from_memory(grads), grads)
+    rows = optimizers.to_rows(grads)
+    assert [x.shape for x in jax.tree.leaves(rows)] == [(27, 4), (4,), (4,), (2,), (1, 8)]
+    jax.tree.map(np.testing.assert_array_equal, optimizers.from_rows(rows, like=grads), grads)
     before = {"count": jnp.int32(7), "mean": jnp.zeros(3), "other": jnp.int32(0)}
     after = {"count": jnp.int32(9), "mean": jnp.ones(3), "other": jnp.int32(1)}
     found = optimizers.count_together(before, after)
@@ -66,7 +69,7 @@ def test_forms_for_gpus_change_no_number():
 
 
 def test_a_norm_by_rows_is_the_norm():
-    # Sizes that rows of 4096 numbers divide, and one that only rows of 4 do.
+    # Sizes that rows of 256 numbers divide, and one that only rows of 4 do.
     rng = np.random.default_rng(0)
     tree = nnx.List([layers.Conv(64, 64, 3, init=layers.TORCH_INIT), layers.BatchNorm(4)])
     arrays, structure = jax.tree.flatten(nnx.state(tree, nnx.Param))

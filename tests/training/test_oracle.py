@@ -157,6 +157,7 @@ def torch_network(config):
     return torch_parity.torch_network("mid", config.network.depth, {"s1": 2, "s2": 13}, C, seed=0)
 
 
+@pytest.mark.slow  # the next test is the quick form
 def test_ten_adam_steps_are_pytorchs(config, train_step):
     network = torch_network(config)
     losses, (ours, *theirs) = run(config, train_step, network, num_rounded=3)

@@ -12,6 +12,16 @@ from cromss_jax.training import preemption
 from tests import runs
 from tests.training.interruptible import STATUS
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    """What a failed test leaves would compute forever."""
+    yield
+    while _started:
+        _started.pop().kill()
+
 
 def start(*arguments: object) -> subprocess.Popen:
     process = subprocess.Popen(
@@ -22,6 +32,7 @@ def start(*arguments: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    _started.append(process)
     assert "ready\n" in process.stdout, process.communicate()
     return process
 
