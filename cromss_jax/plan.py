@@ -349,6 +349,37 @@ def _too_large(
     }
 
 
+def _bounds(
+    cost: costs.Cost,
+    config: ml_collections.ConfigDict,
+    described: description.Description,
+    chip: chips.Chip,
+    num_hosts: int,
+    num_chips: int,
+    per_core: float,
+) -> dict[str, object]:
+    """The figures about time: `costs.bounds` of the whole run, and `costs.reading`."""
+    train_locations, held_back = description.split_sizes(config, described)
+    found = costs.bounds(
+        cost,
+        chip,
+        num_chips=num_chips,
+        batch_size=config.batch_size,
+        num_samples=config.num_epochs * train_locations,
+        num_validated=num_validations(config, train_locations) * held_back * described.seasons,
+        num_hosts=num_hosts if chip.is_gpu else 1,
+    )
+    found["reading"] = costs.reading(
+        found["images_per_second"],
+        chip,
+        num_chips=num_chips,
+        num_hosts=num_hosts,
+        num_threads=config.data.num_threads,
+        per_core=per_core,
+    )
+    return found
+
+
 def make_plan(
     config: ml_collections.ConfigDict,
     topology: str,
@@ -381,13 +412,12 @@ def make_plan(
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     chip = find_chip(topology)
-    train_locations, held_back = description.split_sizes(config, described)
     figures = {
         "topology": topology,
         "data": described.source,
         "tile_size": described.tile_size,
         "seasons": described.seasons,
-        "train_locations": train_locations,
+        "train_locations": description.split_sizes(config, described)[0],
         "num_epochs": config.num_epochs,
         "chips": mesh.size,
         "batch_size": config.batch_size,
@@ -416,24 +446,7 @@ def make_plan(
         return figures
     figures["memory_available"] = available if chip.is_gpu else chip.memory
     num_hosts = count_hosts(topology, chip, mesh.size)
-    figures |= costs.bounds(
-        cost,
-        chip,
-        num_chips=mesh.size,
-        batch_size=config.batch_size,
-        num_samples=config.num_epochs * train_locations,
-        num_validated=num_validations(config, train_locations) * held_back * described.seasons,
-        num_hosts=num_hosts if chip.is_gpu else 1,
-    )
-    figures["reading"] = costs.reading(
-        figures["images_per_second"],
-        chip,
-        num_chips=mesh.size,
-        num_hosts=num_hosts,
-        num_threads=config.data.num_threads,
-        per_core=per_core,
-    )
-    return figures
+    return figures | _bounds(cost, config, described, chip, num_hosts, mesh.size, per_core)
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,8 @@ from tests import runs
 
 # Seconds from a signal to the end: of the current step or batch, and ten.
 _LEFT_WITHIN = 10
+# From the loss of a process to the end of the others, once they have found each other.
+_LOST_WITHIN = 20
 _MINUTES = 10  # that anything here should take at most
 
 # Quick compilation, as in the tests: what is compared runs with the same flags.
@@ -150,9 +152,17 @@ class Started:
         return False
 
     def kill(self, index: int) -> None:
-        """Kills one process; the others notice, and end."""
+        """Kills one process. The others notice and end, or are ended, as a scheduler would.
+
+        While they start they would wait for it for minutes.
+        """
         self.processes[index].kill()
-        self.end()
+        for process in self.processes:
+            try:
+                process.wait(timeout=_LOST_WITHIN)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def end(self) -> int:
         """Waits for all processes; the first status that is not 0."""
