@@ -13,7 +13,7 @@ import tomllib
 import pytest
 
 from cromss_jax import package
-from tests import runs
+from tests import environment, runs
 
 # What belongs to the distribution, by the name it has there.
 SOURCES = {"cromss_jax": "cromss_jax", "cromss_jax/configs": "configs", "data_prep": "data_prep"}
@@ -49,9 +49,9 @@ def run(site: pathlib.Path, folder: pathlib.Path, *line: str) -> subprocess.Comp
     -S leaves out the .pth files, by which the checkout may be installed where the tests run.
     """
     paths = dict.fromkeys([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HOME": str(folder)}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HOME": str(folder)}
     return subprocess.run(
-        [sys.executable, "-S", *line], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-S", *line], cwd=folder, env=variables, capture_output=True, text=True
     )
 
 
@@ -67,12 +67,13 @@ def test_it_holds_every_module_and_no_other_top_level_name(site):
 
 
 @pytest.mark.slow
-def test_sample_build_and_training_run_in_an_empty_folder(site, tmp_path):
+def test_sample_build_and_training_run_in_an_empty_folder(site, tmp_path, monkeypatch):
     """The home folder's `~` is expanded, too, by the command line."""
+    # No numbers are compared, so nothing need be compiled as users do.
+    monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     flags = {f"config.{name}": value for name, value in runs.tiny_flags("~/data/sample").items()}
     flags |= {"config.num_epochs": 1}
     training = dict(config="configs/pretrain.py:sample", workdir="~/runs/sample", **flags)
-    # Data as in test_pretrain, so that what is compiled there is found again.
     sizes = dict(locations=16, seasons=2, tile_size=48, seed=0)
     building = dict(source_dir="geotiffs", data_dir="data/sample", dataset="ssl4eo_s12_nol")
     for line in (
