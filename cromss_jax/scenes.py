@@ -24,8 +24,6 @@ from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_scan, scene_table
 from data_prep.reading import bands, warping
 
-# After `warping`, which chooses the database of coordinate reference systems.
-
 _log = logging.getLogger(__name__)
 # Size of the pixels that networks are trained on, and by which factor others may differ from it.
 _METRES, _MOST_OFF = 10.0, 1.5

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+import rasterio
 
 from cromss_jax import sensors
 from cromss_jax.auditing import evidence
@@ -102,3 +103,9 @@ def layers_of(
         REASON: reason,
     }
     return {k: np.where(known, v, np.uint8(sensors.IGNORE_LABEL)) for k, v in found.items()}
+
+
+def read(tile: Tile, name: str) -> np.ndarray:
+    """A map of a tile, uint8 [H, W], by the names of `layers_of`."""
+    with rasterio.open(tile.folder / f"{name}.tif") as file:
+        return file.read(1)

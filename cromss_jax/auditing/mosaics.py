@@ -13,6 +13,7 @@ import rasterio
 from rasterio.windows import Window
 from scipy.sparse import coo_array, csgraph
 
+from cromss_jax import sensors
 from cromss_jax.auditing import maps
 from cromss_jax.mapping.cogs import Grid
 
@@ -125,10 +126,10 @@ def opened(cluster: Cluster, least_percent: int) -> Iterator[Mosaic]:
             for tile, (row, column) in zip(cluster.tiles, cluster.origins, strict=True):
                 window = Window(column, row, tile.grid.width, tile.grid.height)
                 given, wrong, suggested, reason = (
-                    _read(tile.folder / f"{name}.tif")
+                    maps.read(tile, name)
                     for name in (maps.GIVEN, maps.WRONG, maps.SUGGESTED, maps.REASON)
                 )
-                known = given != 255
+                known = given != sensors.IGNORE_LABEL
                 suspect = known & (wrong >= least_percent) & (given != suggested)
                 own = np.where(suspect, given.astype(np.uint16) * 256 + suggested, 0)
                 stacked = np.stack([wrong, reason, suspect.astype(np.uint8)])
@@ -136,8 +137,3 @@ def opened(cluster: Cluster, least_percent: int) -> Iterator[Mosaic]:
                 facts.write(np.where(known, stacked, facts.read(window=window)), window=window)
         with rasterio.open(paths[0]) as key, rasterio.open(paths[1]) as facts:
             yield Mosaic(key, facts)
-
-
-def _read(path: pathlib.Path) -> np.ndarray:
-    with rasterio.open(path) as file:
-        return file.read(1)

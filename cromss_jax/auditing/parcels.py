@@ -11,7 +11,7 @@ import rasterio.features
 import shapely
 from etils import epath
 
-from cromss_jax import files
+from cromss_jax import files, sensors
 from cromss_jax.auditing import maps, vectors
 
 FILE, TABLE = "parcels.gpkg", "parcels.csv"
@@ -60,18 +60,14 @@ def count(parcels: vectors.Polygons, tiles: Sequence[maps.Tile], num_classes: in
         inside = np.sort(tree.query(border))
         if not len(inside):
             continue
-        layers = [
-            rasterio.open(tile.folder / f"{name}.tif")
-            for name in (maps.GIVEN, maps.WRONG, maps.SUGGESTED)
-        ]
-        given, percent, suggested = (file.read(1) for file in layers)
-        for file in layers:
-            file.close()
+        given, percent, suggested = (
+            maps.read(tile, name) for name in (maps.GIVEN, maps.WRONG, maps.SUGGESTED)
+        )
         for parcel in inside.tolist():
             outside = rasterio.features.geometry_mask(
                 [shapes[parcel]], (grid.height, grid.width), rasterio.Affine(*grid.transform)
             )
-            chosen = ~outside & (given != 255)
+            chosen = ~outside & (given != sensors.IGNORE_LABEL)
             found.add(parcel, given[chosen], percent[chosen], suggested[chosen])
     return found
 

@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-import rasterio
 from etils import epath
 
 from cromss_jax import sensors
@@ -24,7 +23,7 @@ def rank(tiles: Sequence[maps.Tile], names: Sequence[str]) -> list[maps.Tile]:
     found: dict[str, tuple[float, maps.Tile]] = {}
     for tile in tiles:
         if tile.location in names:
-            percent = _read(tile, maps.WRONG)
+            percent = maps.read(tile, maps.WRONG)
             known = percent != sensors.IGNORE_LABEL
             mean = float(percent[known].mean()) if known.any() else 0.0
             if tile.location not in found or mean > found[tile.location][0]:
@@ -58,9 +57,9 @@ def _row(dataset: input_pipeline.TileDataset, tile: maps.Tile, record: int) -> d
     """What is shown of a tile, by the names of `pictures.draw_samples`."""
     arrays = dataset.source[record]
     row = {
-        "labels": _read(tile, maps.GIVEN),
-        "suggested/": _read(tile, maps.SUGGESTED),
-        "wrong_probability/": np.minimum(_read(tile, maps.WRONG), 100) / 100,
+        "labels": maps.read(tile, maps.GIVEN),
+        "suggested/": maps.read(tile, maps.SUGGESTED),
+        "wrong_probability/": np.minimum(maps.read(tile, maps.WRONG), 100) / 100,
     }
     if "truth" in arrays:
         row["truth"] = arrays["truth"]
@@ -75,8 +74,3 @@ def _row(dataset: input_pipeline.TileDataset, tile: maps.Tile, record: int) -> d
     elif {"VV", "VH"} <= places.keys():
         row["s1"] = np.stack([places["VV"], places["VH"]], axis=-1) / 255
     return row
-
-
-def _read(tile: maps.Tile, name: str) -> np.ndarray:
-    with rasterio.open(tile.folder / f"{name}.tif") as file:
-        return file.read(1)

@@ -37,7 +37,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     run.check_same_everywhere(data=str(dataset.identity))
     num_tiles = _num_tiles(config, len(dataset.source))
     forms = platforms.forms_for(task.mesh, can_pack=False)
-    definition = finetune_step.network_definition(config, forms)
+    definition = task.definition
+    if forms.fuses_norms:
+        definition = finetune_step.network_definition(config, forms)
     frozen_step, trained_step = (
         sharding.jit_step(
             finetune_step.make_train_step(

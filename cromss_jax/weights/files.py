@@ -215,12 +215,21 @@ def read(path: epath.Path) -> tuple[dict[str, Any], dict]:
             )
         card = parse_card(card_path.read_bytes(), card_path, path.name)
         # A card written for other weights with the same file name is ignored.
-        if card.get("sha256") != hashlib.sha256(content).hexdigest():
-            card = {}
+        is_own = card.get("sha256") == hashlib.sha256(content).hexdigest()
+        return tensors, card if is_own else {}
+    return tensors, _checked(card, path)
+
+
+def _checked(card: Any, path: os.PathLike) -> dict:
+    """A card as it was found; an empty one if it is none of ours.
+
+    Raises:
+      WeightsError: if it is damaged.
+    """
     if not isinstance(card, Mapping) or card.get("format") != cards.FORMAT:
-        return tensors, {}
+        return {}
     cards.check(card, path)
-    return tensors, dict(card)
+    return dict(card)
 
 
 def parse_card(text: str | bytes, path: os.PathLike, name: str) -> dict:
@@ -240,16 +249,18 @@ def parse_card(text: str | bytes, path: os.PathLike, name: str) -> dict:
         raise WeightsError(
             f"{path}, the card of {name}, is damaged ({error}): restore or delete it"
         ) from error
-    if not isinstance(card, Mapping) or card.get("format") != cards.FORMAT:
-        return {}
-    cards.check(card, path)
-    return dict(card)
+    return _checked(card, path)
+
+
+def _safetensors_header(content: bytes) -> Any:
+    """The header of a safetensors file, JSON behind its length in 8 bytes."""
+    return files.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
 def _float8_tensors(content: bytes) -> list[str]:
     """Names of the tensors of 8-bit floats in a safetensors file, which NumPy lacks."""
     try:
-        header = files.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = _safetensors_header(content)
         return [name for name, entry in header.items() if str(entry.get("dtype"))[:3] == "F8_"]
     except (ValueError, AttributeError):  # the library says what is wrong with a header
         return []
@@ -262,9 +273,9 @@ def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.nd
         )
     try:
         arrays = safetensors.numpy.load_file(path)  # `load` does not support bfloat16
-        # The file starts with the header's length in 8 bytes, then the header as JSON.
-        header = files.parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        card = files.parse_json(header.get("__metadata__", {}).get(_CARD, "{}"))
+        card = files.parse_json(
+            _safetensors_header(content).get("__metadata__", {}).get(_CARD, "{}")
+        )
     except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
     return arrays, card
