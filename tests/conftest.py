@@ -8,9 +8,14 @@ import os
 import pathlib
 import shutil
 
+import filelock
 import jax
+import ml_collections
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from cromss_jax.training import pretrain
+from tests import runs, steps
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -43,9 +48,9 @@ def _forget_what_was_compiled():
 
 
 def pytest_sessionfinish() -> None:
-    """Removes what was compiled."""
+    """Removes what was compiled, and the run of `tiny_run`."""
     if not environment.worker:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+        shutil.rmtree(os.environ["TEST_FOLDER"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -56,6 +61,24 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if total:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(total.items()))
         terminalreporter.write_line(f"blocks of the README files: {counts}")
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> tuple[pathlib.Path, ml_collections.ConfigDict]:
+    """A finished run of mid fusion, made once for all workers, and its configuration.
+
+    Its data set is in `config.data.dir`. To change either, copy it.
+    """
+    folder = pathlib.Path(os.environ["TEST_FOLDER"], "tiny_run")
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        data = folder / "data" / "data"  # as `make_data` names it
+        if not folder.exists():
+            runs.make_data(folder / "data", locations=16, seasons=2, tile_size=48, seed=0)
+        config = runs.tiny_config(str(data), **runs.SAVING)
+        if not (folder / "run").exists():
+            with steps.shared():
+                pretrain.pretrain(config, str(folder / "run"))
+    return folder / "run", config
 
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"

@@ -34,7 +34,8 @@ worker = os.environ.get("PYTEST_XDIST_WORKER")
 if not worker:
     # What one test compiles, the others read, in whichever process; a run of the tests begins
     # with nothing compiled.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cromss_jax_tests_")
+    os.environ["TEST_FOLDER"] = tempfile.mkdtemp(prefix="cromss_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["TEST_FOLDER"], "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     platform = os.environ.get("TEST_PLATFORM")
     os.environ["JAX_PLATFORMS"] = f"{platform},cpu" if platform not in (None, "", "cpu") else "cpu"

@@ -20,6 +20,8 @@ from configs import pretrain
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Few checkpoints, as each takes longer than the steps between them.
+SAVING = {"checkpoint_every_epochs": 2, "checkpoints_to_keep": 1}
 
 
 def command(module: str, **flags) -> list[str]:

@@ -74,6 +74,7 @@ def test_every_beat_has_one_length(monkeypatch):
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.slow
 def test_a_lock_in_a_bucket(hold_lock):
     pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e .[gcs]")
     bucket = pytest.importorskip("tests.bucket", reason="gcp-storage-emulator is not installed")

@@ -17,7 +17,7 @@ from configs import finetune as finetune_config
 from cromss_jax import convert, presets, sensors
 from cromss_jax.data import input_pipeline, preprocess, validation_split
 from cromss_jax.method import metrics
-from cromss_jax.training import finetune, pretrain
+from cromss_jax.training import finetune
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders, torch_keys
 from cromss_jax.weights.network import Network, Weights
@@ -33,18 +33,8 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
-def pretraining(tmp_path_factory):
-    """A run of mid fusion: its folder and configuration."""
-    folder = tmp_path_factory.mktemp("pretraining")
-    data_dir = runs.make_data(folder, locations=16, seasons=2, tile_size=48, seed=0)
-    config = runs.tiny_config(data_dir, num_epochs=2, checkpoint_every_epochs=2)
-    pretrain.pretrain(config, str(folder / "run"))
-    return folder / "run", config
-
-
-@pytest.fixture(scope="module")
-def pretrained(pretraining):
-    return cromss_jax.load(pretraining[0])
+def pretrained(tiny_run):
+    return cromss_jax.load(tiny_run[0])
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +107,8 @@ def test_a_process_with_x64_gets_the_same_float32(decoder, tmp_path):
 # The commands' own numbers.
 
 
-def test_a_pretraining_runs_scores_come_from_its_predictions(pretraining, pretrained):
-    workdir, config = pretraining
+def test_a_pretraining_runs_scores_come_from_its_predictions(tiny_run, pretrained):
+    workdir, config = tiny_run
     dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
     _, held_back = validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed
@@ -135,7 +125,7 @@ def test_a_pretraining_runs_scores_come_from_its_predictions(pretraining, pretra
         prior_kind=None,
     )
     predicted = pretrained.predict({m: batch[m] for m in config.modalities})
-    (logged,) = [line for line in runs.logged(workdir) if line["split"] == "validation"]
+    *_, logged = [line for line in runs.logged(workdir) if line["split"] == "validation"]
     for m, probabilities in predicted.items():
         assert probabilities.shape == (4, 32, 32, 9)
         np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-6)
@@ -234,12 +224,12 @@ def test_bands_are_taken_by_name(tmp_path):
     ],
 )
 def test_converted_files_hold_the_same_network(
-    pretraining, pretrained, tmp_path, layout, modality, suffix
+    tiny_run, pretrained, tmp_path, layout, modality, suffix
 ):
     if suffix != ".safetensors":
         pytest.importorskip("torch")
     path = tmp_path / f"weights{suffix}"
-    convert.to_torch(str(pretraining[0]), str(path), layout, modality)
+    convert.to_torch(str(tiny_run[0]), str(path), layout, modality)
     model = cromss_jax.load(path)
     modalities = (modality,) if modality else sensors.MODALITIES
     assert model.bands == {m: pretrained.bands[m] for m in modalities}
@@ -352,9 +342,9 @@ def test_under_jit_in_a_batch_and_of_any_size(finetuned):
     assert float(found.max() - found.min()) > 0.1  # not the same everywhere
 
 
-def test_features_of_any_size_under_jit(pretraining, tmp_path):
+def test_features_of_any_size_under_jit(tiny_run, tmp_path):
     path = tmp_path / "s2.safetensors"
-    convert.to_torch(str(pretraining[0]), str(path), "encoder", "s2")
+    convert.to_torch(str(tiny_run[0]), str(path), "encoder", "s2")
     model = cromss_jax.load(path)
     images = random_images(model.bands, 2, 33, 60)
     found = model.features(images)["s2"]

@@ -76,7 +76,7 @@ def test_parameter_counts_are_smps(parity, torch, fusion, depth, decoder):
         ("late", 34, {"s1": 2, "s2": 12}, "unet"),
         ("none", 50, {"s2": 9}, "unet"),
         ("none", 18, {"s1": 2}, "unet"),
-        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        pytest.param("mid", 18, {"s1": 2, "s2": 13}, "pspnet", marks=pytest.mark.slow),
         ("none", 50, {"s2": 13}, "deeplabv3plus"),
         ("late", 18, {"s1": 2, "s2": 3}, "fpn"),
     ],
@@ -129,7 +129,7 @@ def test_loading_names_every_tensor_that_does_not_fit():
         # Mid fusion of U-Nets: ten whole steps in test_oracle. ResNet-34 and 50 and all numbers of
         # bands: tests.bench.parity.
         ("late", 10, {"s1": 2, "s2": 9}, "unet"),
-        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        pytest.param("mid", 18, {"s1": 2, "s2": 13}, "pspnet", marks=pytest.mark.slow),
         pytest.param("late", 18, {"s1": 2, "s2": 9}, "unet", marks=pytest.mark.slow),
         pytest.param("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus", marks=pytest.mark.slow),
         pytest.param("mid", 18, {"s1": 2, "s2": 13}, "fpn", marks=pytest.mark.slow),

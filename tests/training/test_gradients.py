@@ -1,5 +1,7 @@
 """Microbatches and rematerialisation: what stays the same, and what BatchNorm changes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,10 @@ from tests.training.test_sharding import away_from_kinks
 pytestmark = pytest.mark.numeric
 B, SIZE = 8, 32
 EPOCH = 1  # the ramp is half way
+
+
+def tiny_config():
+    return runs.tiny_config("unused", "sample,modality=s2")
 
 
 def make_batch(config, repeated: int) -> dict[str, jax.Array]:
@@ -57,10 +63,17 @@ def compiled(config, batch, num_microbatches):
     return compute.lower(*arguments).compile(compiler_options=options), arguments
 
 
-def value_and_grad(config, batch, num_microbatches):
+@functools.cache
+def program(num_microbatches):
+    """One program for each number: shapes and configuration are the same in all tests."""
+    config = tiny_config()
+    compute, (params, stats, _) = compiled(config, make_batch(config, 1), num_microbatches)
+    return lambda batch: compute(params, stats, batch)
+
+
+def value_and_grad(batch, num_microbatches):
     """Loss, metrics, running statistics and gradient."""
-    compute, arguments = compiled(config, batch, num_microbatches)
-    return compute(*arguments)
+    return program(num_microbatches)(batch)
 
 
 def assert_close(found, expected, rtol):
@@ -70,15 +83,12 @@ def assert_close(found, expected, rtol):
         assert error <= rtol * max(np.linalg.norm(b), 1e-3)
 
 
-@pytest.mark.parametrize("num_microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_microbatches):
     """BatchNorm sees in each what it sees in all: loss, thresholds and gradient are the same."""
-    config = runs.tiny_config("unused", "sample,modality=s2")
-    batch = make_batch(config, num_microbatches)
-    loss, metrics, stats, grads = value_and_grad(config, batch, 1)
-    found_loss, found_metrics, found_stats, found_grads = value_and_grad(
-        config, batch, num_microbatches
-    )
+    batch = make_batch(tiny_config(), num_microbatches)
+    loss, metrics, stats, grads = value_and_grad(batch, 1)
+    found_loss, found_metrics, found_stats, found_grads = value_and_grad(batch, num_microbatches)
     assert 0 < metrics["selection_weight/s2"] < 1  # some labels lie below the thresholds
     # float32 rounds by 6e-8 in each of some 30 layers, and sums are in another order.
     np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
@@ -93,9 +103,9 @@ def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_mi
 
 
 def test_the_loss_is_that_of_all_logits_each_normalised_in_its_microbatch():
-    config = runs.tiny_config("unused", "sample,modality=s2")
+    config = tiny_config()
     batch = make_batch(config, 1)
-    loss, metrics, _, _ = value_and_grad(config, batch, 2)
+    loss, metrics, _, _ = value_and_grad(batch, 2)
     definition, state = start(config)
 
     @jax.jit
@@ -119,7 +129,7 @@ def test_the_loss_is_that_of_all_logits_each_normalised_in_its_microbatch():
 
 @pytest.mark.slow
 def test_rematerialised_is_the_same_and_takes_less_memory():
-    config = runs.tiny_config("unused", "sample,modality=s2")
+    config = tiny_config()
     batch = make_batch(config, 1)
     stored, arguments = compiled(config, batch, 1)
     config.rematerialise = True
@@ -131,6 +141,7 @@ def test_rematerialised_is_the_same_and_takes_less_memory():
     assert less < 0.8 * more
 
 
+@pytest.mark.slow  # test_sharding looks at the step without microbatches
 def test_microbatches_gather_nothing():
     """Each device keeps its samples."""
     config = runs.tiny_config("unused", "sample,modality=s2", microbatches=2, batch_size=16)

@@ -23,9 +23,6 @@ from cromss_jax.weights import folders
 from cromss_jax.weights.network import Weights
 from tests import runs, steps
 
-# Few of 300 MB each.
-SAVING = {"checkpoint_every_epochs": 2, "checkpoints_to_keep": 1}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_steps():
@@ -34,14 +31,12 @@ def _shared_steps():
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return runs.make_data(
-        tmp_path_factory.mktemp("tiny"), locations=16, seasons=2, tile_size=48, seed=0
-    )
+def data_dir(tiny_run):
+    return tiny_run[1].data.dir
 
 
 def tiny_config(data_dir, **more):
-    return runs.tiny_config(data_dir, **{**SAVING, **more})
+    return runs.tiny_config(data_dir, **{**runs.SAVING, **more})
 
 
 def train_here(config, workdir):
@@ -50,7 +45,7 @@ def train_here(config, workdir):
 
 def start(data_dir, workdir, **environment: str) -> subprocess.Popen:
     """The command line, as a user gives it."""
-    flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **SAVING}.items()}
+    flags = {f"config.{k}": v for k, v in {**runs.tiny_flags(data_dir), **runs.SAVING}.items()}
     line = runs.command(
         "cromss_jax.main", config="configs/pretrain.py:sample", workdir=workdir, **flags
     )
@@ -71,11 +66,9 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(data_dir, tmp_path_factory):
+def finished(tiny_run):
     """A run of mid fusion from start to end."""
-    workdir = tmp_path_factory.mktemp("finished")
-    train_here(tiny_config(data_dir), workdir)
-    return workdir
+    return tiny_run[0]
 
 
 def test_a_run_leaves_results_logs_and_checkpoints(finished):
@@ -172,6 +165,7 @@ def test_an_interrupted_validation_is_made_up_for(finished, data_dir, tmp_path, 
     assert runs.logged(tmp_path) == runs.logged(finished)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_and_then_killed_ends_bit_equal(finished, data_dir, interrupted_run):
     workdir = interrupted_run
     assert runs.saved_steps(workdir) == [3]
