@@ -60,11 +60,11 @@ def audit(
         subject.keep_valid(named["labels"])
         told = {
             **named,
-            "judged by": f"{model.source}; labels that it was trained on it judges too kindly: of "
-            "those build a data set, and audit it with --folds=2, where each is judged by a "
+            "judged by": f"{model.source}, which judges labels that it was trained on too kindly: "
+            "build a data set of those, and audit it with --folds=2, where each is judged by a "
             "network that never saw it",
-            "locations": f"blocks of {subject.side} x {subject.side} pixels that hold labels, "
-            "called by row and column of their first pixel",
+            "locations": f"blocks of up to {subject.side} x {subject.side} pixels that hold labels,"
+            " called by row and column of their first pixel",
             "windows": chosen.windows,
             **{str(name): str(value) for name, value in facts.items()},
         }

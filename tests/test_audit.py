@@ -9,8 +9,8 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
-import rasterio.transform
 import rasterio.warp
+from affine import Affine
 
 from cromss_jax import folds as spatial
 from cromss_jax import presets, sensors
@@ -259,17 +259,19 @@ def scene(tmp_path_factory):
     made.s2[:, :9, :7] = 0
     made.write("s2_20200601.tif", made.s2, sensors.S2_BANDS)
     made.write("s1.tif", made.s1, sensors.S1_BANDS)
-    labels = made.location.labels[0]
-    transform, width, height = rasterio.warp.calculate_default_transform(
-        made.grid["crs"], "EPSG:4326", SCENE_SIZE, SCENE_SIZE,
-        *rasterio.transform.array_bounds(SCENE_SIZE, SCENE_SIZE, made.grid["transform"]),
-        resolution=1.5e-4,
-    )  # fmt: skip
-    moved = np.full((1, height, width), 255, np.uint8)
-    rasterio.warp.reproject(
-        labels, moved[0], src_transform=made.grid["transform"], src_crs=made.grid["crs"],
-        dst_transform=transform, dst_crs="EPSG:4326", src_nodata=255,
-    )  # fmt: skip
+    # From beyond the upper left corner of the scene to beyond the lower right one.
+    west, north = made.location.origin
+    crs, size = made.grid["crs"], 1.5e-4
+    (left,), (top,) = rasterio.warp.transform(crs, "EPSG:4326", [west - 100], [north + 100])
+    transform = Affine(size, 0, left, 0, -size, top)
+    rows, columns = np.indices((80, 80)) + 0.5
+    places = (left + size * columns).ravel(), (top - size * rows).ravel()
+    x, y = map(np.array, rasterio.warp.transform("EPSG:4326", crs, *places))
+    column, row = ((x - west) // 10).astype(int), ((north - y) // 10).astype(int)
+    inside = (np.minimum(row, column) >= 0) & (np.maximum(row, column) < SCENE_SIZE)
+    moved = np.full(80 * 80, 255, np.uint8)
+    moved[inside] = made.location.labels[0][row[inside], column[inside]]
+    moved = moved.reshape(1, 80, 80)
     made.write("map.tif", moved, crs="EPSG:4326", transform=transform, nodata=255)
     table = "scene,date,s2,s1,labels\nwood,2020-06-01,s2_20200601.tif,s1.tif,map.tif\n"
     (made.folder / "scenes.csv").write_text(table)
@@ -304,20 +306,21 @@ def test_a_map_on_a_scene_is_judged_as_the_data_set_of_it(scene, tmp_path):
     known = layers["given"][0] != 255
     assert not known[:9, :7].any()
     assert 0.8 < known.mean() < 1
-    # Probabilities in eight bits move the evidence by a hundredth, and percents are rounded.
+    # In eight bits a probability is off by 2 %, and percents are rounded.
     first, second = (layer[known].astype(int) for layer in layers["wrong_probability"])
     assert np.abs(first - second).max() <= 3
+    assert np.abs(first - second).mean() < 1
     assert np.ptp(first) > 20
-    for name in ("suggested", "reason"):
-        first, second = layers[name]
-        assert (first != second)[known].mean() < 0.03, name
+    # What each sensor of random weights sees is nearly tied, so that reasons are not compared.
+    first, second = layers["suggested"]
+    assert (first != second)[known].mean() < 0.03
     assert (layers["wrong_probability"][1] == 255).sum() == (~known).sum()
     report = json.loads((tmp_path / "map" / "report.json").read_text())
     other = json.loads((tmp_path / "set" / "report.json").read_text())
     assert report["error_rate"]["estimate"] == pytest.approx(
         other["error_rate"]["estimate"], abs=0.02
     )
-    assert "trained on it judges too kindly" in report["made"]["judged by"]
+    assert "which judges labels that it was trained on too kindly" in report["made"]["judged by"]
     assert not (tmp_path / "map" / "work").exists()
     meta, _, _, values = pyogrio.raw.read(tmp_path / "map" / "suspects.gpkg")
     assert set(values[list(meta["fields"]).index("date")]) <= {"20200601"}

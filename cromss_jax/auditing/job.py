@@ -134,7 +134,7 @@ class Tally:
         self.labels = np.zeros((num_locations, num_classes), np.int64)
         self.expected = np.zeros(num_classes)
         self.moved = np.zeros((num_classes, num_classes), np.int64)
-        self.worst: list[tuple[float, str]] = []
+        self.worst: list[tuple[float, float, str]] = []
         self.ranked = np.zeros((2, scores.NUM_BINS), np.int64)
 
     def add(
@@ -165,7 +165,8 @@ class Tally:
         pairs = labels.astype(np.int64) * num_classes + suggested
         self.moved += np.bincount(pairs, minlength=num_classes**2).reshape(self.moved.shape)
         if len(labels):
-            self.worst.append((float(wrong.mean()), name))
+            # By how many are wrong: of few labels, all may be.
+            self.worst.append((float(wrong.sum()), float(wrong.mean()), name))
         if truth is not None:
             judged = truth < num_classes
             self.ranked += scores.count(wrong[judged], (labels != truth)[judged])
@@ -183,7 +184,7 @@ class Tally:
             self.expected / np.maximum(total, 1),
             total,
             self.moved,
-            sorted(self.worst, reverse=True)[: settings.num_worst],
+            [found[1:] for found in sorted(self.worst, reverse=True)[: settings.num_worst]],
             self.ranked if has_truth else None,
             facts,
         )

@@ -5,9 +5,10 @@ sensor are kept on disk in eight bits. After that blocks are judged one by one, 
 around it: borders of windows and of blocks are not seen. Memory does not depend on the scene.
 """
 
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ from cromss_jax.mapping.cogs import Grid
 from cromss_jax.mapping.work import Work
 from cromss_jax.method import smoothing
 
-# Side of a block in pixels. Small scenes get 64 blocks, whose spread says how sure estimates are.
+# Longest side of a block in pixels. Small scenes are cut, too: how much blocks differ says how sure
+# estimates are.
 MOST_SIDE, LEAST_SIDE, NUM_BLOCKS = 256, 32, 64
 # Levels of probabilities are equally far apart in their logarithm, from the least one that evidence
 # knows to 1, so that 8 bits keep each ratio of two within 4 %.
@@ -66,6 +68,13 @@ def from_levels(levels: np.ndarray) -> np.ndarray:
     return values / values.sum(axis=-1, keepdims=True)
 
 
+def _cut(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """First pixel and length of parts of nearly the same length."""
+    count = -(-length // most)
+    edges = [length * i // count for i in range(count + 1)]
+    return ((start, end - start) for start, end in itertools.pairwise(edges))
+
+
 class LabelledScene:
     """A scene with a map; a `subjects.Subject` after `keep_valid`."""
 
@@ -98,9 +107,9 @@ class LabelledScene:
         wanted = math.isqrt(scene.height * scene.width // NUM_BLOCKS)
         self.side = min(max(wanted, LEAST_SIDE), MOST_SIDE)
         self._blocks = [
-            (row, column, min(self.side, scene.height - row), min(self.side, scene.width - column))
-            for row in range(0, scene.height, self.side)
-            for column in range(0, scene.width, self.side)
+            (row, column, height, width)
+            for row, height in _cut(scene.height, self.side)
+            for column, width in _cut(scene.width, self.side)
         ]
         self._prior = jax.jit(
             lambda labels: smoothing.smoothing_prior(labels[:, None], labels, len(legend), "ts")

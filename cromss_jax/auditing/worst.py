@@ -65,10 +65,12 @@ def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def _row(tile: maps.Tile, image: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What is shown of a tile, by the names of `pictures.draw_samples`."""
+    percent = maps.read(tile, maps.WRONG)
     row = {
         "labels": maps.read(tile, maps.GIVEN),
         "suggested/": maps.read(tile, maps.SUGGESTED),
-        "wrong_probability/": np.minimum(maps.read(tile, maps.WRONG), 100) / 100,
+        # Pixels without a label are left white.
+        "wrong_probability/": np.where(percent > 100, np.nan, percent / 100),
     }
     if "truth" in image:
         row["truth"] = image["truth"]
