@@ -123,9 +123,15 @@ def _held_in_bucket(path: epath.Path) -> Iterator[None]:
                 raise _locked(path, now)
         _log_taken_over(path, left_over)
     own = _description() | {"id": uuid.uuid4().hex}
-    path.write_text(json.dumps(own))
+
+    def text(beats: int) -> str:
+        # All of one length: gcsfs asks for the length first, and a text that has grown since comes
+        # without its end.
+        return json.dumps(own | {"beats": f"{beats:09}"})
+
+    path.write_text(text(0))
     time.sleep(_BEAT_SECONDS)  # if two came at once, the later one has it
-    if (now := found()) != json.dumps(own):
+    if (now := found()) != text(0):
         raise _locked(path, now)
     ended = threading.Event()
 
@@ -134,7 +140,7 @@ def _held_in_bucket(path: epath.Path) -> Iterator[None]:
         while not ended.wait(_BEAT_SECONDS):
             number += 1
             try:
-                path.write_text(json.dumps(own | {"beat": number}))
+                path.write_text(text(number))
             except OSError as error:  # the next beat may succeed
                 _log.warning("%s cannot be written: %s", path, error)
 

@@ -69,6 +69,25 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def parity():
+    """`tests.torch_parity`, where PyTorch and smp are installed."""
+    pytest.importorskip("segmentation_models_pytorch")
+    from tests import torch_parity
+
+    return torch_parity
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch, on one thread: two spin for each other where a core is busy."""
+    torch = pytest.importorskip("torch")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture
 def gpu_compiler():
     """The compiler for GPUs, without JAX's cache, from which their programs cannot be read back."""

@@ -11,8 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -91,19 +89,27 @@ def _forbid(folder: pathlib.Path, left: int) -> None:
 
 
 def _remove(folder: pathlib.Path, left: int) -> None:
-    """Removes the folder with all that is in it; an empty one when something is written there."""
+    """Removes the folder and all that is in it; an empty one when what is written gets its name."""
     del left
-
-    def remove() -> None:
-        while folder.exists():
-            if any(path.is_file() for path in folder.rglob("*")):
-                shutil.rmtree(folder, ignore_errors=True)
-            time.sleep(0.001)
-
     if any(folder.iterdir()):
         shutil.rmtree(folder)
     else:
-        threading.Thread(target=remove, daemon=True).start()
+        _VANISHING[:] = [folder]
+
+
+# The folder that vanishes when something in it is renamed. A thread that looked for files would
+# come too late where they are written at once.
+_VANISHING: list[pathlib.Path] = []
+
+
+def _vanish(event: str, arguments: tuple) -> None:
+    if event != "os.rename" or not _VANISHING:
+        return
+    if _VANISHING[0] in pathlib.Path(os.fsdecode(arguments[0])).parents:
+        shutil.rmtree(_VANISHING.pop())
+
+
+sys.addaudithook(_vanish)
 
 
 # How damages end.
@@ -204,9 +210,7 @@ def attempt(place: str, damage: str, folder: pathlib.Path) -> str:
     do_damage, wanted = DAMAGES[damage]
     try:
         write(folder, lambda left: do_damage(folder, left))
-        # What is written at once, with its folder, may come after it has vanished.
-        is_whole = damage == "vanished" and names and all(list(folder.rglob(n)) for n in names)
-        return "" if is_whole else "not noticed"
+        return "not noticed"
     except ERRORS as error:
         said = str(error)
     _DAMAGES_END[damage](folder)

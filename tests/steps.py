@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-from cromss_jax.training import finetune_step, pretrain_step
+from cromss_jax.training import finetune_step, pretrain_step, sharding
 
 MAKERS = {
     pretrain_step: ("make_train_step", "make_eval_step", "make_picture_step"),
@@ -26,6 +26,9 @@ def shared() -> Iterator[None]:
             for name in names:
                 make = _remembering(getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, make))
+        # What is jitted, too: a function that is jitted again is traced again.
+        jit_step = functools.cache(sharding.jit_step)
+        stack.enter_context(mock.patch.object(sharding, "jit_step", jit_step))
         yield
 
 

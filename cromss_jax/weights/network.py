@@ -160,19 +160,18 @@ class Weights:
     card: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.state()
+        """Raises WeightsError if keys are missing or unexpected, or have the wrong shape or kind.
 
-    def state(self) -> nnx.State:
-        """The arrays as a network's state in float32.
-
-        Raises:
-          WeightsError: if keys are missing or unexpected, or have the wrong shape or kind; the
-            message lists all of them.
+        The message lists all of them.
         """
         try:
-            return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
+            torch_keys.check_torch_state(self.arrays, self.network.abstract_state())
         except ValueError as error:
             raise WeightsError(f"read as a {self.network}: {error}") from error
+
+    def state(self) -> nnx.State:
+        """The arrays as a network's state in float32, copied."""
+        return torch_keys.from_torch_state(self.arrays, self.network.abstract_state())
 
     def module(self) -> nnx.Module:
         """The network as a module with these arrays, on the default device.

@@ -62,39 +62,54 @@ def from_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> nnx.
       A state like `state` with copies of the arrays, as NumPy arrays.
 
     Raises:
+      ValueError: as `check_torch_state`.
+    """
+    check_torch_state(arrays, state)
+
+    def converted(key: str, dtype: np.dtype) -> np.ndarray:
+        array = np.asarray(arrays[key])
+        if array.ndim == 4:
+            array = array.transpose(_TO_HWIO)
+        with np.errstate(over="ignore"):  # overflow gives infinity, which `from_layout` rejects
+            return np.array(array, dtype, order="C")
+
+    return nnx.from_flat_state(
+        [
+            (path, variable.replace(converted(_key(path), variable.dtype)))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+    )
+
+
+def check_torch_state(arrays: Mapping[str, np.ndarray], state: nnx.State) -> None:
+    """Checks that smp's arrays are a network's state; nothing is copied.
+
+    Args:
+      arrays: as for `from_torch_state`.
+      state: as for `from_torch_state`.
+
+    Raises:
       ValueError: if keys are missing or unexpected, or have the wrong shape or kind; the message
         lists all of them.
     """
     wanted = _named(state)
     problems = [f"missing {key}" for key in sorted(wanted.keys() - arrays.keys())]
     problems += [f"unexpected {key}" for key in sorted(arrays.keys() - wanted.keys())]
-    values = {}
     for key in sorted(wanted.keys() & arrays.keys()):
-        array, shape = np.asarray(arrays[key]), wanted[key].shape
-        is_kernel = len(shape) == 4
-        torch_shape = tuple(shape[axis] for axis in _TO_OIHW) if is_kernel else shape
+        array, shape, dtype = np.asarray(arrays[key]), wanted[key].shape, wanted[key].dtype
+        torch_shape = tuple(shape[axis] for axis in _TO_OIHW) if len(shape) == 4 else shape
+        is_integer = np.issubdtype(dtype, np.integer)
         if array.shape != torch_shape:
             problems.append(f"{key} has shape {array.shape}, needs {torch_shape}")
-            continue
-        kind = np.integer if np.issubdtype(wanted[key].dtype, np.integer) else np.floating
-        if not np.issubdtype(array.dtype, kind):
-            problems.append(f"{key} holds {array.dtype}, needs {wanted[key].dtype}")
-            continue
-        if is_kernel:
-            array = array.transpose(_TO_HWIO)
-        with np.errstate(over="ignore"):  # overflow gives infinity, which `from_layout` rejects
-            values[key] = np.array(array, wanted[key].dtype, order="C")
-        if kind is np.integer and not np.array_equal(values[key], array):
-            problems.append(f"{key} holds {array}, too large for {wanted[key].dtype}")
+        elif not np.issubdtype(array.dtype, np.integer if is_integer else np.floating):
+            problems.append(f"{key} holds {array.dtype}, needs {dtype}")
+        elif is_integer and not np.array_equal(array.astype(dtype), array):
+            problems.append(f"{key} holds {array}, too large for {dtype}")
     if problems:
         raise ValueError(
             f"the checkpoint does not fit the network in {len(problems)} tensors: check fusion, "
             "depth, number of bands and number of classes:\n  " + "\n  ".join(problems)
         )
-    flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state(
-        [(path, variable.replace(values[_key(path)])) for path, variable in flat]
-    )
 
 
 def _key(path: tuple) -> str:

@@ -17,7 +17,7 @@ from data_prep.sample import downstream as sample_downstream
 from data_prep.sample import nol
 from data_prep.writing import records
 from tests import commands, runs
-from tests.data_prep import test_scenes
+from tests.data_prep import scene_files
 
 BUILDERS = {"nol": ssl4eo_s12_nol.Ssl4eoS12Nol, "dfc2020": downstream.Dfc2020}
 OPTIONS = {"nol": {}, "dfc2020": {"patch_size": 20}}
@@ -92,11 +92,11 @@ def test_pipeline_changes_no_bit(templates, tmp_path, name, beam_args):
 
 def scenes_of(root):
     """A function from a folder and options to the builder of a small scene."""
-    test_scenes.write_s2(root)
-    test_scenes.write_s1(root)
-    test_scenes.write_labels(root)
-    table = test_scenes.write_table(root)
-    cutting, options = test_scenes.cutting(test_fraction=0.2), test_scenes.OPTIONS
+    scene_files.write_s2(root)
+    scene_files.write_s1(root)
+    scene_files.write_labels(root)
+    table = scene_files.write_table(root)
+    cutting, options = scene_files.cutting(test_fraction=0.2), scene_files.OPTIONS
     return functools.partial(scenes.Scenes, table=table, cutting=cutting, options=options)
 
 

@@ -31,19 +31,6 @@ S1, S2 = sensors.S1_BANDS, sensors.S2_BANDS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def parity():
-    pytest.importorskip("segmentation_models_pytorch")
-    from tests import torch_parity
-
-    return torch_parity
-
-
 def random_weights(fusion, depth, bands, num_classes=9, seed=0) -> Weights:
     """A network whose every number is drawn, so that none can be mistaken for another."""
     network = Network(fusion, depth, bands, num_classes)
