@@ -95,7 +95,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
     lower_bound=1,
 )
 _RECORDS = 4
-# Of one of the two forms alone.
+# Flags of one of the two forms alone.
 _OF_SCENES = ("s2", "s1", "labels", "legend", "s2_offset")
 _OF_DATA_SETS = ("dataset", "split", "folds", "block_km")
 
@@ -114,7 +114,7 @@ def _network(model: Pretrained, legend: Legend, what: str) -> Network:
     if names != legend.names:
         raise AuditError(
             f"{model.source} knows the classes {', '.join(names) or '(unknown)'}, {what} "
-            f"{', '.join(legend.names)}: audit it by a network that was trained on it"
+            f"{', '.join(legend.names)}: audit it by a network of these classes"
         )
     stride = decoders.STRIDES[model.description.decoder]
     return Network(model.network, stride, dict(legend.pairs()))
@@ -172,22 +172,25 @@ def _check_form() -> None:
             f"--folds={_FOLDS.value} trains on a data set: build one of the scene by python -m "
             "data_prep.build --dataset=scenes, and give its --data_dir"
         )
-    missing = [name for name in ("labels", "legend") if not flags.FLAGS[name].value]
-    if not (_S2.value or _S1.value) or missing:
+    needed = {"s2": _S2.value or _S1.value, "labels": _LABELS.value, "legend": _LEGEND.value}
+    missing = [f"--{name}" for name, value in needed.items() if not value]
+    if missing:
         raise AuditError(
-            "nothing to audit is given: name a data set by --data_dir, or a scene by --s2, its map "
-            "by --labels, and the map's classes by --legend"
+            f"{', '.join(missing)} not given: name a data set by --data_dir, or a scene by --s2, "
+            "its map by --labels, and the map's classes by --legend"
         )
     of_data_sets = [name for name in _OF_DATA_SETS if flags.FLAGS[name].present]
     if of_data_sets:
         raise AuditError(f"--{of_data_sets[0]} is for a data set: leave it out with a scene")
 
 
-def _audit_scene(output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None):
+def _audit_scene(
+    output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None
+) -> None:
     """Audits the map of a scene; raises what `audit_scene.audit` raises."""
     legend = legends.read_legend(_LEGEND.value)
     model = scenes.load(_CHECKPOINT.value, str(output))
-    network = _network(model, legend, f"--legend={_LEGEND.value}")
+    network = _network(model, legend, f"the map (--legend={_LEGEND.value})")
     here = pathlib.Path.cwd()
     named = {"s2": _S2.value, "s1": _S1.value, "labels": _LABELS.value}
     found = {
@@ -228,7 +231,9 @@ def audit(output: pathlib.Path) -> None:
     _log.info("%s\n\n%s", output, (output / "report.md").read_text())
 
 
-def _audit_data_set(output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None):
+def _audit_data_set(
+    output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None
+) -> None:
     """Audits a data set, by networks of folds if there are any."""
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _DATASET.value, _SPLIT.value)
     mesh_size = sharding.make_mesh().size

@@ -246,7 +246,7 @@ def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
     )
     assert done.returncode == 1
     assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
-    assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]
+    assert "audit it by a network of these classes" in done.stderr.splitlines()[-1]
 
 
 SCENE_SIZE = 60
@@ -335,14 +335,14 @@ def test_mistyped_commands_on_scenes_are_one_sentence(scene, tmp_path):
     short[5] = short[5].replace("5", "77", 1)
     (tmp_path / "wrong.csv").write_text("\n".join(["value,name,colour", *short]) + "\n")
     for flags, sentence in (
-        ({}, "nothing to audit is given: name a data set by --data_dir, or a scene by --s2"),
-        ({"s2": whole["s2"]}, "nothing to audit is given"),
+        ({}, "--s2, --labels, --legend not given: name a data set by --data_dir, or a scene"),
+        ({"s2": whole["s2"]}, "--labels, --legend not given: name"),
         (whole | {"folds": 2}, "--folds=2 trains on a data set: build one of the scene by python"),
         (whole | {"data_dir": tmp_path}, "--data_dir and --s2 are given: audit a data set, or"),
         (whole | {"split": "test"}, "--split is for a data set: leave it out with a scene"),
         (whole | {"labels": "none.tif"}, "--labels names none.tif, which matches no file in"),
         (whole | {"legend": "moon"}, "the legend moon is not a preset"),
-        (whole | {"legend": tmp_path / "few.csv"}, "few.csv water, trees: audit it by a network"),
+        (whole | {"legend": tmp_path / "few.csv"}, "few.csv) water, trees: audit it by a network"),
         (whole | {"legend": tmp_path / "wrong.csv"}, "are not 0..4, 6..8, 77, 255: give the"),
     ):
         output = tmp_path / "audit"
