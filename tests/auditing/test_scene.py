@@ -53,7 +53,7 @@ class Fields:
 FIELDS = Fields()
 VALID = FIELDS.valid["s1"] & FIELDS.valid["s2"]
 LABELS = np.where(ERROR, (TRUTH + 2) % CLASSES, TRUTH).astype(np.uint8)
-LABELS[50:53] = 255
+LABELS[50:53] = LABELS[60:80, 104:107] = 255
 
 
 def formula(grey):
