@@ -7,6 +7,9 @@ polygons `suspects.gpkg`; and with --parcels a row for each parcel.
 
 With --folds=K, K networks are pretrained like the run, each without one part of the locations, and
 each location is judged by the one that never saw it.
+
+Instead of --data_dir: `--s2=SCENE --labels=MAP --legend=LEGEND` judges a map on one scene, which
+needs no data set. The maps are of the whole scene.
 """
 
 import json
@@ -21,22 +24,45 @@ from absl import app, flags
 from etils import epath
 
 import cromss_jax
-from cromss_jax import command_line, files, folds, lock
-from cromss_jax.auditing import job, vectors
+from cromss_jax import audit_scene, command_line, files, folds, lock, scenes
+from cromss_jax.auditing import job, subjects, vectors
 from cromss_jax.auditing.predictions import Predictor
+from cromss_jax.auditing.scene import LabelError
 from cromss_jax.data import input_pipeline
+from cromss_jax.legend import Legend
+from cromss_jax.mapping import work
 from cromss_jax.mapping.job import Network
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained, WeightsError
 from cromss_jax.training import devices, preemption, pretrain, run, settings, sharding
-from data_prep.reading import proj
+from data_prep import errors
+from data_prep.datasets import scene_table
+from data_prep.reading import legends, proj
 
 _log = logging.getLogger("cromss_jax")
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a pretraining run", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets")
 _DATASET = flags.DEFINE_string("dataset", "ssl4eo_s12_nol", "Name of the data set")
 _SPLIT = flags.DEFINE_string("split", "train", "Split of the data set")
+_S2 = flags.DEFINE_string(
+    "s2",
+    None,
+    "Instead of --data_dir: a Sentinel-2 image, as a file, a .SAFE product, or several files "
+    "separated by ;",
+)
+_S1 = flags.DEFINE_string("s1", None, "Sentinel-1 image, brought onto the grid of --s2")
+_LABELS = flags.DEFINE_string(
+    "labels", None, "Of a scene: its land-cover map, brought onto the grid by the nearest pixel"
+)
+_LEGEND = flags.DEFINE_string(
+    "legend", None, "Of a scene: the classes of --labels, as data_prep.build takes them"
+)
+_S2_OFFSET = flags.DEFINE_integer(
+    "s2_offset",
+    None,
+    "Of a scene: subtracted from raw Sentinel-2 pixels; found out where it is not given",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write to", required=True)
 _FOLDS = flags.DEFINE_integer(
     "folds",
@@ -62,28 +88,42 @@ _PARCELS = flags.DEFINE_string(
     "parcels", None, "GeoPackage, shapefile or GeoJSON of polygons; each gets a row in parcels.gpkg"
 )
 _PREEMPTION_STATUS = command_line.define_preemption_status()
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Records on the devices at once", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Records, or windows of a scene, on the devices at once; 4 records or what suits the devices",
+    lower_bound=1,
+)
+_RECORDS = 4
+# Flags of one of the two forms alone.
+_OF_SCENES = ("s2", "s1", "labels", "legend", "s2_offset")
+_OF_DATA_SETS = ("dataset", "split", "folds", "block_km")
 
 
 class AuditError(ValueError):
-    """A data set that cannot be audited as the flags say. The message is for the user."""
+    """What cannot be audited as the flags say. The message is for the user."""
+
+
+def _network(model: Pretrained, legend: Legend, what: str) -> Network:
+    """A network that judges labels of a legend.
+
+    Raises:
+      AuditError: if it does not know its classes.
+    """
+    names = tuple(model.legend or ())
+    if names != legend.names:
+        raise AuditError(
+            f"{model.source} knows the classes {', '.join(names) or '(unknown)'}, {what} "
+            f"{', '.join(legend.names)}: audit it by a network of these classes"
+        )
+    stride = decoders.STRIDES[model.description.decoder]
+    return Network(model.network, stride, dict(legend.pairs()))
 
 
 def _predictor(model: Pretrained, dataset: input_pipeline.TileDataset, mesh_size: int) -> Predictor:
-    """A network on the records of a data set.
-
-    Raises:
-      AuditError: if it does not know the data set's classes.
-    """
-    names = tuple(model.legend or ())
-    if names != dataset.legend.names:
-        raise AuditError(
-            f"{model.source} knows the classes {', '.join(names) or '(unknown)'}, the data set "
-            f"{', '.join(dataset.legend.names)}: audit it by a network that was trained on it"
-        )
-    stride = decoders.STRIDES[model.description.decoder]
-    network = Network(model.network, stride, dict(dataset.legend.pairs()))
-    batch = -(-_BATCH_SIZE.value // mesh_size) * mesh_size
+    """A network on the records of a data set; raises what `_network` raises."""
+    network = _network(model, dataset.legend, "the data set")
+    batch = -(-(_BATCH_SIZE.value or _RECORDS) // mesh_size) * mesh_size
     return Predictor(dataset, network, model.bands, batch)
 
 
@@ -114,12 +154,68 @@ def _tuples(fields: dict) -> dict:
     }
 
 
+def _check_form() -> None:
+    """Refuses flags of both forms, and of none.
+
+    Raises:
+      AuditError: naming them.
+    """
+    of_scenes = [name for name in _OF_SCENES if flags.FLAGS[name].value is not None]
+    if _DATA_DIR.value:
+        if of_scenes:
+            raise AuditError(
+                f"--data_dir and --{of_scenes[0]} are given: audit a data set, or a map on a scene"
+            )
+        return
+    if _FOLDS.value:
+        raise AuditError(
+            f"--folds={_FOLDS.value} trains on a data set: build one of the scene by python -m "
+            "data_prep.build --dataset=scenes, and give its --data_dir"
+        )
+    needed = {"s2": _S2.value or _S1.value, "labels": _LABELS.value, "legend": _LEGEND.value}
+    missing = [f"--{name}" for name, value in needed.items() if not value]
+    if missing:
+        raise AuditError(
+            f"{', '.join(missing)} not given: name a data set by --data_dir, or a scene by --s2, "
+            "its map by --labels, and the map's classes by --legend"
+        )
+    of_data_sets = [name for name in _OF_DATA_SETS if flags.FLAGS[name].present]
+    if of_data_sets:
+        raise AuditError(f"--{of_data_sets[0]} is for a data set: leave it out with a scene")
+
+
+def _audit_scene(
+    output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None
+) -> None:
+    """Audits the map of a scene; raises what `audit_scene.audit` raises."""
+    legend = legends.read_legend(_LEGEND.value)
+    model = scenes.load(_CHECKPOINT.value, str(output))
+    network = _network(model, legend, f"the map (--legend={_LEGEND.value})")
+    here = pathlib.Path.cwd()
+    named = {"s2": _S2.value, "s1": _S1.value, "labels": _LABELS.value}
+    found = {
+        name: scene_table.find_files(here, f"--{name}", text)
+        for name, text in named.items()
+        if text
+    }
+    audit_scene.audit(
+        model,
+        network,
+        found,
+        legend,
+        output,
+        chosen,
+        s2_offset=_S2_OFFSET.value,
+        batch_size=_BATCH_SIZE.value or 0,
+        polygons=polygons,
+    )
+
+
 def audit(output: pathlib.Path) -> None:
     """Audits as the flags say.
 
     Raises:
-      AuditError, vectors.VectorError, folds.FoldError, WeightsError, input_pipeline.DataError,
-        run.ConfigError: each with a sentence.
+      AuditError and others, see `main`: each with a sentence.
       preemption.Preempted: after a signal; what was trained is saved.
     """
     polygons = None
@@ -127,6 +223,18 @@ def audit(output: pathlib.Path) -> None:
         if not _MAPS.value:
             raise AuditError("--parcels are counted on the maps: leave out --maps=False")
         polygons = vectors.read(_PARCELS.value)
+    chosen = job.Settings(maps=_MAPS.value, above=_ABOVE.value, min_area=_MIN_AREA.value)
+    if _DATA_DIR.value:
+        _audit_data_set(output, chosen, polygons)
+    else:
+        _audit_scene(output, chosen, polygons)
+    _log.info("%s\n\n%s", output, (output / "report.md").read_text())
+
+
+def _audit_data_set(
+    output: pathlib.Path, chosen: job.Settings, polygons: vectors.Polygons | None
+) -> None:
+    """Audits a data set, by networks of folds if there are any."""
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _DATASET.value, _SPLIT.value)
     mesh_size = sharding.make_mesh().size
     facts = {"data set": f"{_DATASET.value}, {_SPLIT.value}, {dataset.num_locations} locations"}
@@ -149,15 +257,10 @@ def audit(output: pathlib.Path) -> None:
             f"{_CHECKPOINT.value}, which was trained on these labels and judges them too kindly: "
             "with --folds=2 each is judged by a network that never saw it"
         )
-    job.audit(
-        dataset,
-        lambda index: predictors[fold_of[index]].location(index),
-        output,
-        job.Settings(maps=_MAPS.value, above=_ABOVE.value, min_area=_MIN_AREA.value),
-        facts,
-        polygons,
+    subject = subjects.DataSet(
+        dataset, lambda index: predictors[fold_of[index]].location(index), output
     )
-    _log.info("%s\n\n%s", output, (output / "report.md").read_text())
+    job.audit(subject, output, chosen, facts, polygons)
 
 
 def main(arguments: list[str]) -> None:
@@ -171,6 +274,7 @@ def main(arguments: list[str]) -> None:
             raise AuditError(f"--output={_OUTPUT.value}: a local folder is needed")
         if _FOLDS.value == 1:
             raise AuditError("--folds=1 would train on nothing: give 2 or more, or 0")
+        _check_form()
         output = pathlib.Path(os.fspath(files.absolute(_OUTPUT.value)))
         proj.check()
         settings.use_default_numbers()
@@ -181,8 +285,14 @@ def main(arguments: list[str]) -> None:
     except preemption.Preempted as interruption:
         _log.info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
+    except errors.BadFileError as error:
+        sys.exit(f"error: {error.file}: {error.reason}")
     except (
         AuditError,
+        LabelError,
+        scenes.SceneError,
+        work.WorkError,
+        errors.BuildError,
         folds.FoldError,
         vectors.VectorError,
         WeightsError,

@@ -51,7 +51,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 _NUM_THREADS = flags.DEFINE_integer(
     "num_threads",
-    min(max(len(os.sched_getaffinity(0)), 2), 8),
+    job.NUM_THREADS,
     "Threads that read, each holding up to 200 MB",
     lower_bound=1,
 )

@@ -15,13 +15,14 @@ import numpy as np
 
 import cromss_jax
 from cromss_jax import sensors
+from cromss_jax.legend import Legend
 from cromss_jax.mapping import job, products, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
 from cromss_jax.pretrained import Pretrained
 from cromss_jax.training import devices, settings
 from data_prep import errors, options
-from data_prep.datasets import scene_images, scene_scan, scene_table
+from data_prep.datasets import scene_images, scene_labels, scene_scan, scene_table
 from data_prep.reading import bands, warping
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,32 @@ class Scene:
             valid[modality] = found.valid.all(axis=0)
         return scene_map.Pixels(grey, valid)
 
+    def read_labels(
+        self, row: int, column: int, height: int, width: int, legend: Legend
+    ) -> np.ndarray:
+        """The labels of a window by the nearest pixel of their map, uint8 [h, w].
+
+        Raises:
+          errors.BadFileError: if the map has values that the legend does not know.
+        """
+        grid = self.grid.window(row, column, height, width)
+        return scene_labels.read(self.acquisition.labels, grid, legend)[0]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of the scene decides a map, as JSON: its files and the offset of Sentinel-2."""
+        images = {}
+        for layer in itertools.chain(*self.acquisition.s1, *self.acquisition.s2):
+            path = pathlib.Path(layer.path)
+            seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+            images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
+        return {"images": images, "s2_offset": self.units.s2_offset}
+
+    @property
+    def map_grid(self) -> MapGrid:
+        """The grid of its maps."""
+        return MapGrid(self.height, self.width, self.grid.crs, self.grid.transform)
+
 
 def open_scene(
     files_by_modality: Mapping[str, tuple[pathlib.Path, ...]],
@@ -96,7 +123,7 @@ def open_scene(
     """Opens the files of a scene, and checks bands, order, units, offset and where they lie.
 
     Args:
-      files_by_modality: of the scene.
+      files_by_modality: of the scene; `labels` are those of its label map, if there is one.
       name: of the scene, for messages.
       date: of the Sentinel-2 image, or `NO_DATE`.
       model: that maps it.
@@ -267,11 +294,6 @@ def predict(
       chosen: how.
       folder: to write to.
     """
-    images = {}
-    for layer in itertools.chain(*scene.acquisition.s1, *scene.acquisition.s2):
-        path = pathlib.Path(layer.path)
-        seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
-        images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
     used = " and ".join(m.upper() for m in scene.modalities)
     told = {
         "weights": f"{model.source}, {model.description}",
@@ -280,11 +302,11 @@ def predict(
     }
     job.make_map(
         scene,
-        MapGrid(scene.height, scene.width, scene.grid.crs, scene.grid.transform),
+        scene.map_grid,
         job.Network(model.network, decoders.STRIDES[model.description.decoder], _legend(model)),
         chosen,
         folder,
-        {"images": images, "s2_offset": scene.units.s2_offset},
+        scene.identity,
         told,
     )
 

@@ -1,4 +1,4 @@
-"""The command `audit`: a whole data set, folds by place, what a fold's network sees."""
+"""The command `audit`: a data set, a map on a scene, folds by place, what a fold's network sees."""
 
 import json
 import signal
@@ -9,12 +9,16 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
+import rasterio.warp
+from affine import Affine
 
 from cromss_jax import folds as spatial
 from cromss_jax import presets, sensors
+from cromss_jax.auditing import maps
 from cromss_jax.data import input_pipeline
 from cromss_jax.training import pretrain
 from tests import commands, environment, runs
+from tests.mapping import scene_files
 from tests.mapping.weights import write_weights
 
 LOCATIONS, SEASONS, SIZE = 12, 2, 48
@@ -242,4 +246,109 @@ def test_weights_of_other_classes_are_refused(data_dir, tmp_path):
     )
     assert done.returncode == 1
     assert "knows the classes Tree cover," in done.stderr.splitlines()[-1]
-    assert "audit it by a network that was trained on it" in done.stderr.splitlines()[-1]
+    assert "audit it by a network of these classes" in done.stderr.splitlines()[-1]
+
+
+SCENE_SIZE = 60
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A scene with nodata in a corner, and its map in degrees with pixels of about 15 m."""
+    made = scene_files.make(tmp_path_factory.mktemp("scene"), SCENE_SIZE)
+    made.s2[:, :9, :7] = 0
+    made.write("s2_20200601.tif", made.s2, sensors.S2_BANDS)
+    made.write("s1.tif", made.s1, sensors.S1_BANDS)
+    # From beyond the upper left corner of the scene to beyond the lower right one.
+    west, north = made.location.origin
+    crs, size = made.grid["crs"], 1.5e-4
+    (left,), (top,) = rasterio.warp.transform(crs, "EPSG:4326", [west - 100], [north + 100])
+    transform = Affine(size, 0, left, 0, -size, top)
+    rows, columns = np.indices((80, 80)) + 0.5
+    places = (left + size * columns).ravel(), (top - size * rows).ravel()
+    x, y = map(np.array, rasterio.warp.transform("EPSG:4326", crs, *places))
+    column, row = ((x - west) // 10).astype(int), ((north - y) // 10).astype(int)
+    inside = (np.minimum(row, column) >= 0) & (np.maximum(row, column) < SCENE_SIZE)
+    moved = np.full(80 * 80, 255, np.uint8)
+    moved[inside] = made.location.labels[0][row[inside], column[inside]]
+    moved = moved.reshape(1, 80, 80)
+    made.write("map.tif", moved, crs="EPSG:4326", transform=transform, nodata=255)
+    table = "scene,date,s2,s1,labels\nwood,2020-06-01,s2_20200601.tif,s1.tif,map.tif\n"
+    (made.folder / "scenes.csv").write_text(table)
+    write_weights(made.folder / "weights", "late")
+    return made.folder
+
+
+def test_a_map_on_a_scene_is_judged_as_the_data_set_of_it(scene, tmp_path):
+    data = {"data_dir": tmp_path / "data", "dataset": "scenes"}
+    own = {"s2": scene / "s2_20200601.tif", "s1": scene / "s1.tif", "labels": scene / "map.tif"}
+    built = commands.run_flags(
+        "data_prep.build", **data, table=scene / "scenes.csv", legend="dynamic_world",
+        tile_size=SCENE_SIZE, test_fraction=0, num_workers=1,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    for name, flags in (("set", data), ("map", own | {"legend": "dynamic_world"})):
+        output = tmp_path / name
+        done = commands.run_flags(
+            "cromss_jax.audit", checkpoint=scene / "weights", output=output, **flags
+        )
+        assert done.returncode == 0, done.stderr
+    of_set = tmp_path / "set" / "maps" / "wood_0_0" / "season_0"
+    layers = {}
+    for name in maps.LAYERS:
+        read = []
+        for folder in (of_set, tmp_path / "map"):
+            with rasterio.open(folder / f"{name}.tif") as file:
+                read.append(file.read(1))
+                assert file.shape == (SCENE_SIZE, SCENE_SIZE)
+        layers[name] = read
+    np.testing.assert_array_equal(*layers["given"])
+    known = layers["given"][0] != 255
+    assert not known[:9, :7].any()
+    assert 0.8 < known.mean() < 1
+    # In eight bits a probability is off by 2 %, and percents are rounded.
+    first, second = (layer[known].astype(int) for layer in layers["wrong_probability"])
+    assert np.abs(first - second).max() <= 3
+    assert np.abs(first - second).mean() < 1
+    assert np.ptp(first) > 20
+    # What each sensor of random weights sees is nearly tied, so that reasons are not compared.
+    first, second = layers["suggested"]
+    assert (first != second)[known].mean() < 0.03
+    assert (layers["wrong_probability"][1] == 255).sum() == (~known).sum()
+    report = json.loads((tmp_path / "map" / "report.json").read_text())
+    other = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert report["error_rate"]["estimate"] == pytest.approx(
+        other["error_rate"]["estimate"], abs=0.02
+    )
+    assert "which judges labels that it was trained on too kindly" in report["made"]["judged by"]
+    assert not (tmp_path / "map" / "work").exists()
+    meta, _, _, values = pyogrio.raw.read(tmp_path / "map" / "suspects.gpkg")
+    assert set(values[list(meta["fields"]).index("date")]) <= {"20200601"}
+
+
+def test_mistyped_commands_on_scenes_are_one_sentence(scene, tmp_path):
+    whole = {"s2": scene / "s2_20200601.tif", "labels": scene / "map.tif"}
+    whole |= {"legend": "dynamic_world"}
+    (tmp_path / "few.csv").write_text("value,name,colour\n0,water,#0000ff\n1,trees,#00ff00\n")
+    names = presets.DYNAMIC_WORLD.names
+    short = [f"{i},{n},#0000ff" for i, n in enumerate(names)]
+    short[5] = short[5].replace("5", "77", 1)
+    (tmp_path / "wrong.csv").write_text("\n".join(["value,name,colour", *short]) + "\n")
+    for flags, sentence in (
+        ({}, "--s2, --labels, --legend not given: name a data set by --data_dir, or a scene"),
+        ({"s2": whole["s2"]}, "--labels, --legend not given: name"),
+        (whole | {"folds": 2}, "--folds=2 trains on a data set: build one of the scene by python"),
+        (whole | {"data_dir": tmp_path}, "--data_dir and --s2 are given: audit a data set, or"),
+        (whole | {"split": "test"}, "--split is for a data set: leave it out with a scene"),
+        (whole | {"labels": "none.tif"}, "--labels names none.tif, which matches no file in"),
+        (whole | {"legend": "moon"}, "the legend moon is not a preset"),
+        (whole | {"legend": tmp_path / "few.csv"}, "few.csv) water, trees: audit it by a network"),
+        (whole | {"legend": tmp_path / "wrong.csv"}, "are not 0..4, 6..8, 77, 255: give the"),
+    ):
+        output = tmp_path / "audit"
+        done = commands.run_flags(
+            "cromss_jax.audit", checkpoint=scene / "weights", output=output, **flags
+        )
+        assert done.returncode == 1, flags
+        assert sentence in done.stderr.splitlines()[-1], flags
+        assert not list(output.glob("*.tif"))

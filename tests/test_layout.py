@@ -26,7 +26,8 @@ GROUND = {"blocks", "sensors", "legend", "presets", "files", "lock", "package", 
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
 READERS_OF_SCENES = tuple(
-    f"cromss_jax.{name}" for name in ("predict", "predict_beam", "scenes", "audit", "folds")
+    f"cromss_jax.{name}"
+    for name in ("predict", "predict_beam", "scenes", "audit", "audit_scene", "folds")
 )
 # What of cromss_jax data_prep imports.
 PREPARED_WITH = ("blocks", "sensors", "legend", "presets", "files", "lock")

@@ -1,23 +1,19 @@
 """The command `predict`: a whole map, and what it refuses."""
 
-import dataclasses
-import datetime
 import json
 
 import numpy as np
 import pytest
 import rasterio
-from affine import Affine
 
 import cromss_jax
 from cromss_jax import scenes, sensors
 from data_prep import errors
-from data_prep.sample import world
 from tests import commands
+from tests.mapping import scene_files
 from tests.mapping.weights import write_weights
 
 SIZE = 96
-NO_DATE = datetime.datetime.min
 
 
 @pytest.fixture(scope="module")
@@ -33,49 +29,14 @@ def model(weights):
     return cromss_jax.load(weights)
 
 
-@dataclasses.dataclass
-class Written:
-    """A scene on disk and what is in it."""
-
-    folder: object
-    s1: np.ndarray
-    s2: np.ndarray
-    grid: dict
-
-    def write(self, name, pixels, names=(), **changes):
-        path = self.folder / name
-        options = {"driver": "GTiff", "count": len(pixels), "dtype": pixels.dtype, **self.grid}
-        options |= {"height": pixels.shape[1], "width": pixels.shape[2], **changes}
-        with rasterio.open(path, "w", **options) as file:
-            file.write(pixels)
-            for i, band in enumerate(names):
-                file.set_band_description(i + 1, band)
-        return path
-
-    def moved(self, rows, columns):
-        a, b, c, d, e, f = self.grid["transform"][:6]
-        return Affine(a, b, c + 10 * columns, d, e, f - 10 * rows)
-
-    def open(self, model, offset=None, **paths):
-        found = {m: (path,) for m, path in paths.items()}
-        return scenes.open_scene(found, "the scene", NO_DATE, model, offset)
-
-
 @pytest.fixture
 def written(tmp_path):
-    location = world.make_location(0, 0, 1, SIZE)
-    s2 = np.zeros((13, SIZE, SIZE), np.uint16)
-    for metres, names in sensors.S2_BANDS_BY_RESOLUTION.items():
-        for i, name in enumerate(names):
-            factor = metres // 10
-            pixels = location.s2(metres)[0, ..., i].repeat(factor, 0).repeat(factor, 1)
-            s2[sensors.S2_BANDS.index(name)] = pixels
-    easting, northing = location.origin
-    grid = {
-        "crs": f"EPSG:{location.epsg}",
-        "transform": Affine(10, 0, easting, 0, -10, northing),
-    }
-    return Written(tmp_path, np.moveaxis(location.s1[0], -1, 0), s2, grid)
+    return scene_files.make(tmp_path, SIZE)
+
+
+def open_scene(model, **paths):
+    found = {m: (path,) for m, path in paths.items()}
+    return scenes.open_scene(found, "the scene", scenes.NO_DATE, model, None)
 
 
 def test_pixels_are_scaled_as_in_python(written, model):
@@ -83,7 +44,7 @@ def test_pixels_are_scaled_as_in_python(written, model):
     written.s1[:, -5:] = np.nan
     s2 = written.write("s2.tif", written.s2, sensors.S2_BANDS)
     s1 = written.write("s1.tif", written.s1, sensors.S1_BANDS)
-    scene, _ = written.open(model, s2=s2, s1=s1)
+    scene, _ = open_scene(model, s2=s2, s1=s1)
     found = scene.read(0, 8, 64, 40)
     raw = np.moveaxis(written.s2, 0, -1)[:64, 8:48]
     expected = model.grey_levels(raw, sensors.S2_BANDS)
@@ -101,7 +62,7 @@ def test_s1_is_brought_onto_the_grid_of_s2(written, model):
     """From a grid moved by 3 columns and 2 rows; and turned bands."""
     s2 = written.write("s2.tif", written.s2, sensors.S2_BANDS)
     s1 = written.write("s1.tif", written.s1[::-1], ("VH", "VV"), transform=written.moved(2, 3))
-    scene, _ = written.open(model, s2=s2, s1=s1)
+    scene, _ = open_scene(model, s2=s2, s1=s1)
     found = scene.read(0, 0, SIZE, SIZE)
     expected = model.grey_levels(np.moveaxis(written.s1, 0, -1), sensors.S1_BANDS)
     np.testing.assert_array_equal(found.grey["s1"][2:, 3:], expected[:-2, :-3])
@@ -112,7 +73,7 @@ def test_s1_is_brought_onto_the_grid_of_s2(written, model):
 def test_the_offset_is_found_and_subtracted(written, model):
     plain = written.write("plain.tif", written.s2, sensors.S2_BANDS)
     offset = written.write("offset.tif", written.s2 + np.uint16(1000), sensors.S2_BANDS)
-    (expected, _), (found, facts) = (written.open(model, s2=path) for path in (plain, offset))
+    (expected, _), (found, facts) = (open_scene(model, s2=path) for path in (plain, offset))
     window = 0, 0, SIZE, SIZE
     np.testing.assert_array_equal(found.read(*window).grey["s2"], expected.read(*window).grey["s2"])
     assert facts["offset"].startswith("1000")
@@ -150,14 +111,14 @@ def refusals(written):
 def test_what_cannot_be_mapped_is_refused(written, model):
     for sentence, paths in refusals(written).items():
         with pytest.raises((errors.BadFileError, scenes.SceneError), match=sentence):
-            written.open(model, **paths)
+            open_scene(model, **paths)
 
 
 def test_another_level_than_the_weights_is_refused(written, model):
     path = written.folder / "S2A_MSIL2A_20200101.tif"
     written.write(path.name, written.s2, sensors.S2_BANDS)
     with pytest.raises(scenes.SceneError, match=r"is L2A, .* was trained on L1C"):
-        written.open(model, s2=path)
+        open_scene(model, s2=path)
 
 
 def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):

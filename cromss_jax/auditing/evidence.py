@@ -24,7 +24,7 @@ import numpy as np
 from cromss_jax import sensors
 
 WEIGHTS = {"images": 1.0, "seasons": 0.25, "neighbours": 0.5}
-_LEAST = 1e-4  # no witness rules a class out
+LEAST = 1e-4  # no witness rules a class out
 
 # What contradicts a label, by index.
 REASONS = (
@@ -76,7 +76,7 @@ def combine(witnesses: Mapping[str, np.ndarray]) -> np.ndarray:
       [..., C] float32, summing to one.
     """
     logs = sum(
-        np.float32(WEIGHTS[name]) * np.log(np.maximum(values, _LEAST))
+        np.float32(WEIGHTS[name]) * np.log(np.maximum(values, LEAST))
         for name, values in witnesses.items()
     )
     product = np.exp(logs - logs.max(axis=-1, keepdims=True))

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -19,16 +19,13 @@ from cromss_jax.auditing import (
     parcels,
     report,
     scores,
+    subjects,
     suspects,
     vectors,
     worst,
 )
-from cromss_jax.data import input_pipeline
 
 _log = logging.getLogger(__name__)
-
-# By location: probabilities [S, T, T, C] by modality; labels, prior and perhaps truth.
-Judge = Callable[[int], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +92,7 @@ def witnesses(probs: Mapping[str, np.ndarray], prior: np.ndarray) -> tuple[np.nd
     return evidence.combine(seen), evidence.combine({**seen, "neighbours": prior})
 
 
-def calibrate(judge: Judge, locations: np.ndarray, settings: Settings) -> Calibration:
+def calibrate(judge: subjects.Judge, locations: np.ndarray, settings: Settings) -> Calibration:
     """Estimates the noise and calibrates to it, on pixels of some locations, without truth.
 
     Args:
@@ -137,7 +134,7 @@ class Tally:
         self.labels = np.zeros((num_locations, num_classes), np.int64)
         self.expected = np.zeros(num_classes)
         self.moved = np.zeros((num_classes, num_classes), np.int64)
-        self.worst: list[tuple[float, str]] = []
+        self.worst: list[tuple[float, float, str]] = []
         self.ranked = np.zeros((2, scores.NUM_BINS), np.int64)
 
     def add(
@@ -168,7 +165,8 @@ class Tally:
         pairs = labels.astype(np.int64) * num_classes + suggested
         self.moved += np.bincount(pairs, minlength=num_classes**2).reshape(self.moved.shape)
         if len(labels):
-            self.worst.append((float(wrong.mean()), name))
+            # By how many are wrong: of few labels, all may be.
+            self.worst.append((float(wrong.sum()), float(wrong.mean()), name))
         if truth is not None:
             judged = truth < num_classes
             self.ranked += scores.count(wrong[judged], (labels != truth)[judged])
@@ -186,25 +184,23 @@ class Tally:
             self.expected / np.maximum(total, 1),
             total,
             self.moved,
-            sorted(self.worst, reverse=True)[: settings.num_worst],
+            [found[1:] for found in sorted(self.worst, reverse=True)[: settings.num_worst]],
             self.ranked if has_truth else None,
             facts,
         )
 
 
 def audit(
-    dataset: input_pipeline.TileDataset,
-    judge: Judge,
+    subject: subjects.Subject,
     folder: pathlib.Path,
     settings: Settings,
     facts: Mapping[str, str],
     polygons: vectors.Polygons | None = None,
 ) -> dict:
-    """Judges every label of a data set, and writes report, maps, suspects and parcels.
+    """Judges every label of a subject, and writes report, maps, suspects and parcels.
 
     Args:
-      dataset: to judge.
-      judge: predicts a location, by networks that may or may not have seen it.
+      subject: to judge.
       folder: to write to.
       settings: see `Settings`.
       facts: what the report says about how it was made.
@@ -214,23 +210,20 @@ def audit(
       The content of `report.json`.
     """
     rng = np.random.default_rng(settings.seed)
-    order = rng.permutation(dataset.num_locations)
-    calibration = calibrate(judge, np.sort(order[: settings.num_estimated]), settings)
-    tally = Tally(dataset.num_locations, len(dataset.legend))
+    order = rng.permutation(subject.num_locations)
+    chosen = np.sort(order[: settings.num_estimated])
+    calibration = calibrate(subject.location, chosen, settings)
+    tally = Tally(subject.num_locations, len(subject.legend))
     tiles: list[maps.Tile] = []
     modalities: set[str] = set()
-    for index in _progress(np.arange(dataset.num_locations), "judging"):
-        probs, found = judge(index)
+    for index in _progress(np.arange(subject.num_locations), "judging"):
+        probs, found = subject.location(index)
         modalities |= set(probs)
         alone, product = witnesses(probs, found["prior"])
         labels = found["labels"]
         wrong, suggested = calibration.judge(product, labels)
         known = labels != sensors.IGNORE_LABEL
-        first = int(dataset.starts[index])
-        own = [
-            maps.tile_of(folder, dataset.source[first + season], season)
-            for season in range(len(labels))
-        ]
+        own = subject.tiles(index)
         tally.add(
             index,
             own[0].location,
@@ -244,19 +237,20 @@ def audit(
             reason = evidence.reasons(probs, labels, suggested)
             for season, tile in enumerate(own):
                 layers = labels[season], wrong[season], suggested[season], reason[season]
-                maps.write(tile, maps.layers_of(*layers), dataset.legend)
+                subject.write(tile, maps.layers_of(*layers))
             tiles += own
-    names = dataset.legend.names
-    content = tally.content(names, settings, dataset.has_truth, facts)
+    names = subject.legend.names
+    content = tally.content(names, settings, subject.has_truth, facts)
     if settings.maps:
+        subject.finish()
         content["suspects"] = suspects.write(
             folder, tiles, names, settings.above, settings.min_area, len(modalities) == 2
         )
         shown = [row["name"] for row in content["worst_locations"]][: worst.COUNT]
-        chosen = worst.rank(tiles, shown)
-        if chosen:
-            # Tiles are in the order of the records.
-            worst.draw(folder, dataset, chosen, [tiles.index(tile) for tile in chosen])
+        ranked = worst.rank(tiles, shown)
+        if ranked:
+            images = [subject.image(tiles.index(tile)) for tile in ranked]
+            worst.draw(folder, ranked, images, subject.legend)
             content["pictures"] = worst.FILE
     if polygons is not None:
         counted = parcels.count(polygons, tiles, len(names))

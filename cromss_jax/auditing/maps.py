@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import rasterio
+from rasterio.windows import Window
 
 from cromss_jax import sensors
 from cromss_jax.auditing import evidence
@@ -16,6 +17,7 @@ from cromss_jax.mapping.styles import PERCENT, Entry
 # Below the folder of an audit. `data_prep` reads them under these names, too.
 FOLDER = "maps"
 GIVEN, WRONG, SUGGESTED, REASON = "given", "wrong_probability", "suggested", "reason"
+LAYERS = (GIVEN, WRONG, SUGGESTED, REASON)
 _REASONS = tuple(
     Entry(i, colour, text)
     for i, (text, colour) in enumerate(
@@ -30,14 +32,15 @@ _REASONS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A date of a location.
+    """A date of a location: its maps, or its part of the maps of a scene.
 
     Attributes:
-      folder: of its maps.
+      folder: of the maps.
       location: the location's name.
       season: which of its dates, from 0.
       date: of its image as in "20210703", or "season 0" where the data set does not say it.
       grid: where it lies.
+      corner: row and column of its first pixel on the maps.
     """
 
     folder: pathlib.Path
@@ -45,6 +48,7 @@ class Tile:
     season: int
     date: str
     grid: cogs.Grid
+    corner: tuple[int, int] = (0, 0)
 
 
 def tile_of(folder: pathlib.Path, record: Mapping, season: int) -> Tile:
@@ -66,7 +70,7 @@ def tile_of(folder: pathlib.Path, record: Mapping, season: int) -> Tile:
 
 
 def write(tile: Tile, layers: Mapping[str, np.ndarray], legend: Legend) -> None:
-    """Writes the maps of a tile.
+    """Writes the maps of a tile that has maps of its own.
 
     Args:
       tile: where they lie.
@@ -74,21 +78,34 @@ def write(tile: Tile, layers: Mapping[str, np.ndarray], legend: Legend) -> None:
         `reason` as an index of `evidence.REASONS`; 255 in all of them where there is no label.
       legend: of the classes.
     """
-    classes = tuple(Entry(i, colour, name) for i, (name, colour) in enumerate(legend.pairs()))
     work = tile.folder / "work"
     work.mkdir(parents=True, exist_ok=True)
+    for name in LAYERS:
+        pixels = np.ascontiguousarray(layers[name], np.uint8)
+        (work / f"{name}.raw").write_bytes(pixels.tobytes())
+    finish(work, tile.grid, tile.folder, legend)
+    for path in work.iterdir():
+        path.unlink()
+    work.rmdir()
+
+
+def finish(work: pathlib.Path, grid: cogs.Grid, folder: pathlib.Path, legend: Legend) -> None:
+    """Writes maps whose pixels are on disk.
+
+    Args:
+      work: folder of their pixels, `given.raw` and so on, uint8 row by row.
+      grid: where they lie.
+      folder: to write to.
+      legend: of the classes.
+    """
+    classes = tuple(Entry(i, colour, name) for i, (name, colour) in enumerate(legend.pairs()))
     for layer in (
         cogs.Layer(GIVEN, ("class of the label",), classes, True),
         cogs.Layer(WRONG, ("label is wrong",), PERCENT, False, "%"),
         cogs.Layer(SUGGESTED, ("class it should be",), classes, True),
         cogs.Layer(REASON, ("what contradicts the label",), _REASONS, True),
     ):
-        raw = work / f"{layer.name}.raw"
-        raw.write_bytes(np.ascontiguousarray(layers[layer.name], np.uint8).tobytes())
-        cogs.write(raw, layer, tile.grid, tile.folder)
-    for path in work.iterdir():
-        path.unlink()
-    work.rmdir()
+        cogs.write(work / f"{layer.name}.raw", layer, grid, folder)
 
 
 def layers_of(
@@ -107,5 +124,6 @@ def layers_of(
 
 def read(tile: Tile, name: str) -> np.ndarray:
     """A map of a tile, uint8 [H, W], by the names of `layers_of`."""
+    row, column = tile.corner
     with rasterio.open(tile.folder / f"{name}.tif") as file:
-        return file.read(1)
+        return file.read(1, window=Window(column, row, tile.grid.width, tile.grid.height))

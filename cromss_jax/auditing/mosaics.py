@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import tempfile
@@ -38,6 +39,18 @@ class Cluster:
     tiles: tuple[maps.Tile, ...]
     origins: tuple[tuple[int, int], ...]
     grid: Grid
+
+    @functools.cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of each tile's first pixel, and of the first beyond it, [N, 2] each."""
+        starts = np.array(self.origins)
+        return starts, starts + [(t.grid.height, t.grid.width) for t in self.tiles]
+
+    def tile_at(self, row: int, column: int) -> maps.Tile:
+        """The first tile that holds a pixel."""
+        starts, ends = self._spans
+        held = ((starts <= (row, column)) & (ends > (row, column))).all(axis=1)
+        return self.tiles[int(held.argmax())]
 
 
 def clusters(tiles: Sequence[maps.Tile]) -> Iterator[Cluster]:

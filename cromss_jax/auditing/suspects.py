@@ -26,7 +26,7 @@ class Suspect:
       shape: its polygon in the reference system of its labels; pixels that touch by a corner alone
         are apart.
       crs: that reference system, WKT.
-      location: of the first tile of its mosaic.
+      location: in which its first pixel lies.
       date: as of `maps.Tile`.
       given: index of the class of its labels.
       suggested: index of the class that they should be.
@@ -87,8 +87,10 @@ def find(tiles: Sequence[maps.Tile], above: float, min_area: float) -> Iterator[
                     continue
                 percent, reason = (mosaic.facts.read(i, window=window)[inside] for i in (1, 2))
                 given, suggested = divmod(int(key), 256)
+                first = window.col_off + int(inside[0].argmax())
+                tile = cluster.tile_at(window.row_off, first)
                 yield Suspect(
-                    shape, cluster.grid.crs, cluster.tiles[0].location, cluster.tiles[0].date,
+                    shape, cluster.grid.crs, tile.location, tile.date,
                     given, suggested, pixels, hectares, float(percent.mean()) / 100,
                     float(np.isin(reason, evidence.AGREEING).mean()),
                 )  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ _log = logging.getLogger(__name__)
 # Windows in a batch of one device.
 _BATCH = {"cpu": 4}
 _ACCELERATOR_BATCH = 32
+# Threads that read, unless it is said; each holds up to 200 MB.
+NUM_THREADS = min(max(len(os.sched_getaffinity(0)), 2), 8)
 
 
 class MapError(ValueError):
@@ -44,7 +47,7 @@ class Settings:
     overlap: int = 64
     augment: bool = False
     batch_size: int = 0
-    num_threads: int = 2
+    num_threads: int = NUM_THREADS
 
     def check(self, modalities: tuple[str, ...]) -> None:
         """Refuses settings that are not possible for a scene of these modalities.
@@ -69,6 +72,20 @@ class Settings:
                 "leave it out, or give both"
             )
 
+    @property
+    def windows(self) -> str:
+        """How windows are cut, for summaries."""
+        text = f"{self.window} pixels, overlap {self.overlap}"
+        return text + ", averaged over eight flips and rotations" * self.augment
+
+    def for_devices(self) -> "Settings":
+        """The same with the number of windows in a batch that suits the devices."""
+        mesh = sharding.make_mesh()
+        wanted = self.batch_size or mesh.size * _BATCH.get(
+            mesh.devices.flat[0].platform, _ACCELERATOR_BATCH
+        )
+        return dataclasses.replace(self, batch_size=-(-wanted // mesh.size) * mesh.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -91,6 +108,52 @@ class Network:
             found.update(jax.tree_util.keystr(path).encode())
             found.update(np.asarray(leaf).tobytes())
         return found.hexdigest()
+
+
+def identity_of(
+    network: Network, settings: Settings, of_scene: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides a map, as JSON.
+
+    Args:
+      network: that maps.
+      settings: of the devices.
+      of_scene: what of the scene decides it, such as its files.
+    """
+    decisive = {k: v for k, v in dataclasses.asdict(settings).items() if k != "num_threads"}
+    return json.loads(json.dumps({"checkpoint": network.digest(), **of_scene, **decisive}))
+
+
+def predict(
+    scene: scene_map.Scene,
+    network: Network,
+    settings: Settings,
+    unfinished: work.Work,
+    make_layers: scene_map.MakeLayers = blending.layers,
+) -> None:
+    """Predicts what is missing of a scene.
+
+    Args:
+      scene: to predict.
+      network: that predicts.
+      settings: how; for the devices.
+      unfinished: where the layers go.
+      make_layers: makes them from probabilities.
+    """
+    size = scene.height, scene.width
+    cut = windows.cut_scene(*size, settings.window, settings.overlap)
+    _log.info("%d x %d pixels, %d windows of %d x %d", *size, len(cut), *cut.shape)
+    mesh = sharding.make_mesh()
+    scene_map.map_scene(
+        scene,
+        cut,
+        forward.make_forward(network.module, network.stride, mesh, augment=settings.augment),
+        unfinished,
+        num_classes=len(network.legend),
+        batch_size=settings.batch_size,
+        num_threads=settings.num_threads,
+        make_layers=make_layers,
+    )
 
 
 def make_map(
@@ -117,16 +180,9 @@ def make_map(
       MapError, work.WorkError, lock.LockedError: if the map cannot be made.
     """
     settings.check(scene.modalities)
-    mesh = sharding.make_mesh()
-    wanted = settings.batch_size or mesh.size * _BATCH.get(
-        mesh.devices.flat[0].platform, _ACCELERATOR_BATCH
-    )
-    settings = dataclasses.replace(settings, batch_size=-(-wanted // mesh.size) * mesh.size)
     names = tuple(n for n in blending.LAYERS if n == "classes" or n in settings.write)
-    decisive = {k: v for k, v in dataclasses.asdict(settings).items() if k != "num_threads"}
-    identity = json.loads(
-        json.dumps({"checkpoint": network.digest(), **identity, **decisive, "write": names})
-    )
+    settings = dataclasses.replace(settings.for_devices(), write=names)
+    identity = identity_of(network, settings, identity)
     if (folder / products.IDENTITY).exists():
         if json.loads((folder / products.IDENTITY).read_text()) != identity:
             raise MapError(
@@ -134,28 +190,12 @@ def make_map(
             )
         _log.info("%s is finished", folder)
         return
-    cut = windows.cut_scene(scene.height, scene.width, settings.window, settings.overlap)
     layers = products.describe(names, network.legend)
     bands = {layer.name: len(layer.bands) for layer in layers}
     size = scene.height, scene.width
     with work.opened(folder / "work", identity, size, bands) as unfinished:
-        _log.info("%d x %d pixels, %d windows of %d x %d", *size, len(cut), *cut.shape)
-        scene_map.map_scene(
-            scene,
-            cut,
-            forward.make_forward(network.module, network.stride, mesh, augment=settings.augment),
-            unfinished,
-            num_classes=len(network.legend),
-            batch_size=settings.batch_size,
-            num_threads=settings.num_threads,
-        )
+        predict(scene, network, settings, unfinished)
         _log.info("writing %s", ", ".join(f"{name}.tif" for name in names))
-        facts = {**facts, "windows": _windows(settings)}
+        facts = {**facts, "windows": settings.windows}
         text = products.write(unfinished, layers, grid, network.legend, folder, facts)
     _log.info("%s\n\n%s", folder, text)
-
-
-def _windows(settings: Settings) -> str:
-    """How windows are cut, for the summary."""
-    text = f"{settings.window} pixels, overlap {settings.overlap}"
-    return text + ", averaged over eight flips and rotations" * settings.augment

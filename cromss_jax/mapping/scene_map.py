@@ -64,6 +64,10 @@ class Scene(Protocol):
 
 
 Forward = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+# From probabilities and valid pixels by modality to layers, as `blending.layers`.
+MakeLayers = Callable[
+    [Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Mapping[str, np.ndarray]
+]
 
 
 def map_scene(
@@ -75,6 +79,7 @@ def map_scene(
     num_classes: int,
     batch_size: int,
     num_threads: int,
+    make_layers: MakeLayers = blending.layers,
 ) -> None:
     """Maps what is missing of a scene.
 
@@ -89,6 +94,7 @@ def map_scene(
       num_classes: C.
       batch_size: windows in a batch.
       num_threads: that read.
+      make_layers: makes what is written of finished rows.
     """
     rows = windows.rows
     if work.rows_done == len(rows.starts):
@@ -117,7 +123,7 @@ def map_scene(
             if column + 1 == per_row:
                 finished = strips.finish(row)
                 if row >= work.rows_done:
-                    work.write(row + 1, rows.starts[row], blending.layers(*finished))
+                    work.write(row + 1, rows.starts[row], make_layers(*finished))
 
 
 def _batches(

@@ -23,7 +23,7 @@ import cromss_jax
 from configs import pretrain as recipe
 from cromss_jax import folds as spatial
 from cromss_jax import sensors
-from cromss_jax.auditing import evidence, job, scores
+from cromss_jax.auditing import evidence, job, scores, subjects
 from cromss_jax.auditing.predictions import Predictor
 from cromss_jax.data import input_pipeline
 from cromss_jax.mapping.job import Network
@@ -174,7 +174,8 @@ def audited(found: Predictions, seed: str, folder: pathlib.Path) -> dict:
     dataset, _ = folds_of(folder, seed)
     target = folder / f"audit{seed}"
     settings = job.Settings(maps=not (target / "suspects.gpkg").exists())
-    return job.audit(dataset, found.__getitem__, target, settings, {"judged by": "folds"})
+    subject = subjects.DataSet(dataset, found.__getitem__, target)
+    return job.audit(subject, target, settings, {"judged by": "folds"})
 
 
 def judged(found: Predictions) -> tuple[list[np.ndarray], list[np.ndarray]]:
