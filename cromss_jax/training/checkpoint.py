@@ -71,7 +71,11 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        """Steps of the checkpoints. Of several processes Orbax gives NumPy's integers."""
+        return sorted(map(int, self._manager.all_steps()))
 
     def check_space(self, state: Any) -> None:
         """Checks that the disk can hold two checkpoints: one is removed when the next is complete.
@@ -154,7 +158,7 @@ class Checkpoints:
         Only then, newer ones are renamed: if none can be read, it may be the program that is wrong.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self._steps()):
             try:
                 result = read(step)
             except manifest.DamagedError as error:

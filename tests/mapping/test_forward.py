@@ -8,15 +8,15 @@ from flax import nnx
 
 from cromss_jax import sensors
 from cromss_jax.mapping import forward
-from cromss_jax.networks.fusion import make_network
 from cromss_jax.training import sharding
+from tests.mapping.weights import random_network
 
 CHANNELS = {"s1": 2, "s2": 3}
 
 
 def network(fusion: str, modalities=sensors.MODALITIES) -> nnx.Module:
     channels = {m: CHANNELS[m] for m in modalities}
-    return make_network(fusion, 10, channels, 4, jnp.float32, nnx.Rngs(0))
+    return random_network(fusion, channels, 4)
 
 
 def images(count: int = 8, height: int = 32, width: int = 32) -> dict[str, np.ndarray]:

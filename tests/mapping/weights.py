@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
@@ -15,12 +16,23 @@ from cromss_jax.weights.network import Network, Weights
 BANDS = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
 
 
+def random_network(fusion: str, num_channels: dict[str, int], num_classes: int) -> nnx.Module:
+    """A ResNet-10 U-Net, initialised in one program, not array by array."""
+
+    @jax.jit
+    def make(key):
+        rngs = nnx.Rngs(key)
+        return nnx.split(make_network(fusion, 10, num_channels, num_classes, jnp.float32, rngs))
+
+    return nnx.merge(*make(jax.random.key(0)))
+
+
 def write_weights(
     folder: pathlib.Path, fusion: str, classes: Legend = presets.DYNAMIC_WORLD
 ) -> None:
     """Writes a ResNet-10 U-Net of both sensors."""
     count = len(classes)
-    network = make_network(fusion, 10, {"s1": 2, "s2": 13}, count, jnp.float32, nnx.Rngs(0))
+    network = random_network(fusion, {"s1": 2, "s2": 13}, count)
     card = {
         "input": {
             "by_band": {

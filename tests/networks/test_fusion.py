@@ -186,7 +186,11 @@ def test_distant_surroundings_are_smps(parity, torch):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "decoder"), [("mid", "unet"), *(("none", decoder) for decoder in OTHER_DECODERS)]
+    ("fusion", "decoder"),
+    [
+        ("mid", "unet"),
+        *(pytest.param("none", name, marks=pytest.mark.slow) for name in OTHER_DECODERS),
+    ],
 )
 def test_initial_values_are_distributed_as_smps(parity, fusion, decoder):
     num_channels = {"s1": 2, "s2": 3} if fusion == "mid" else {"s2": 3}
@@ -283,11 +287,11 @@ def test_modalities_drop_apart_and_only_in_training():
 
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_float32():
-    arrays = initial_arrays(0, "none")
+    arrays = initial_arrays(0, "none", depth=10)
     image = {"s2": np.random.default_rng(0).random((2, 32, 64, 3), np.float32)}
 
     def logits_and_state(dtype):
-        graphdef, state = abstract_state("none", 18, {"s2": 3}, dtype)
+        graphdef, state = abstract_state("none", 10, {"s2": 3}, dtype)
 
         @jit
         def run(state):
@@ -301,7 +305,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_float32():
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert dtypes == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
     assert logits.dtype == jnp.float32
-    # bfloat16 rounds by up to 2^-9 = 0.2 %, some 40 times; float32 in disguise would be exact.
+    # bfloat16 rounds by up to 2^-9 = 0.2 %, some 20 times; float32 in disguise would be exact.
     error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
     assert 1e-3 < error < 0.05
 

@@ -112,6 +112,16 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
+def test_steps_are_integers_of_python_as_json_takes_no_others(tmp_path, monkeypatch):
+    folder = save(tmp_path, 1, 2)
+    # What Orbax gives where several processes agree on them.
+    monkeypatch.setattr(ocp.CheckpointManager, "all_steps", lambda _: list(np.int32([2, 1])))
+    with checkpoint.Checkpoints(folder, keep=3) as checkpoints:
+        assert type(checkpoints.latest_step) is int
+    step = restore(folder)
+    assert (step, type(step)) == (2, int)
+
+
 @pytest.mark.parametrize(("processes", "waits"), [(1, True), (2, False), (3, False)])
 def test_a_save_is_not_waited_for_where_another_process_is_lost(
     processes, waits, tmp_path, monkeypatch

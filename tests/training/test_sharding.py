@@ -106,6 +106,7 @@ def test_one_and_eight_devices_agree(compiled):
     assert np.linalg.norm(moved[1] - moved[8]) < 0.005 * np.linalg.norm(moved[1])
 
 
+@pytest.mark.slow  # networks/test_packing compares the parts
 def test_packed_as_plain(compiled):
     """A step as TPUs run it, rotated samples and ignored labels included."""
     executable, start, mesh = compiled[1]
