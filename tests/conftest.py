@@ -3,6 +3,7 @@
 from tests import environment  # isort: skip
 
 import collections
+import gc
 import importlib.util
 import os
 import pathlib
@@ -38,6 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOW.index(name) if name in SLOW else len(SLOW)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for less often, and not in what was imported: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)

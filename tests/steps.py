@@ -1,10 +1,16 @@
-"""One compiled step for all runs of a process that have equal configurations."""
+"""One compiled step for all runs of a process that have equal configurations.
+
+JAX knows what it has compiled by the function, and each run makes functions of its own: tracing
+them again takes as much CPU time as tens of steps.
+"""
 
 import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
 from unittest import mock
+
+import jax
 
 from cromss_jax.training import finetune_step, pretrain_step, sharding
 
@@ -14,22 +20,25 @@ MAKERS = {
 }
 
 
-@contextlib.contextmanager
-def shared() -> Iterator[None]:
-    """Lets runs trace and compile each step once.
+class _Jitted:
+    """A jitted step that lowers and compiles once for equal shapes, as runs that continue do."""
 
-    JAX knows what it has compiled by the function, and each run makes functions of its own: tracing
-    them again takes as much CPU time as tens of steps.
-    """
-    with contextlib.ExitStack() as stack:
-        for module, names in MAKERS.items():
-            for name in names:
-                make = _remembering(getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, make))
-        # What is jitted, too: a function that is jitted again is traced again.
-        jit_step = functools.cache(sharding.jit_step)
-        stack.enter_context(mock.patch.object(sharding, "jit_step", jit_step))
-        yield
+    def __init__(self, jitted: Callable):
+        self._jitted, self._lowered = jitted, {}
+
+    def __call__(self, *arguments):
+        return self._jitted(*arguments)
+
+    def lower(self, *arguments) -> "_Lowered":
+        key = str(arguments)  # of shapes, dtypes and shardings
+        if key not in self._lowered:
+            self._lowered[key] = _Lowered(self._jitted.lower(*arguments))
+        return self._lowered[key]
+
+
+class _Lowered:
+    def __init__(self, lowered: jax.stages.Lowered):
+        self.compile = functools.cache(lowered.compile)
 
 
 def _remembering(make: Callable[..., Callable]) -> Callable[..., Callable]:
@@ -46,3 +55,24 @@ def _remembering(make: Callable[..., Callable]) -> Callable[..., Callable]:
         return made[key]
 
     return remembering
+
+
+def _remembering_jit(jit_step: Callable[..., Callable]) -> Callable[..., _Jitted]:
+    """The same for what is jitted: a function that is jitted again is traced again."""
+    return functools.cache(lambda *arguments, **named: _Jitted(jit_step(*arguments, **named)))
+
+
+_REMEMBERING = [
+    (module, name, _remembering(getattr(module, name)))
+    for module, names in MAKERS.items()
+    for name in names
+] + [(sharding, "jit_step", _remembering_jit(sharding.jit_step))]
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Lets runs trace and compile each step once."""
+    with contextlib.ExitStack() as stack:
+        for module, name, remembering in _REMEMBERING:
+            stack.enter_context(mock.patch.object(module, name, remembering))
+        yield

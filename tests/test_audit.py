@@ -279,6 +279,7 @@ def scene(tmp_path_factory):
     return made.folder
 
 
+@pytest.mark.slow  # auditing/test_scene has the values
 def test_a_map_on_a_scene_is_judged_as_the_data_set_of_it(scene, tmp_path):
     data = {"data_dir": tmp_path / "data", "dataset": "scenes"}
     own = {"s2": scene / "s2_20200601.tif", "s1": scene / "s1.tif", "labels": scene / "map.tif"}

@@ -8,25 +8,20 @@ one with `<!-- not run: reason -->` is only counted.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import importlib.util
-import multiprocessing
-import os
+import json
 import pathlib
 import pkgutil
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from unittest import mock
 
 import pytest
-from absl import app, flags
 from packaging.requirements import Requirement
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
@@ -54,8 +49,6 @@ POSITIONAL = {"cromss_jax.convert": r"(to|from)_torch", "cromss_jax.compare": r"
 FOREIGN_FLAGS = {"spot", "dry-run", "gpu-bind", "gpus-per-task"}
 # No field of a configuration: a file's name, and any field.
 OTHER = ("config.json", "--config.x=y")
-# Imported once, by the server that parsing processes are forked from.
-HEAVY = ("cromss_jax.training.finetune", "cromss_jax.training.pretrain", "torch", __name__)
 
 
 def smaller(module: str, arguments: list[str], depth: int) -> list[str]:
@@ -71,39 +64,23 @@ def smaller(module: str, arguments: list[str], depth: int) -> list[str]:
     return []
 
 
-def parse_flags(module: str, arguments: list[str], folder: str) -> tuple[str, list[str]]:
-    """Parses a command's flags as the command does, in a process that ends with it.
+def parse_flags(
+    module: str, arguments: list[str], folder: pathlib.Path = ROOT
+) -> tuple[str, list[str]]:
+    """Parses a command's flags as the command does.
 
     Returns:
       What is wrong, "" if nothing is; the names of all flags that there are.
     """
-    os.chdir(folder)
-    rest = []
-
-    def run(main: Callable, argv: list[str] | None = None, flags_parser: Callable = flags.FLAGS):
-        rest.extend(flags_parser(sys.argv)[1:])
-
-    wrong = ""
-    with mock.patch.object(app, "run", run), mock.patch.object(sys, "argv", [module, *arguments]):
-        try:
-            runpy.run_module(module, run_name="__main__")
-        except (SystemExit, flags.Error) as error:
-            wrong = str(error)
+    done = commands.run("tests.parsed_flags", module, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    wrong, rest, names = json.loads(done.stdout.splitlines()[-1])
     foreign = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     own = rest[: len(rest) - len(foreign)]
     unknown = [word for word in own if not re.fullmatch(POSITIONAL.get(module, ""), word)]
     if unknown and not wrong:
         wrong = f"unknown arguments {unknown}"
-    return wrong, list(flags.FLAGS)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    """Processes that parse the flags of one command each: flags are global, and many modules'."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(HEAVY))
-    with concurrent.futures.ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
-        yield pool
+    return wrong, names
 
 
 @pytest.fixture
@@ -122,11 +99,11 @@ def lines_of(source: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def check(pool, words: list[str], folder: pathlib.Path) -> None:
+def check(words: list[str], folder: pathlib.Path) -> None:
     """Checks a command without running it."""
     match words:
         case ["python", "-m", module, *arguments]:
-            wrong, _ = pool.submit(parse_flags, module, arguments, str(folder)).result()
+            wrong, _ = parse_flags(module, arguments, folder)
             assert not wrong, f"{shlex.join(words)}: {wrong}"
         case ["make", *targets]:
             done = subprocess.run(["make", "-n", *targets], cwd=folder, capture_output=True)
@@ -170,7 +147,7 @@ def patched_smp(depth: int) -> contextlib.AbstractContextManager:
         pytest.param("README.md", 18, marks=pytest.mark.slow),
     ],
 )
-def test_blocks(name, depth, clone, pool, record_property, monkeypatch):
+def test_blocks(name, depth, clone, record_property, monkeypatch):
     # `make test-slow` compiles as users do, which takes minutes here; no numbers are compared.
     monkeypatch.setenv("XLA_FLAGS", environment.quick_flags())
     counts = collections.Counter()
@@ -184,7 +161,7 @@ def test_blocks(name, depth, clone, pool, record_property, monkeypatch):
 
     def shell(example: Example, kind: str) -> None:
         for words in lines_of(example.parsed):
-            run(words, clone, depth) if kind == "run" else check(pool, words, clone)
+            run(words, clone, depth) if kind == "run" else check(words, clone)
 
     def python(example: Example, kind: str) -> None:
         if kind == "run":
@@ -227,19 +204,19 @@ def spans(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_commands_within_the_text(name, clone, pool):
+def test_commands_within_the_text(name, clone):
     for span in spans(TEXTS[name]):
         if module := re.fullmatch(r"python -m ((cromss_jax|data_prep|tests)[a-z_.]+)", span):
             assert importlib.util.find_spec(module[1]), span
         elif re.match(r"python -m (cromss_jax|data_prep|tests)\.\S+ |make |pip install ", span):
-            check(pool, shlex.split(span), clone)
+            check(shlex.split(span), clone)
 
 
-def test_flags_within_the_text(pool):
+def test_flags_within_the_text():
     """In backticks: those of the commands, and fields of the configurations."""
     known = set(FOREIGN_FLAGS)
     for module in MODULES:
-        known |= set(pool.submit(parse_flags, module, [], str(ROOT)).result()[1])
+        known |= set(parse_flags(module, [])[1])
     fields = [config.get_config() for config in (pretrain, finetune)]
     for text in TEXTS.values():
         for span in spans(text):

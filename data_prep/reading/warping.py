@@ -6,6 +6,7 @@ default accepts an eighth, interpolated between few points of each chunk.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -74,14 +75,21 @@ def bounds_in(
     if crs == to_crs:
         return bounds
     try:
-        found = rasterio.warp.transform_bounds(
-            rasterio.CRS.from_wkt(crs), rasterio.CRS.from_wkt(to_crs), *bounds
-        )
+        found = _transformed(bounds, crs, to_crs)
     except rasterio.errors.RasterioError as error:
         raise errors.BadFileError(path, f"its CRS cannot be used: {error}") from error
     if not np.isfinite(found).all():
         raise errors.BadFileError(path, "lies outside of the area of its CRS")
     return found
+
+
+# PROJ may look for a transformation for 70 ms, and a tile's layers are mostly of one CRS.
+@functools.lru_cache(maxsize=64)
+def _transformed(
+    bounds: tuple[float, float, float, float], crs: str, to_crs: str
+) -> tuple[float, float, float, float]:
+    crs, to_crs = map(rasterio.CRS.from_wkt, (crs, to_crs))
+    return rasterio.warp.transform_bounds(crs, to_crs, *bounds)
 
 
 def source_window(

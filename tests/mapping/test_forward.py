@@ -12,6 +12,7 @@ from cromss_jax.training import sharding
 from tests.mapping.weights import random_network
 
 CHANNELS = {"s1": 2, "s2": 3}
+FUSIONS = ("mid", pytest.param("late", marks=pytest.mark.slow))
 
 
 def network(fusion: str, modalities=sensors.MODALITIES) -> nnx.Module:
@@ -26,7 +27,7 @@ def images(count: int = 8, height: int = 32, width: int = 32) -> dict[str, np.nd
     }
 
 
-@pytest.mark.parametrize("fusion", ["mid", "late"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_numbers_are_the_networks_on_several_devices(fusion):
     model, grey = network(fusion), images(height=40, width=33)
     padded = {
@@ -43,7 +44,7 @@ def test_numbers_are_the_networks_on_several_devices(fusion):
         np.testing.assert_allclose(found[modality], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("fusion", ["mid", "late"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_one_sensor_of_two(fusion):
     model, grey = network(fusion), images()
     run = forward.make_forward(model, 32, sharding.make_mesh(1), augment=False)

@@ -130,6 +130,7 @@ def assert_equal(plain, packed):
         np.testing.assert_allclose(b, a, atol=1e-11 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_encoders_beside_each_other():
     """Two encoders, whose first stages run as one, on packed images."""
     rng = np.random.default_rng(1)

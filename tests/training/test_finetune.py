@@ -149,6 +149,7 @@ def test_a_run_goes_on_with_the_same_bits(finished, data_dir, tmp_path):
     assert runs.final_digest(tmp_path / "seed_0") == runs.final_digest(finished / "seed_0")
 
 
+@pytest.mark.slow
 def test_each_seed_starts_from_its_own_encoder_which_is_unfrozen_late(finished, data_dir, tmp_path):
     config = tiny_config(
         data_dir, f"{VARIANT},encoder=late", unfreeze_epoch=2, init_from=f"{finished}/seed_{{seed}}"

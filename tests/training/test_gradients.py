@@ -83,7 +83,8 @@ def assert_close(found, expected, rtol):
         assert error <= rtol * max(np.linalg.norm(b), 1e-3)
 
 
-@pytest.mark.parametrize("num_microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [2, 4])
 def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_microbatches):
     """BatchNorm sees in each what it sees in all: loss, thresholds and gradient are the same."""
     batch = make_batch(tiny_config(), num_microbatches)
