@@ -41,7 +41,9 @@ from data_prep.reading import legends, proj
 
 _log = logging.getLogger("cromss_jax")
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a pretraining run", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a run, or with a scene a file of weights", required=True
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets")
 _DATASET = flags.DEFINE_string("dataset", "ssl4eo_s12_nol", "Name of the data set")
 _SPLIT = flags.DEFINE_string("split", "train", "Split of the data set")
@@ -169,8 +171,8 @@ def _check_form() -> None:
         return
     if _FOLDS.value:
         raise AuditError(
-            f"--folds={_FOLDS.value} trains on a data set: build one of the scene by python -m "
-            "data_prep.build --dataset=scenes, and give its --data_dir"
+            f"--folds={_FOLDS.value} trains on a data set: give its --data_dir; python -m "
+            "data_prep.build --dataset=scenes builds one of a scene"
         )
     needed = {"s2": _S2.value or _S1.value, "labels": _LABELS.value, "legend": _LEGEND.value}
     missing = [f"--{name}" for name, value in needed.items() if not value]
@@ -189,8 +191,6 @@ def _audit_scene(
 ) -> None:
     """Audits the map of a scene; raises what `audit_scene.audit` raises."""
     legend = legends.read_legend(_LEGEND.value)
-    model = scenes.load(_CHECKPOINT.value, str(output))
-    network = _network(model, legend, f"the map (--legend={_LEGEND.value})")
     here = pathlib.Path.cwd()
     named = {"s2": _S2.value, "s1": _S1.value, "labels": _LABELS.value}
     found = {
@@ -198,6 +198,8 @@ def _audit_scene(
         for name, text in named.items()
         if text
     }
+    model = scenes.load(_CHECKPOINT.value, str(output))
+    network = _network(model, legend, f"the map (--legend={_LEGEND.value})")
     audit_scene.audit(
         model,
         network,

@@ -9,6 +9,7 @@ from cromss_jax.legend import Legend
 from cromss_jax.mapping import job as mapping_job
 from cromss_jax.mapping import work
 from cromss_jax.pretrained import Pretrained
+from data_prep import errors
 
 
 def audit(
@@ -55,16 +56,21 @@ def audit(
         subject = scene.LabelledScene(
             found, model.bands, legend, found.map_grid, date, unfinished, output
         )
-        subject.read_labels(lambda *window: found.read_labels(*window, legend), named["labels"])
+        try:
+            subject.read_labels(lambda *window: found.read_labels(*window, legend), named["labels"])
+        except (scene.LabelError, errors.BadFileError):
+            if not unfinished.rows_done:  # nothing that another command could go on with
+                unfinished.remove()
+            raise
         mapping_job.predict(found, network, chosen, unfinished, scene.to_levels)
         subject.keep_valid(named["labels"])
         told = {
             **named,
             "judged by": f"{model.source}, which judges labels that it was trained on too kindly: "
-            "build a data set of those, and audit it with --folds=2, where each is judged by a "
-            "network that never saw it",
+            "build a data set of these labels, and audit it with --folds=2, where each is judged "
+            "by a network that never saw it",
             "locations": f"blocks of up to {subject.side} x {subject.side} pixels that hold labels,"
-            " called by row and column of their first pixel",
+            " named by row and column of their first pixel",
             "windows": chosen.windows,
             **{str(name): str(value) for name, value in facts.items()},
         }

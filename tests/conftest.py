@@ -80,10 +80,10 @@ def tiny_run() -> tuple[pathlib.Path, ml_collections.ConfigDict]:
     folder = pathlib.Path(os.environ["TEST_FOLDER"], "tiny_run")
     with filelock.FileLock(folder.with_suffix(".lock")):
         data = folder / "data" / "data"  # as `make_data` names it
-        if not folder.exists():
-            runs.make_data(folder / "data", locations=16, seasons=2, tile_size=48, seed=0)
         config = runs.tiny_config(str(data), **runs.SAVING)
-        if not (folder / "run").exists():
+        if not (folder / "run" / "results.md").exists():  # written last
+            shutil.rmtree(folder, ignore_errors=True)
+            runs.make_data(folder / "data", locations=16, seasons=2, tile_size=48, seed=0)
             with steps.shared():
                 pretrain.pretrain(config, str(folder / "run"))
     return folder / "run", config

@@ -338,7 +338,7 @@ def test_mistyped_commands_on_scenes_are_one_sentence(scene, tmp_path):
     for flags, sentence in (
         ({}, "--s2, --labels, --legend not given: name a data set by --data_dir, or a scene"),
         ({"s2": whole["s2"]}, "--labels, --legend not given: name"),
-        (whole | {"folds": 2}, "--folds=2 trains on a data set: build one of the scene by python"),
+        (whole | {"folds": 2}, "--folds=2 trains on a data set: give its --data_dir; python -m"),
         (whole | {"data_dir": tmp_path}, "--data_dir and --s2 are given: audit a data set, or"),
         (whole | {"split": "test"}, "--split is for a data set: leave it out with a scene"),
         (whole | {"labels": "none.tif"}, "--labels names none.tif, which matches no file in"),

@@ -68,8 +68,10 @@ def test_every_beat_has_one_length(monkeypatch):
         exists=lambda: bool(texts), write_text=texts.append, read_text=lambda: texts[-1]
     )
     with lock._held_in_bucket(path):
-        while len(texts) < 12:
+        deadline = time.monotonic() + 10
+        while len(texts) < 12 and time.monotonic() < deadline:
             time.sleep(0.001)
+    assert len(texts) >= 12
     assert len({len(text) for text in texts}) == 1
     assert len(set(texts)) == len(texts)
 

@@ -184,7 +184,7 @@ class Tally:
             self.expected / np.maximum(total, 1),
             total,
             self.moved,
-            [found[1:] for found in sorted(self.worst, reverse=True)[: settings.num_worst]],
+            sorted(self.worst, reverse=True)[: settings.num_worst],
             self.ranked if has_truth else None,
             facts,
         )

@@ -19,7 +19,7 @@ def content(
     expected: np.ndarray,
     label_counts: np.ndarray,
     suggested: np.ndarray,
-    worst: Sequence[tuple[float, str]],
+    worst: Sequence[tuple[float, float, str]],
     ranked: np.ndarray | None,
     facts: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def content(
       expected: [C] mean probability that labels of a class are wrong.
       label_counts: [C] pixels labelled so.
       suggested: [C, C] pixels by (label, suggested class).
-      worst: the mean probability and the name of locations.
+      worst: of locations, how many labels are probably wrong, the mean probability, the name.
       ranked: counts from `scores.count` where the truth is known, else None.
       facts: what is said about how it was made.
     """
@@ -59,7 +59,10 @@ def content(
             }
             for i, name in enumerate(names)
         ],
-        "worst_locations": [{"name": name, "wrong": share} for share, name in worst],
+        "worst_locations": [
+            {"name": name, "wrong_labels": round(count), "wrong": share}
+            for count, share, name in worst
+        ],
     }
     if ranked is not None:
         groups = scores.reliability(ranked)
@@ -101,8 +104,12 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"| {row['name']} | {row['pixels']} | {row['error_rate']:.1%} | "
             f"{low:.1%} to {high:.1%} | {really or '–'} |"
         )
-    lines += ["", "## Worst locations", "", "| location | labels probably wrong |", "|---|---|"]
-    lines += [f"| {row['name']} | {row['wrong']:.1%} |" for row in found["worst_locations"]]
+    lines += ["", "## Worst locations", "", "| location | labels probably wrong | of its labels |"]
+    lines += ["|---|---|---|"]
+    lines += [
+        f"| {row['name']} | {row['wrong_labels']} | {row['wrong']:.1%} |"
+        for row in found["worst_locations"]
+    ]
     if "pictures" in found:
         lines += ["", f"![The worst dates of the first of these]({found['pictures']})"]
     if "suspects" in found:

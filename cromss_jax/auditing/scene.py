@@ -7,6 +7,7 @@ around it: borders of windows and of blocks are not seen. Memory does not depend
 
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -131,6 +132,11 @@ class LabelledScene:
         row, column, height, width = block
         return np.array(self._pixels(name)[:, row : row + height, column : column + width])
 
+    def _read_first(self, name: str, block: Block) -> np.ndarray:
+        """The first band of a block, uint8 [h, w]."""
+        row, column, height, width = block
+        return np.array(self._pixels(name)[0, row : row + height, column : column + width])
+
     def _write(self, name: str, block: Block, pixels: np.ndarray | int) -> None:
         """Writes a block of a layer of one band."""
         row, column, height, width = block
@@ -148,7 +154,8 @@ class LabelledScene:
         """
         for name in maps.LAYERS:
             with self._work.path(name).open("wb") as file:
-                file.truncate(self._scene.height * self._scene.width)
+                # At once: what is mapped into memory cannot say that a disk is full.
+                os.posix_fallocate(file.fileno(), 0, self._scene.height * self._scene.width)
         found = False
         for block in self._blocks:
             labels = read(*block)
@@ -169,15 +176,15 @@ class LabelledScene:
         """
         kept = []
         for block in self._blocks:
-            levels = [self._read(m, block)[0] for m in self._scene.modalities]
+            levels = [self._read_first(m, block) for m in self._scene.modalities]
             valid = np.logical_and.reduce([own != NODATA for own in levels])
-            labels = np.where(valid, self._read(maps.GIVEN, block)[0], np.uint8(NODATA))
+            labels = np.where(valid, self._read_first(maps.GIVEN, block), np.uint8(NODATA))
             self._write(maps.GIVEN, block, labels)
             if (labels != NODATA).any():
                 kept.append(block)
         if not kept:
             raise LabelError(
-                f"{source} has no class where the scene has data: is it of the same place?"
+                f"{source} has no class where the scene has data: do they lie in the same area?"
             )
         self._blocks = kept
 
@@ -196,7 +203,7 @@ class LabelledScene:
         below = min(reach, self._scene.height - row - height)
         right = min(reach, self._scene.width - column - width)
         around = row - above, column - left, above + height + below, left + width + right
-        labels = self._read(maps.GIVEN, around)[0]
+        labels = self._read_first(maps.GIVEN, around)
         # At the edges of the scene as the prior does at those of a tile.
         missing = ((reach - above, reach - below), (reach - left, reach - right))
         padded = np.pad(labels, missing, mode="symmetric")

@@ -25,9 +25,9 @@ def rank(tiles: Sequence[maps.Tile], names: Sequence[str]) -> list[maps.Tile]:
         if tile.location in names:
             percent = maps.read(tile, maps.WRONG)
             known = percent != sensors.IGNORE_LABEL
-            mean = float(percent[known].mean()) if known.any() else 0.0
-            if tile.location not in found or mean > found[tile.location][0]:
-                found[tile.location] = mean, tile
+            wrong = float(percent[known].sum())  # by how many: of few labels, all may be
+            if tile.location not in found or wrong > found[tile.location][0]:
+                found[tile.location] = wrong, tile
     return [found[name][1] for name in names]
 
 

@@ -15,6 +15,8 @@ from cromss_jax import files, lock
 
 # What decides the map, as JSON.
 _IDENTITY = "map.json"
+# How many rows of windows are done.
+_PROGRESS = "progress"
 
 
 class WorkError(ValueError):
@@ -53,6 +55,7 @@ def opened(
                     "choose another --output"
                 )
         else:
+            (folder / _PROGRESS).unlink(missing_ok=True)  # of a folder that was deleted by halves
             files.write_whole(epath.Path(described), json.dumps(wanted).encode())
         yield Work(folder, shape, num_bands)
 
@@ -70,12 +73,15 @@ class Work:
         self.folder = folder
         self._shape = shape
         self._num_bands = dict(num_bands)
+        progress = folder / _PROGRESS
+        self.rows_done = int(progress.read_text()) if progress.exists() else 0
         for name, count in num_bands.items():
+            size = count * shape[0] * shape[1]
             # Without truncating: rows that are done stay.
             with self.path(name).open("ab") as file:
-                file.truncate(count * shape[0] * shape[1])
-        progress = folder / "progress"
-        self.rows_done = int(progress.read_text()) if progress.exists() else 0
+                if file.tell() != size:  # new, or lost
+                    self.rows_done = 0
+                file.truncate(size)
 
     def path(self, layer: str) -> pathlib.Path:
         """The file of a layer."""
@@ -98,7 +104,7 @@ class Work:
                     file.write(np.ascontiguousarray(layers[name][band]).data)
                 file.flush()
                 os.fsync(file.fileno())
-        files.write_whole(epath.Path(self.folder / "progress"), str(rows_done).encode())
+        files.write_whole(epath.Path(self.folder / _PROGRESS), str(rows_done).encode())
         self.rows_done = rows_done
 
     def read(self, layer: str, start: int, stop: int) -> np.ndarray:
@@ -113,5 +119,6 @@ class Work:
         files.write_whole(epath.Path(path), (self.folder / _IDENTITY).read_bytes())
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Deletes the folder; the progress first, in case this is interrupted."""
+        (self.folder / _PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.folder)

@@ -36,7 +36,7 @@ def check(cleaning: Cleaning) -> None:
         if not (folder / name).exists():
             raise errors.BuildError(
                 f"--{cleaning.how}_labels={cleaning.audit}: {folder / name} is missing; give the "
-                "--output of a finished cromss_jax.audit with maps"
+                "--output of a finished cromss_jax.audit of a data set, with maps"
             )
 
 

@@ -249,7 +249,7 @@ def test_without_maps_there_is_a_report(tmp_path):
             np.zeros((HEIGHT, WIDTH), bool),
             "map.tif has no class anywhere on the scene: is --legend",
         ),
-        (~VALID, "map.tif has no class where the scene has data: is it of the same place?"),
+        (~VALID, "map.tif has no class where the scene has data: do they lie in the same area?"),
     ],
 )
 def test_maps_without_labels_are_refused(tmp_path, where, sentence):

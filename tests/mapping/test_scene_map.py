@@ -102,6 +102,22 @@ def test_interrupted_after_any_batch_the_map_is_the_same(tmp_path):
         assert interruptions > 0
 
 
+@pytest.mark.parametrize("lost", ["work.raw", "map.json", "progress"])
+def test_a_folder_that_was_deleted_by_halves_is_begun_anew(lost, tmp_path, monkeypatch):
+    """Else the rows that are gone would be zeros of the map."""
+    with work.opened(tmp_path, {"size": 32}, (40, 40), {"work": 2}) as unfinished:
+        unfinished.write(1, 0, {"work": np.ones((2, 40, 40), np.uint8)})
+        # Killed when one file is gone, beside what is removed first.
+        monkeypatch.setattr(work.shutil, "rmtree", lambda folder: (folder / lost).unlink(True))
+        unfinished.remove()
+    with work.opened(tmp_path, {"size": 32}, (40, 40), {"work": 2}) as unfinished:
+        assert unfinished.rows_done == 0
+    unfinished.write(1, 0, {"work": np.ones((2, 40, 40), np.uint8)})
+    (tmp_path / lost).unlink()
+    with work.opened(tmp_path, {"size": 32}, (40, 40), {"work": 2}) as unfinished:
+        assert unfinished.rows_done == 0
+
+
 def test_work_of_another_map_is_refused(tmp_path):
     make(tmp_path / "map", Formula())
     with pytest.raises(
