@@ -43,6 +43,10 @@ _ALPHA_VALUES = (0, 255, 65535)
 # The mask of a band is the alpha band of its file.
 _ALPHA_FLAGS = [rasterio.enums.MaskFlags.per_dataset, rasterio.enums.MaskFlags.alpha]
 
+# What rasterio raises for damaged files: its own errors, those of GDAL, and what Python says of a
+# reference system that is no text.
+DAMAGE = (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, UnicodeDecodeError)
+
 
 class GeotiffError(ValueError):
     """A file that is no GeoTIFF, is incomplete, or has another number of bands than needed."""
@@ -263,7 +267,7 @@ def _open(data: bytes) -> Iterator[rasterio.io.DatasetReader]:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             with memory.open(driver="GTiff") as dataset:
                 yield dataset
-    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, struct.error) as error:
+    except (*DAMAGE, struct.error) as error:
         raise GeotiffError("no GeoTIFF, or cut short") from error
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from data_prep.reading import proj  # noqa: F401 # isort: skip
 
 import rasterio
-import rasterio._err  # GDAL's errors, which rasterio passes on in places
 import rasterio.errors
 import rasterio.io
 import rasterio.shutil
@@ -22,6 +21,7 @@ from etils import epath
 from cromss_jax import presets
 from cromss_jax.legend import Legend, LegendError
 from data_prep import errors
+from data_prep.reading import geotiff
 
 _COLUMNS = ("value", "name", "colour")
 # A QGIS style with 250 classes has 100 kB.
@@ -204,7 +204,7 @@ def _read_raster(path: epath.Path) -> Legend:
             colours = raster.colormap(1) if raster.colorinterp[0].name == "palette" else {}
             names = _category_names(raster) or _names_in_tag(raster.tags().get("legend", ""))
             nodata = raster.nodata
-    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, ET.ParseError) as error:
+    except (*geotiff.DAMAGE, ET.ParseError) as error:
         said = " ".join(str(error).split())
         raise LegendError(f"the raster cannot be read ({said})") from error
     if not colours:

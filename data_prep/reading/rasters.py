@@ -109,7 +109,7 @@ def layers(path: str) -> list[Layer]:
     """
     try:
         file = _open(path)
-    except rasterio.errors.RasterioError as error:
+    except geotiff.DAMAGE as error:
         raise errors.BadFileError(path, f"cannot be opened as a raster: {error}") from error
     if file.transform == Affine.identity() and file.gcps[0]:
         raise errors.BadFileError(
@@ -196,7 +196,7 @@ def read(
                     file.read_masks(indexes, window=window, out_shape=(len(indexes), *shape[1:]))
                     > 0
                 )
-        except rasterio.errors.RasterioError as error:
+        except geotiff.DAMAGE as error:
             raise errors.BadFileError(path, f"cannot be read: {error}") from error
     if np.issubdtype(pixels.dtype, np.floating):
         valid &= np.isfinite(pixels)
