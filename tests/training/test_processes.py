@@ -36,22 +36,21 @@ def child(index: int, port: int) -> None:
     """Prints what this process has and sees; then the second kills itself and the first notices."""
     distributed.initialize(f"localhost:{port}", 2, index)
 
-    def step(mesh):
-        rows = sharding.process_rows(mesh, BATCH_SIZE)
-        see = sharding.jit_step(seen, mesh)
-        return rows, see(KEY_DATA, sharding.to_devices({"row": rows}, mesh))
+    def stepping(mesh):
+        rows, see = sharding.process_rows(mesh, BATCH_SIZE), sharding.jit_step(seen, mesh)
+        return rows, lambda: see(KEY_DATA, sharding.to_devices({"row": rows}, mesh))
 
     # As `jax.make_mesh` orders the chips of v5e:4x4: through the hosts and back to the first.
     ring = [jax.devices()[i] for i in (0, 1, 4, 5, 6, 7, 2, 3)]
-    rows, found = step(sharding.make_mesh(devices=ring))
-    found = {name: value.tolist() for name, value in jax.device_get(found).items()}
+    rows, step = stepping(sharding.make_mesh(devices=ring))
+    found = {name: value.tolist() for name, value in jax.device_get(step()).items()}
     print(json.dumps({"rows": rows.tolist(), **found}), flush=True)
-    mesh = sharding.make_mesh()
+    _, step = stepping(sharding.make_mesh())
     try:
         for number in range(1000):
             if (index, number) == (1, 3):
                 os.kill(os.getpid(), signal.SIGKILL)
-            sharding.wait(step(mesh)[1]["total"])
+            sharding.wait(step()["total"])
     except jax.errors.JaxRuntimeError as error:
         distributed.leave(distributed.lost(error), distributed.LOST_STATUS)
 
