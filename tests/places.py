@@ -210,7 +210,10 @@ def attempt(place: str, damage: str, folder: pathlib.Path) -> str:
     do_damage, wanted = DAMAGES[damage]
     try:
         write(folder, lambda left: do_damage(folder, left))
-        return "not noticed"
+        # A builder may make its folder anew and write all of it after that has vanished.
+        has_vanished = damage == "vanished" and not _VANISHING
+        is_whole = has_vanished and names and all(list(folder.rglob(n)) for n in names)
+        return "" if is_whole else "not noticed"
     except ERRORS as error:
         said = str(error)
     _DAMAGES_END[damage](folder)
