@@ -232,17 +232,17 @@ def kills(
     return inject
 
 
-# Each signal in each phase would take an hour.
+# Each signal in each phase would take an hour. In the order in which a run comes to the phases.
 SIGNALS = (
     ("compile", signal.SIGTERM),
     ("start", signal.SIGINT),
     ("step", signal.SIGUSR1),
+    ("step", signal.SIGINT),
     ("evaluation", signal.SIGTERM),
     ("restore", signal.SIGTERM),
     ("step", signal.SIGHUP),
     ("save", signal.SIGUSR2),
     ("picture", signal.SIGTERM),
-    ("step", signal.SIGINT),
 )
 
 
