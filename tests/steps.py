@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 
 from cromss_jax.training import finetune_step, pretrain_step, sharding
+from tests import environment
 
 MAKERS = {
     pretrain_step: ("make_train_step", "make_eval_step", "make_picture_step"),
@@ -62,16 +63,27 @@ def _remembering_jit(jit_step: Callable[..., Callable]) -> Callable[..., _Jitted
     return functools.cache(lambda *arguments, **named: _Jitted(jit_step(*arguments, **named)))
 
 
+_compiler_options = sharding.compiler_options
+
+
+def _quick_options(*arguments, **named) -> dict[str, object]:
+    """Of runs that are compared with each other alone, also where tests compile as users do."""
+    return _compiler_options(*arguments, **named) | environment.QUICK_OPTIONS
+
+
 _REMEMBERING = [
     (module, name, _remembering(getattr(module, name)))
     for module, names in MAKERS.items()
     for name in names
-] + [(sharding, "jit_step", _remembering_jit(sharding.jit_step))]
+] + [
+    (sharding, "jit_step", _remembering_jit(sharding.jit_step)),
+    (sharding, "compiler_options", _quick_options),
+]
 
 
 @contextlib.contextmanager
 def shared() -> Iterator[None]:
-    """Lets runs trace and compile each step once."""
+    """Lets runs trace and compile each step once, and quickly."""
     with contextlib.ExitStack() as stack:
         for module, name, remembering in _REMEMBERING:
             stack.enter_context(mock.patch.object(module, name, remembering))

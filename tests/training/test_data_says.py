@@ -22,7 +22,7 @@ from cromss_jax.weights.network import Network
 from data_prep.datasets import ssl4eo_s12_nol
 from data_prep.options import Options
 from data_prep.reading import legends
-from tests import runs
+from tests import runs, steps
 from tests.data_prep import trees
 
 C = 44
@@ -75,7 +75,8 @@ def finished(modalities, data_dir, tmp_path_factory) -> pathlib.Path:
     variant = "sample,bands=10" + (",modality=s2" if modalities == ("s2",) else "")
     config = runs.tiny_config(data_dir, variant, batch_size=4, num_epochs=1)
     config.eval_every_epochs = 1
-    pretrain.pretrain(config, str(workdir))
+    with steps.shared():  # compiled quickly
+        pretrain.pretrain(config, str(workdir))
     return workdir
 
 

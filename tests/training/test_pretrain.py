@@ -22,6 +22,7 @@ from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
 from cromss_jax.weights.network import Weights
 from tests import runs, steps
+from tests.environment import quick_flags
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def start(data_dir, workdir, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         line,
         cwd=runs.ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "XLA_FLAGS": quick_flags(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
