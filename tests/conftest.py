@@ -15,9 +15,6 @@ import ml_collections
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from cromss_jax.training import pretrain
-from tests import runs, steps
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The slowest files, which workers must take up first: one begun last is waited for.
@@ -77,6 +74,9 @@ def tiny_run() -> tuple[pathlib.Path, ml_collections.ConfigDict]:
 
     Its data set is in `config.data.dir`. To change either, copy it.
     """
+    from cromss_jax.training import pretrain  # late: seconds that few tests need
+    from tests import runs, steps
+
     folder = pathlib.Path(os.environ["TEST_FOLDER"], "tiny_run")
     with filelock.FileLock(folder.with_suffix(".lock")):
         data = folder / "data" / "data"  # as `make_data` names it
