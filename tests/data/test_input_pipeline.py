@@ -321,3 +321,17 @@ def test_a_truncated_or_missing_shard_is_named(damage, reason, copied):
     with pytest.raises(input_pipeline.BadRecordError, match=reason) as raised:
         next(input_pipeline.training_batches(dataset, ("s1",), order))
     assert str(shard) in str(raised.value)
+
+
+def test_a_record_that_cannot_be_read_is_counted_in_its_own_file():
+    class Broken:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, index):
+            raise OSError("damaged")
+
+    records = input_pipeline._Records(Broken(), {}, ["a", "b", "c"], [2, 3, 4], None, 0)
+    for index, place in ((1, "record 1 of a"), (2, "record 0 of b"), (8, "record 3 of c")):
+        with pytest.raises(input_pipeline.BadRecordError, match=place):
+            records[index]

@@ -203,6 +203,14 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path, caplog):
     assert (folder / "damaged_3_2").exists()
 
 
+def test_of_several_damaged_ones_the_newest_says_what_is_lost(tmp_path, caplog):
+    folder = save(tmp_path, 1, 2, 3)
+    for step in ("2", "3"):
+        (folder / step / "_CHECKPOINT_METADATA").unlink()
+    assert restore(folder) == 1
+    assert "step 1: the steps up to 3 are lost" in caplog.text
+
+
 def test_nothing_is_renamed_where_no_checkpoint_is_whole(tmp_path):
     folder = save(tmp_path, 1, 2)
     for step in ("1", "2"):
