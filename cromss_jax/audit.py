@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -156,15 +157,19 @@ def _tuples(fields: dict) -> dict:
     }
 
 
+def _given(names: Sequence[str]) -> list[str]:
+    """Those of some flags that the command line has."""
+    return [name for name in names if flags.FLAGS[name].present]
+
+
 def _check_form() -> None:
     """Refuses flags of both forms, and of none.
 
     Raises:
       AuditError: naming them.
     """
-    of_scenes = [name for name in _OF_SCENES if flags.FLAGS[name].value is not None]
     if _DATA_DIR.value:
-        if of_scenes:
+        if of_scenes := _given(_OF_SCENES):
             raise AuditError(
                 f"--data_dir and --{of_scenes[0]} are given: audit a data set, or a map on a scene"
             )
@@ -181,8 +186,7 @@ def _check_form() -> None:
             f"{', '.join(missing)} not given: name a data set by --data_dir, or a scene by --s2, "
             "its map by --labels, and the map's classes by --legend"
         )
-    of_data_sets = [name for name in _OF_DATA_SETS if flags.FLAGS[name].present]
-    if of_data_sets:
+    if of_data_sets := _given(_OF_DATA_SETS):
         raise AuditError(f"--{of_data_sets[0]} is for a data set: leave it out with a scene")
 
 
@@ -287,14 +291,13 @@ def main(arguments: list[str]) -> None:
     except preemption.Preempted as interruption:
         _log.info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
-    except errors.BadFileError as error:
-        sys.exit(f"error: {error.file}: {error.reason}")
     except (
         AuditError,
         LabelError,
         scenes.SceneError,
         work.WorkError,
         errors.BuildError,
+        errors.BadFileError,
         folds.FoldError,
         vectors.VectorError,
         WeightsError,

@@ -143,8 +143,6 @@ def main(arguments: list[str]) -> None:
             _map_in_pipeline(tasks, output / "work", arguments[1:])
         else:
             _map_here(tasks, output / "work")
-    except errors.BadFileError as error:
-        sys.exit(f"error: {error.file}: {error.reason}")
     except (
         PredictError,
         scenes.SceneError,
@@ -152,6 +150,7 @@ def main(arguments: list[str]) -> None:
         work.WorkError,
         WeightsError,
         errors.BuildError,
+        errors.BadFileError,
         devices.DeviceError,
         OSError,
     ) as error:

@@ -34,13 +34,12 @@ def _map(task: scenes.Task, checkpoint: str, folder: str) -> None:
             scenes.map_task(task, _load(checkpoint, folder))
         except lock.LockedError:
             raise  # the runner tries again
-        except errors.BadFileError as error:
-            _note(folder, task, f"{error.file}: {error.reason}")
         except (
             scenes.SceneError,
             job.MapError,
             work.WorkError,
             errors.BuildError,
+            errors.BadFileError,
             OSError,
         ) as error:
             _note(folder, task, str(error))

@@ -17,3 +17,6 @@ class BadFileError(ValueError):
         super().__init__(file, reason)
         self.file = file
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"

@@ -114,7 +114,7 @@ class Report:
         self.count += 1
         self._write([location_id, bad.file, bad.reason])
         if len(self._first) < 3:
-            self._first.append(f"{bad.file}: {bad.reason}")
+            self._first.append(str(bad))
         if self.count > self.limit:
             self.write_summary()
             raise BuildError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping
 
 import numpy as np
@@ -84,9 +85,7 @@ def write(tile: Tile, layers: Mapping[str, np.ndarray], legend: Legend) -> None:
         pixels = np.ascontiguousarray(layers[name], np.uint8)
         (work / f"{name}.raw").write_bytes(pixels.tobytes())
     finish(work, tile.grid, tile.folder, legend)
-    for path in work.iterdir():
-        path.unlink()
-    work.rmdir()
+    shutil.rmtree(work)
 
 
 def finish(work: pathlib.Path, grid: cogs.Grid, folder: pathlib.Path, legend: Legend) -> None:

@@ -121,26 +121,24 @@ class LabelledScene:
         """Number of blocks."""
         return len(self._blocks)
 
-    def _pixels(self, name: str) -> np.ndarray:
-        """A layer [bands, H, W] on disk, to be used once: what stays mapped counts as memory."""
-        path = self._work.path(name)
-        count = path.stat().st_size // (self._scene.height * self._scene.width)
-        return np.memmap(path, np.uint8, "r+", shape=(count, self._scene.height, self._scene.width))
+    def _on_disk(self, name: str, block: Block) -> np.ndarray:
+        """A block of a layer, uint8 [bands, h, w], to be used once: what stays mapped is memory."""
+        path, (row, column, height, width) = self._work.path(name), block
+        size = self._scene.height, self._scene.width
+        pixels = np.memmap(path, np.uint8, "r+").reshape(-1, *size)
+        return pixels[:, row : row + height, column : column + width]
 
     def _read(self, name: str, block: Block) -> np.ndarray:
         """A block of a layer, uint8 [bands, h, w]."""
-        row, column, height, width = block
-        return np.array(self._pixels(name)[:, row : row + height, column : column + width])
+        return np.array(self._on_disk(name, block))
 
     def _read_first(self, name: str, block: Block) -> np.ndarray:
         """The first band of a block, uint8 [h, w]."""
-        row, column, height, width = block
-        return np.array(self._pixels(name)[0, row : row + height, column : column + width])
+        return np.array(self._on_disk(name, block)[0])
 
     def _write(self, name: str, block: Block, pixels: np.ndarray | int) -> None:
         """Writes a block of a layer of one band."""
-        row, column, height, width = block
-        self._pixels(name)[0, row : row + height, column : column + width] = pixels
+        self._on_disk(name, block)[0] = pixels
 
     def read_labels(self, read: ReadLabels, source: str) -> None:
         """Reads all labels, before anything is predicted.

@@ -268,7 +268,7 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
             utm, math.floor(left / size) * size, bottom, right, math.ceil(top / size) * size, size
         )
     except errors.BadFileError as bad:
-        raise errors.BuildError(f"{bad.file}: {bad.reason}") from bad
+        raise errors.BuildError(str(bad)) from bad
 
 
 def _check_resolution(image: Layer, cutting: Cutting) -> None:

@@ -85,9 +85,34 @@ EQUAL = {
         'return jnp.max(jnp.where(is_drawn, records["labels"], 0), axis=1, dtype=jnp.int32)',
     ): "of zeros and one number from 0, sum and maximum are the same",
     (
+        "data/preprocess",
+        "size, ends = maps[1].shape[0], np.cumsum([x.shape[-1] for x in maps])",
+    ): "all maps of a sample have one size",
+    (
+        "data/preprocess",
+        "jnp.minimum(jnp.floor(jnp.min(coordinate, axis=1)).astype(jnp.int32), size - side)",
+    ): "of a matrix, axis 1 is the last",
+    (
+        "data/preprocess",
+        "matrix = bicubic_matrix(size, factor) if factor >= 1 else np.eye(size, dtype=np.float32)",
+    ): "the kernel of factor 1 is the identity",
+    (
         "data/input_pipeline",
         'stored_size = decoded["labels"].shape[1]',
     ): "labels are square",
+    (
+        "training/objective",
+        'known = valid * (batch["truth"] <= num_classes(config))',
+    ): "no code is the number of classes: known ones are below, 255 is above",
+    (
+        "method/selection",
+        "width = math.gcd(num_pixels, 129)",
+    ): "another arrangement of the same pixels",
+    (
+        "method/selection",
+        "ratio = jnp.where(threshold > 0, "
+        "confidence / jnp.where(threshold >= 0, threshold, 1.0), 1.0)",
+    ): "it keeps a division from 0 whose result is not taken",
     (
         "method/smoothing",
         "if maps.dtype == jnp.bfloat16:",

@@ -8,8 +8,6 @@ are added up. Beside it stands what that is of the whole step, timed in the same
 import collections
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Iterator
 
 import jax
@@ -84,14 +82,7 @@ def main(_) -> None:
     def whole() -> None:
         jax.block_until_ready(compiled(dataclasses.replace(state, step=jnp.int32(0)), batch))
 
-    seconds: dict[str, list[float]] = {name: [] for name in ("step", *runners)}
-    for number in range(flags.FLAGS.rounds + 1):  # a flag of `step`
-        for name, once in {"step": whole, **runners}.items():
-            started = time.perf_counter()
-            once()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = step.times({"step": whole, **runners}, flags.FLAGS.rounds)  # a flag of `step`
     print("| product | times | ms | GFLOP/s |\n|---|---|---|---|")
     for name in sorted(runners, key=lambda name: -found[name] * medians[name]):
         rate = flops(by_name[name]) / medians[name] / 1e9
