@@ -58,18 +58,21 @@ def test_gathered_examples_are_those_of_matrices(rotation_probability, dtype):
         rotation_probability=rotation_probability,
         max_angle=90,
     )
-    make = functools.partial(
-        preprocess.examples,
-        {k: jnp.asarray(v) for k, v in make_records().items()},
-        geometry,
-        modalities=sensors.MODALITIES,
-        s2_bands=sensors.S2_BANDS,
-        crop_size=SIZE,
-        num_classes=9,
-        prior_kind="ts",
-        dtype=dtype,
-    )
-    expected, found = make(), make(gathers=True)
+
+    def make(*, gathers):
+        examples = functools.partial(
+            preprocess.examples,
+            modalities=sensors.MODALITIES,
+            s2_bands=sensors.S2_BANDS,
+            crop_size=SIZE,
+            num_classes=9,
+            prior_kind="ts",
+            dtype=dtype,
+            gathers=gathers,
+        )
+        return jax.jit(examples)(make_records(), geometry)
+
+    expected, found = make(gathers=False), make(gathers=True)
     assert expected.keys() == found.keys()
     for name in ("labels", "truth"):
         np.testing.assert_array_equal(found[name], expected[name])
@@ -152,7 +155,7 @@ def test_upsampled_convolution_by_a_transpose_is_the_one_by_products(monkeypatch
     x, kernel, slope = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)
 
     def results():
-        out, pull = jax.vjp(convolution.convolve_upsampled, x, kernel)
+        out, pull = jax.vjp(jax.jit(convolution.convolve_upsampled), x, kernel)
         return out, *pull(slope)
 
     expected = results()

@@ -115,11 +115,12 @@ def predictor(folder: pathlib.Path, seed: str, kind: str, fold: int) -> Predicto
     return Predictor(dataset, network, model.bands, 4)
 
 
-def predict(folder: pathlib.Path, seed: str, kind: str) -> Predictions:
-    """What is known of each location, by the network that never saw it."""
+def predict(folder: pathlib.Path, seed: str, kind: str, num_folds: int) -> Predictions:
+    """What is known of each location of the first folds, by the network that never saw it."""
     _, fold_of = folds_of(folder, seed)
-    networks = [predictor(folder, seed, kind, fold) for fold in range(_FOLDS.value)]
-    return [networks[fold].location(i) for i, fold in enumerate(fold_of.tolist())]
+    networks = [predictor(folder, seed, kind, fold) for fold in range(num_folds)]
+    chosen = np.flatnonzero(fold_of < num_folds).tolist()
+    return [networks[fold_of[i]].location(i) for i in chosen]
 
 
 def rank(found: Predictions, wrong: list[np.ndarray], num_classes: int) -> dict[str, float]:
@@ -258,18 +259,12 @@ def retrained(folder: pathlib.Path, seed: str, num_folds: int, num_classes: int)
 
 
 def without_selection(
-    folder: pathlib.Path, seed: str, num_folds: int, found: Predictions, num_classes: int
-) -> dict:
+    folder: pathlib.Path, seed: str, num_folds: int, num_classes: int
+) -> dict[str, dict[str, float]]:
     """Rankings on the locations of the compared folds, of networks with and without selection."""
-    _, fold_of = folds_of(folder, seed)
-    chosen = np.flatnonzero(fold_of < num_folds).tolist()
-    networks = [predictor(folder, seed, "auditoff", fold) for fold in range(num_folds)]
-    groups = {
-        "with": [found[i] for i in chosen],
-        "without": [networks[fold_of[i]].location(i) for i in chosen],
-    }
     shown = {}
-    for name, own in groups.items():
+    for name, kind in (("with", "audit"), ("without", "auditoff")):
+        own = predict(folder, seed, kind, num_folds)
         mean = simple_evidence(own)["1 - P(label), mean"]
         shown[f"audit, {name}"] = rank(own, judged(own)[0], num_classes)
         shown[f"1 - P(label), mean, {name}"] = rank(own, mean, num_classes)
@@ -289,12 +284,12 @@ def measure(folder: pathlib.Path, seed: str) -> dict:
     """The figures of a seed that --stages asks for."""
     make_data(folder, seed)
     compared = _COMPARED.value or _FOLDS.value
-    train(folder, seed, "audit", "data", "sample", _FOLDS.value)
+    needed = _FOLDS.value if "audit" in _STAGES.value else compared
+    train(folder, seed, "audit", "data", "sample", needed)
     num_classes = len(folds_of(folder, seed)[0].legend)
-    figures, found = {}, []
-    if {"audit", "off"} & set(_STAGES.value):
-        found = predict(folder, seed, "audit")
+    figures = {}
     if "audit" in _STAGES.value:
+        found = predict(folder, seed, "audit", _FOLDS.value)
         figures |= ranked(folder, seed, found, num_classes)
         print(json.dumps({seed: figures}), flush=True)
     if "clean" in _STAGES.value:
@@ -305,7 +300,7 @@ def measure(folder: pathlib.Path, seed: str) -> dict:
         print(json.dumps({seed: figures}), flush=True)
     if "off" in _STAGES.value:
         train(folder, seed, "auditoff", "data", "sample,selection=off", compared)
-        figures["selection"] = without_selection(folder, seed, compared, found, num_classes)
+        figures["selection"] = without_selection(folder, seed, compared, num_classes)
     return figures
 
 

@@ -41,7 +41,8 @@ def test_upsampling_is_pils(factor, kind):
     if kind == "edges":  # overshoots that must be clipped
         band = np.where(band > 127, 255, 0).astype(np.uint8)
     large = PIL.Image.fromarray(band).resize((30 * factor, 44 * factor), PIL.Image.BICUBIC)
-    found = np.asarray(preprocess.upsample(jnp.asarray(band)[None, ..., None], factor))[0, ..., 0]
+    upsample = jax.jit(preprocess.upsample, static_argnums=1)
+    found = np.asarray(upsample(band[None, ..., None], factor))[0, ..., 0]
     difference = np.abs(found - np.asarray(large, np.float32))
     # PIL's taps are 22-bit fixed point, ours float32: a value within 1e-4 of a half may round the
     # other way. At 2x the taps are exact in both, but for the renormalised ones at the border.
@@ -98,21 +99,24 @@ def test_crop_and_flip_are_slices(flip_rows, flip_columns):
         image = np.asarray(image)[:, 3 : 3 + SIZE, 7 : 7 + SIZE]
         return image[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
-    records = {k: jnp.asarray(v) for k, v in make_records().items()}
-    found = preprocess.stack_bands(records, "s2", sensors.S2_BANDS, crop)
-    whole = preprocess.stack_bands(records, "s2", sensors.S2_BANDS)
+    @jax.jit
+    def seen(records, crop):
+        stacked = preprocess.stack_bands(records, "s2", sensors.S2_BANDS, crop)
+        labels = records["labels"]
+        return stacked, smoothing.smoothing_prior(labels, labels[:, 0], 9, "ts", crop)
+
+    records = make_records()
+    (found, found_prior), (whole, whole_prior) = seen(records, crop), seen(records, None)
     np.testing.assert_array_equal(found, cut(whole))
-    prior = functools.partial(
-        smoothing.smoothing_prior, records["labels"], records["labels"][:, 0], 9, "ts"
-    )
     # Sums of 25 x 25 products in another order, in float32.
-    np.testing.assert_allclose(prior(crop), cut(prior()), atol=1e-6)
+    np.testing.assert_allclose(found_prior, cut(whole_prior), atol=1e-6)
 
 
 def rotated(images, angle):
     angle = jnp.broadcast_to(jnp.asarray(angle, jnp.float32), (len(images),))
     labels = jnp.zeros((*images.shape[:3], 1))
-    return preprocess.rotate_some({"images": images}, {"labels": labels}, angle, 1)[0]["images"]
+    rotate = jax.jit(preprocess.rotate_some, static_argnums=3)
+    return rotate({"images": images}, {"labels": labels}, angle, 1)[0]["images"]
 
 
 def test_quarter_turn_is_rot90():
@@ -159,20 +163,23 @@ def test_samples_are_rotated_one_by_one():
 
 
 def viewed(prior_kind):
-    """Random views of records, and what makes their examples."""
+    """Random views of records, and what makes their examples by some options."""
     geometry = preprocess.random_geometry(
         jax.random.key(3), B, T - SIZE, flip_probability=0.5, rotation_probability=0.5, max_angle=90
     )
-    make = functools.partial(
-        preprocess.examples,
-        {k: jnp.asarray(v) for k, v in make_records().items()},
-        geometry,
-        modalities=("s1", "s2"),
-        s2_bands=sensors.S2_BANDS,
-        crop_size=SIZE,
-        num_classes=9,
-        prior_kind=prior_kind,
-    )
+
+    def make(**options):
+        examples = functools.partial(
+            preprocess.examples,
+            modalities=("s1", "s2"),
+            s2_bands=sensors.S2_BANDS,
+            crop_size=SIZE,
+            num_classes=9,
+            prior_kind=prior_kind,
+            **options,
+        )
+        return jax.jit(examples)(make_records(), geometry)
+
     return geometry, make
 
 
@@ -255,14 +262,14 @@ def test_every_array_is_seen_alike():
         # Weights of float32 sum to one up to rounding.
         np.testing.assert_allclose(seen[inside], labels[:, 3:-3, 3:-3][inside], atol=1e-3)
         np.testing.assert_allclose(batch["prior"].sum(-1), 1.0, rtol=1e-5)
-    prior = smoothing.smoothing_prior(
-        records["labels"],
-        records["labels"][:, 0].astype(jnp.int32),
-        9,
-        "ts",
-        geometry.crop(SIZE, 1),
-    )
-    expected, _ = preprocess.rotate_some({"prior": prior}, {"x": prior}, geometry.angle, 1)
+
+    @jax.jit
+    def turned(labels, geometry):
+        crop, drawn = geometry.crop(SIZE, 1), labels[:, 0].astype(jnp.int32)
+        prior = smoothing.smoothing_prior(labels, drawn, 9, "ts", crop)
+        return preprocess.rotate_some({"prior": prior}, {"x": prior}, geometry.angle, 1)
+
+    expected, _ = turned(records["labels"], geometry)
     # Compiled together or one by one, and on a GPU of one array or several: sums in another order.
     np.testing.assert_allclose(batch["prior"], expected["prior"], rtol=0, atol=1e-6)
 
@@ -319,16 +326,16 @@ def test_the_central_crop():
 
 
 def test_the_drawn_seasons_labels_are_taken():
-    records = {k: jnp.asarray(v) for k, v in make_records().items()}
-    batch = preprocess.examples(
-        records,
-        preprocess.centre_geometry(B, T - SIZE),
+    records = make_records()
+    examples = functools.partial(
+        preprocess.examples,
         modalities=("s2",),
         s2_bands=sensors.S2_BANDS,
         crop_size=SIZE,
         num_classes=9,
         prior_kind=None,
     )
+    batch = jax.jit(examples)(records, preprocess.centre_geometry(B, T - SIZE))
     middle = slice((T - SIZE) // 2, (T - SIZE) // 2 + SIZE)
     for i, season in enumerate(records["season"]):
         expected = records["labels"][i, season, middle, middle]

@@ -1,5 +1,6 @@
 """Losses, selection and smoothing: golden numbers, hand-worked values, invariances."""
 
+import functools
 import json
 
 import jax
@@ -70,9 +71,8 @@ def test_golden_losses(shared, name):
     golden = dict(np.load(shared / f"golden/loss_{name}.npz"))
     logits = {d: jnp.asarray(golden[f"logits_{d}"]) for d in "12"}
     prior = golden.get("smooth_prior")
-    (total, out), grads = jax.value_and_grad(method, has_aux=True)(
-        logits, jnp.asarray(golden["labels"]), prior, case
-    )
+    compute = jax.jit(jax.value_and_grad(functools.partial(method, case=case), has_aux=True))
+    (total, out), grads = compute(logits, golden["labels"], prior)
     found = {"total_loss": total, "smoothed_labels": out["targets"]}
     for d in "12":
         found |= {
@@ -193,10 +193,11 @@ def test_thresholds_equal_a_sort(shape):
         rng.random(labels.shape) < 0.5, rng.random(labels.shape), rng.choice(values, labels.shape)
     ).astype(np.float32)
     confidence[0] = 1
+    thresholds = jax.jit(selection.class_thresholds)
     for keep in (0.01, 0.3, 0.5, 0.999, 1.0):
         counts = np.bincount(labels[labels != 255], minlength=C)
         k = np.floor(np.float32(keep) * counts).astype(np.int32)
-        found = selection.class_thresholds(jnp.asarray(confidence), labels, jnp.asarray(k))
+        found = thresholds(confidence, labels, k)
         for c in range(C):
             if k[c]:
                 expected = np.sort(confidence[labels == c])[::-1][k[c] - 1]
@@ -206,9 +207,8 @@ def test_thresholds_equal_a_sort(shape):
 def test_selection_weights_by_hand():
     labels = jnp.array([[[0, 0, 0, 0, 1, 1, 2, 255]]])
     confidence = jnp.array([[[0.8, 0.4, 0.2, 0.0, 0.0, 0.0, 0.7, 0.9]]])
-    weights = lambda keep: np.asarray(
-        selection.selection_weights(confidence, labels, jnp.float32(keep), num_classes=3)
-    )[0, 0]
+    compute = jax.jit(functools.partial(selection.selection_weights, num_classes=3))
+    weights = lambda keep: np.asarray(compute(confidence, labels, jnp.float32(keep)))[0, 0]
     # Two of four of class 0 are kept: threshold 0.4. Class 1's threshold is 0: weight 1.
     # Half of one pixel of class 2 is none: weight 0.
     np.testing.assert_allclose(weights(0.5), [1, 1, 0.5, 0, 1, 1, 0, 0], rtol=1e-6)
@@ -251,13 +251,10 @@ def test_scopes_are_separate_batches():
     keys = jax.random.split(jax.random.key(2))
     confidence = jax.random.uniform(keys[0], (4, 8, 8))
     labels = jax.random.randint(keys[1], (4, 8, 8), 0, C)
-    together = selection.selection_weights(
-        confidence, labels, jnp.float32(0.5), num_classes=C, num_scopes=2
-    )
+    keep, weights = jnp.float32(0.5), functools.partial(selection.selection_weights, num_classes=C)
+    together = jax.jit(functools.partial(weights, num_scopes=2))(confidence, labels, keep)
     for part in (slice(0, 2), slice(2, 4)):
-        alone = selection.selection_weights(
-            confidence[part], labels[part], jnp.float32(0.5), num_classes=C
-        )
+        alone = jax.jit(weights)(confidence[part], labels[part], keep)
         np.testing.assert_array_equal(together[part], alone)
 
 
