@@ -28,15 +28,13 @@ import cromss_jax
 from cromss_jax import audit_scene, command_line, files, folds, lock, scenes
 from cromss_jax.auditing import job, subjects, vectors
 from cromss_jax.auditing.predictions import Predictor
-from cromss_jax.auditing.scene import LabelError
 from cromss_jax.data import input_pipeline
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend
-from cromss_jax.mapping import work
 from cromss_jax.mapping.job import Network
 from cromss_jax.networks import decoders
-from cromss_jax.pretrained import Pretrained, WeightsError
-from cromss_jax.training import devices, preemption, pretrain, run, settings, sharding
-from data_prep import errors
+from cromss_jax.pretrained import Pretrained
+from cromss_jax.training import devices, preemption, pretrain, settings, sharding
 from data_prep.datasets import scene_table
 from data_prep.reading import legends, proj
 
@@ -103,7 +101,7 @@ _OF_SCENES = ("s2", "s1", "labels", "legend", "s2_offset")
 _OF_DATA_SETS = ("dataset", "split", "folds", "block_km")
 
 
-class AuditError(ValueError):
+class AuditError(UserError):
     """What cannot be audited as the flags say. The message is for the user."""
 
 
@@ -291,21 +289,7 @@ def main(arguments: list[str]) -> None:
     except preemption.Preempted as interruption:
         _log.info("%s", interruption)
         sys.exit(_PREEMPTION_STATUS.value)
-    except (
-        AuditError,
-        LabelError,
-        scenes.SceneError,
-        work.WorkError,
-        errors.BuildError,
-        errors.BadFileError,
-        folds.FoldError,
-        vectors.VectorError,
-        WeightsError,
-        input_pipeline.DataError,
-        run.ConfigError,
-        devices.DeviceError,
-        OSError,
-    ) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -5,7 +5,6 @@ Each cell is the mIoU in percent with the encoder frozen / fine-tuned, as mean Â
 over the seeds.
 """
 
-import json
 import sys
 from collections.abc import Iterable
 
@@ -13,6 +12,7 @@ import numpy as np
 from absl import app
 
 from cromss_jax import files
+from cromss_jax.errors import UserError
 from cromss_jax.method import metrics
 from cromss_jax.results import report
 
@@ -20,11 +20,15 @@ from cromss_jax.results import report
 _SAME = ("resnet", "num_train_tiles")
 
 
+class CompareError(UserError):
+    """Runs that make no table. The message is for the user."""
+
+
 def table(folders: Iterable[str]) -> str:
     """The table of the runs in the given folders, in Markdown.
 
     Raises:
-      ValueError: if a folder has no results, or if two runs belong to the same cell.
+      CompareError: if a folder has no results, or if two runs belong to the same cell.
       files.PathError: if the program cannot read from the storage of a folder.
     """
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
@@ -32,16 +36,21 @@ def table(folders: Iterable[str]) -> str:
     for folder in folders:
         path = files.absolute(folder) / "results.json"
         if not path.is_file():
-            raise ValueError(f"{path} not found: pass the folders of finished finetuning runs")
-        run = json.loads(path.read_text())
+            raise CompareError(f"{path} not found: pass the folders of finished finetuning runs")
+        try:
+            run = files.parse_json(path.read_bytes())
+        except ValueError as error:
+            raise CompareError(
+                f"{path} is damaged: start the run again, which writes it anew ({error})"
+            ) from error
         if run["encoder"] not in ("frozen", "trained"):
-            raise ValueError(
+            raise CompareError(
                 f"{folder}: the encoder is {run['encoder']!r}; the table needs 'frozen' or "
                 "'trained'"
             )
         kind = {key: run[key] for key in _SAME}
         if kinds and kind not in kinds:
-            raise ValueError(
+            raise CompareError(
                 f"{folder} has {kind} and the runs before it have {kinds[0]}: make one table for "
                 "each"
             )
@@ -49,7 +58,7 @@ def table(folders: Iterable[str]) -> str:
         name = run["weights"] + (f" {run['num_bands']}B" if run["input"] == "s2" else "")
         cell = cells.setdefault((run["dataset"], run["input"], name), {})
         if run["encoder"] in cell:
-            raise ValueError(
+            raise CompareError(
                 f"{folder} is a second run with weights {run['weights']} and encoder "
                 f"{run['encoder']}: give one of them another --config.weights_name in training"
             )
@@ -65,7 +74,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError("no folder given: pass the folders of one or more finetuning runs")
     try:
         print(table(arguments[1:]))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from cromss_jax import command_line, files, sensors
+from cromss_jax.errors import UserError
 from cromss_jax.weights import cards, folders
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import LAYOUTS, name_bands, to_layout
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> None:
             bands = tuple(_BANDS.value) if _BANDS.value else None
             summary = from_torch(_INPUT.value, _OUTPUT.value, bands, _TAKE.value)
         print(summary)
-    except (WeightsError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -6,10 +6,11 @@ import numpy as np
 
 from cromss_jax import blocks
 from cromss_jax.data import input_pipeline
+from cromss_jax.errors import UserError
 from data_prep.reading import grids
 
 
-class FoldError(ValueError):
+class FoldError(UserError):
     """Folds that cannot be made. The message is for the user."""
 
 

@@ -10,12 +10,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from cromss_jax import command_line
+from cromss_jax.errors import UserError
 
 # The exit status of main after an interruption. Schedulers start the run again after this one.
 INTERRUPTED_STATUS = 128 + signal.SIGTERM
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError):
     """The run cannot be submitted with these flags."""
 
 

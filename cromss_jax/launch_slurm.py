@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from cromss_jax import command_line, files, launch
+from cromss_jax.errors import UserError
 from cromss_jax.launch import LaunchError
 
 _CONFIG = command_line.define_config()
@@ -174,7 +175,7 @@ def main(arguments: list[str]) -> None:
             print(script, end="")
             return
         launch.check_tool("sbatch", "run this on a login node of the cluster")
-    except (LaunchError, files.PathError) as error:
+    except (UserError, files.PathError) as error:
         sys.exit(f"error: {error}")
     sys.exit(subprocess.run(["bash", "-c", script]).returncode)
 

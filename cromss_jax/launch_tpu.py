@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from cromss_jax import command_line, launch, package
+from cromss_jax.errors import UserError
 from cromss_jax.launch import LaunchError
 
 _ROOT = package.ROOT
@@ -301,7 +302,7 @@ def main(arguments: list[str]) -> None:
             print(f"# In an empty folder:\n{script}", end="")
             return
         launch.check_tool(*_TOOLS[_BACKEND.value])
-    except LaunchError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(subprocess.run(["bash", "-c", script], cwd=folder).returncode)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cromss_jax.errors import UserError
 from cromss_jax.sensors import IGNORE_LABEL
 
 MIN_CLASSES, MAX_CLASSES = 2, 250
@@ -18,7 +19,7 @@ MIN_CLASSES, MAX_CLASSES = 2, 250
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 
-class LegendError(ValueError):
+class LegendError(UserError):
     """A legend that cannot be used. The message is for the user."""
 
 

@@ -7,6 +7,7 @@ import sys
 from absl import app, flags
 
 from cromss_jax import command_line
+from cromss_jax.errors import UserError
 from cromss_jax.training import preemption
 
 _CONFIG = command_line.define_config()
@@ -30,20 +31,16 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from cromss_jax import files
-    from cromss_jax.data import input_pipeline
     from cromss_jax.training import (
-        checkpoint,
         devices,
         distributed,
         finetune,
-        loop,
         memory,
         pretrain,
         run,
         scoring,
         settings,
     )
-    from cromss_jax.weights.network import WeightsError
 
     memory.keep_freed_memory()
     gc.freeze()  # modules stay: collections while tracing need not go through them
@@ -70,16 +67,7 @@ def main(arguments: list[str]) -> None:
         if not jax.distributed.is_initialized():
             raise
         distributed.leave(distributed.lost(error), distributed.LOST_STATUS)
-    except (
-        checkpoint.CheckpointError,
-        input_pipeline.DataError,
-        distributed.DistributedError,
-        devices.DeviceError,
-        run.ConfigError,
-        loop.NonFiniteLossError,
-        WeightsError,
-        OSError,
-    ) as error:
+    except (UserError, OSError) as error:
         distributed.leave(f"error: {error}", 1)
 
 

@@ -34,8 +34,9 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from cromss_jax import command_line, files
-from cromss_jax.costs import chips, costs, table, traffic
-from cromss_jax.data import description, input_pipeline
+from cromss_jax.costs import chips, costs, table
+from cromss_jax.data import description
+from cromss_jax.errors import UserError
 from cromss_jax.training import loop, pretrain, pretrain_step, run, settings
 from cromss_jax.training.state import TrainState
 
@@ -84,7 +85,7 @@ _COMPILER_OPTIONS = {
 }
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """The step cannot be compiled with these flags."""
 
 
@@ -467,13 +468,7 @@ def main(arguments: list[str]) -> None:
             tile_size=_TILE_SIZE.value,
             seasons=_SEASONS.value,
         )
-    except (
-        PlanError,
-        input_pipeline.DataError,
-        files.PathError,
-        run.ConfigError,
-        traffic.UnreadableProgram,
-    ) as error:
+    except (UserError, files.PathError) as error:
         sys.exit(f"error: {error}")
     print(table.markdown(figures), end="\n\n")
     print(json.dumps(figures))

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from cromss_jax import command_line, files, scenes
-from cromss_jax.mapping import blending, job, work
-from cromss_jax.pretrained import WeightsError
-from cromss_jax.training import devices
-from data_prep import errors
+from cromss_jax.errors import UserError
+from cromss_jax.mapping import blending, job
 from data_prep.datasets import scene_table
 from data_prep.reading import proj
 
@@ -66,7 +64,7 @@ _BEAM = flags.DEFINE_boolean(
 )
 
 
-class PredictError(ValueError):
+class PredictError(UserError):
     """Flags that cannot be followed. The message is for the user."""
 
 
@@ -143,17 +141,7 @@ def main(arguments: list[str]) -> None:
             _map_in_pipeline(tasks, output / "work", arguments[1:])
         else:
             _map_here(tasks, output / "work")
-    except (
-        PredictError,
-        scenes.SceneError,
-        job.MapError,
-        work.WorkError,
-        WeightsError,
-        errors.BuildError,
-        errors.BadFileError,
-        devices.DeviceError,
-        OSError,
-    ) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

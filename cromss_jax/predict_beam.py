@@ -13,14 +13,13 @@ from apache_beam.runners.portability import fn_api_runner
 from etils import epath
 
 from cromss_jax import files, lock, scenes
-from cromss_jax.mapping import job, work
-from data_prep import errors
+from cromss_jax.errors import UserError
 
 # A process maps one scene at a time, whatever its number of threads.
 _mapping = threading.Lock()
 
 
-class PipelineError(ValueError):
+class PipelineError(UserError):
     """Scenes that were not mapped. The message is for the user."""
 
 
@@ -34,14 +33,7 @@ def _map(task: scenes.Task, checkpoint: str, folder: str) -> None:
             scenes.map_task(task, _load(checkpoint, folder))
         except lock.LockedError:
             raise  # the runner tries again
-        except (
-            scenes.SceneError,
-            job.MapError,
-            work.WorkError,
-            errors.BuildError,
-            errors.BadFileError,
-            OSError,
-        ) as error:
+        except (UserError, OSError) as error:
             _note(folder, task, str(error))
 
 

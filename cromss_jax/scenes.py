@@ -15,6 +15,7 @@ import numpy as np
 
 import cromss_jax
 from cromss_jax import sensors
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend
 from cromss_jax.mapping import job, products, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
@@ -34,7 +35,7 @@ NO_DATE = datetime.datetime.min
 _SCAN_SIZE = 256
 
 
-class SceneError(ValueError):
+class SceneError(UserError):
     """A scene that a network cannot map. The message is for the user."""
 
 

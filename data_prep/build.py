@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from cromss_jax import files, lock, presets, sensors
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend
 from data_prep import cpus, errors, options
 from data_prep.datasets import downstream, scenes, ssl4eo_s12_nol, terramesh
@@ -470,7 +471,7 @@ def main(argv: list[str]) -> None:
         print(build(argv[1:]))
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit("Error: a worker process died (out of memory?); nothing was written.")
-    except (errors.BuildError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; nothing was written.")

@@ -1,11 +1,13 @@
 """Errors for the user: a data set that cannot be built, a file that cannot be used."""
 
+from cromss_jax.errors import UserError
 
-class BuildError(ValueError):
+
+class BuildError(UserError):
     """The data set cannot be built. The message is for the user."""
 
 
-class BadFileError(ValueError):
+class BadFileError(UserError):
     """A file that cannot be used, because of which its location is skipped.
 
     Attributes:

@@ -22,7 +22,9 @@ ROOMS = (
     "method",
     "ground",
 )
-GROUND = {"blocks", "sensors", "legend", "presets", "files", "lock", "package", "platforms"}
+GROUND = {
+    *("blocks", "errors", "files", "legend", "lock", "package", "platforms", "presets", "sensors")
+}
 BESIDE = "costs"
 # Commands, and modules beside them, that read scenes as data sets of scenes do, and with what.
 READERS_OF_SCENES = tuple(
@@ -30,7 +32,7 @@ READERS_OF_SCENES = tuple(
     for name in ("predict", "predict_beam", "scenes", "audit", "audit_scene", "folds")
 )
 # What of cromss_jax data_prep imports.
-PREPARED_WITH = ("blocks", "sensors", "legend", "presets", "files", "lock")
+PREPARED_WITH = ("blocks", "errors", "sensors", "legend", "presets", "files", "lock")
 READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
 
 
@@ -89,7 +91,7 @@ def edges() -> set[tuple[str, str]]:
 def test_rooms_import_downwards():
     for name, other in edges():
         if BESIDE in (room(name), room(other)):
-            assert room(name) == "commands", f"{name} imports {other}"
+            assert room(name) == "commands" or room(other) == "ground", f"{name} imports {other}"
         else:
             rank = ROOMS.index
             assert rank(room(other)) > rank(room(name)), f"{name} imports {other}"
@@ -141,6 +143,26 @@ def test_torch_and_tensorflow_stay_outside():
         names = imports_of(path)
         foreign = {n for n in names if n.split(".")[0] in ("torch", "tensorflow", "smp")}
         assert not foreign or name == "cromss_jax.weights.files", f"{name} imports {foreign}"
+
+
+# Errors of one file that is read: what reads it says which file, and what becomes of it.
+OF_ONE_FILE = {"ArchiveError", "DamagedError", "GeotiffError", "ZarrError"}
+
+
+def test_what_we_raise_is_printed_as_a_sentence():
+    """Commands print UserError and OSError, and show all else with a traceback."""
+    bases = {}
+    for package in ("cromss_jax", "data_prep"):
+        for path in modules(package).values():
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
+                    bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
+    assert bases.keys() >= OF_ONE_FILE
+    printed = {"UserError", "OSError", "FileNotFoundError"}
+    for name in bases.keys() - OF_ONE_FILE - printed:
+        while name not in printed:
+            assert name in bases, f"{name} is neither"
+            (name,) = bases[name]
 
 
 def test_scenes_alone_are_read_with_data_prep_and_it_knows_constants_files_and_the_lock_only():

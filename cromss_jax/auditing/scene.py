@@ -16,6 +16,7 @@ import numpy as np
 
 from cromss_jax import sensors
 from cromss_jax.auditing import evidence, maps
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend
 from cromss_jax.mapping import scene_map
 from cromss_jax.mapping.cogs import Grid
@@ -37,7 +38,7 @@ ReadLabels = Callable[[int, int, int, int], np.ndarray]
 Block = tuple[int, int, int, int]
 
 
-class LabelError(ValueError):
+class LabelError(UserError):
     """Labels that cannot be audited. The message is for the user."""
 
 

@@ -10,10 +10,12 @@ import pyogrio
 import rasterio.warp
 import shapely
 
+from cromss_jax.errors import UserError
+
 _POLYGONS = ("Polygon", "MultiPolygon")
 
 
-class VectorError(ValueError):
+class VectorError(UserError):
     """A vector file that cannot be used. The message is for the user."""
 
 

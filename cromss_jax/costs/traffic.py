@@ -16,6 +16,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from cromss_jax.errors import UserError
+
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)((?::[^}]*)?)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -53,7 +55,7 @@ class Instruction:
 Computation = Mapping[str, Instruction]
 
 
-class UnreadableProgram(ValueError):
+class UnreadableProgram(UserError):
     """The traffic of a compiled program cannot be counted."""
 
 

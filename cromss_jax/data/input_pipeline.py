@@ -22,6 +22,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cromss_jax import files, presets, sensors
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend, LegendError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _TAIL_BYTES = 128 << 10
 _SAMPLED_RECORDS = 16
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data set is missing or damaged, or does not fit the configuration."""
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from cromss_jax.errors import UserError
 from cromss_jax.mapping import blending, forward, products, scene_map, windows, work
 from cromss_jax.mapping.cogs import Grid
 from cromss_jax.training import sharding
@@ -25,7 +26,7 @@ _ACCELERATOR_BATCH = 32
 NUM_THREADS = min(max(len(os.sched_getaffinity(0)), 2), 8)
 
 
-class MapError(ValueError):
+class MapError(UserError):
     """A map that cannot be made as asked. The message is for the user."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from cromss_jax import files, lock
+from cromss_jax.errors import UserError
 
 # What decides the map, as JSON.
 _IDENTITY = "map.json"
@@ -19,7 +20,7 @@ _IDENTITY = "map.json"
 _PROGRESS = "progress"
 
 
-class WorkError(ValueError):
+class WorkError(UserError):
     """A folder of an unfinished map that cannot be used. The message is for the user."""
 
 

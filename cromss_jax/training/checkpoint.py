@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cromss_jax import files
+from cromss_jax.errors import UserError
 from cromss_jax.training import distributed
 from cromss_jax.weights import manifest
 
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be saved or restored; the message is for the user."""
 
 

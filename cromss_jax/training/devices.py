@@ -8,6 +8,8 @@ import re
 
 import jax
 
+from cromss_jax.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 # The NVIDIA driver says its version here, whether or not any library of CUDA is installed.
@@ -18,7 +20,7 @@ _GPU_PACKAGES = tuple(
 ) + ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """The devices are not those that the machine has."""
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cromss_jax import lock
+from cromss_jax.errors import UserError
 from cromss_jax.training import preemption
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _START_SECONDS, _LOST_SECONDS = 300, 100
 _LEAVE_SECONDS = 5
 
 
-class DistributedError(ValueError):
+class DistributedError(UserError):
     """The processes cannot find each other."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from cromss_jax.data import input_pipeline
+from cromss_jax.errors import UserError
 from cromss_jax.results import report
 from cromss_jax.training import checkpoint, memory, preemption, run, sharding
 from cromss_jax.training.preemption import Preempted
@@ -26,7 +27,7 @@ from cromss_jax.weights.network import Network
 _log = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """The loss or its gradient became infinite or NaN."""
 
 

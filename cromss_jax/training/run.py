@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cromss_jax import files, package, presets, sensors
+from cromss_jax.errors import UserError
 from cromss_jax.legend import Legend
 from cromss_jax.training import devices as accelerators
 from cromss_jax.training import sharding
@@ -33,7 +34,7 @@ _ADDED |= {"legend": [list(pair) for pair in presets.DYNAMIC_WORLD.pairs()]}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """The configuration cannot be run."""
 
 

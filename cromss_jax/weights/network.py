@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from cromss_jax import presets, sensors
+from cromss_jax.errors import UserError
 from cromss_jax.networks import resnet
 from cromss_jax.networks.fusion import make_network
 from cromss_jax.weights import torch_keys
@@ -49,7 +50,7 @@ DECODER_MARKS = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights differ from their description, or do not fit the network or file that needs them."""
 
 

@@ -318,14 +318,17 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
         "|---|---|---|",
         "| dfc2020 | 33.3 / – | 66.7 ± 47.1 / 100.0 |",
     ]
-    with pytest.raises(ValueError, match="a second run"):
+    with pytest.raises(compare.CompareError, match="a second run"):
         compare.table([*folders, write("d", "random", "frozen", half)])
-    with pytest.raises(ValueError, match="'num_train_tiles': 4"):
+    with pytest.raises(compare.CompareError, match="'num_train_tiles': 4"):
         compare.table([*folders, write("e", "CromSS", "frozen", half, num_train_tiles=4)])
-    with pytest.raises(ValueError, match="encoder is 'late'; the table needs"):
+    with pytest.raises(compare.CompareError, match="encoder is 'late'; the table needs"):
         compare.table([write("f", "CromSS", "late", half)])
-    with pytest.raises(ValueError, match="results.json not found"):
+    with pytest.raises(compare.CompareError, match="results.json not found"):
         compare.table([str(tmp_path)])
+    (tmp_path / "a" / "results.json").write_text('{"dataset": ')
+    with pytest.raises(compare.CompareError, match=r"a/results.json is damaged: start the run"):
+        compare.table(folders)
 
 
 def test_a_confusion_matrix_is_drawn_in_its_colours():
