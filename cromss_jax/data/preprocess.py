@@ -420,5 +420,7 @@ def examples(
         images = {m: packing.pack(x, cell) for m, x in images.items()}
         maps = {name: packing.planes(x, cell) for name, x in maps.items()}
         # Without the barrier XLA converts bfloat16 to float32 first and packs the float32 arrays.
-        images, maps = jax.lax.optimization_barrier((images, maps))
+        # Not so images: outside it a step moves 0.1 to 0.6 % less with 16 to 64 of them on a chip,
+        # and 0.3 % more with 128.
+        maps = jax.lax.optimization_barrier(maps)
     return {m: (x.astype(jnp.float32) / 255.0).astype(dtype) for m, x in images.items()} | maps
