@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -137,7 +138,10 @@ def _recipe(checkpoint: str) -> ml_collections.ConfigDict:
     path = files.absolute(checkpoint) / "config.json"
     if not path.exists():
         raise AuditError(f"{path} is missing: --folds needs the folder of a pretraining run")
-    saved = json.loads(path.read_text(), object_hook=_tuples)
+    try:
+        saved = _tuples(files.parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise AuditError(f"{path} is damaged ({error}): give another run") from error
     if saved.get("mode") != "pretrain":
         raise AuditError(
             f"{checkpoint} is a run of mode {saved.get('mode')!r}: --folds needs a pretraining run"
@@ -147,12 +151,32 @@ def _recipe(checkpoint: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _tuples(fields: dict) -> dict:
+def _tuples(value: Any) -> Any:
     """JSON's lists as the tuples that configurations have."""
-    return {
-        k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
-        for k, v in fields.items()
-    }
+    if isinstance(value, dict):
+        return {name: _tuples(own) for name, own in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _keep_folds(folder: pathlib.Path, fold_of: np.ndarray) -> None:
+    """Writes down who was left out of which network, for the same command to go on.
+
+    Args:
+      folder: of the networks.
+      fold_of: [N] the fold of each location.
+
+    Raises:
+      AuditError: if networks of other folds are there: they know what they would judge.
+    """
+    path = epath.Path(folder / f"{_FOLDS.value}_folds.json")
+    wanted = json.dumps(fold_of.tolist()).encode()
+    if path.exists() and path.read_bytes() != wanted:
+        raise AuditError(
+            f"{folder} holds networks that know other locations, as of another --block_km: give "
+            "the same flags, or choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_whole(path, wanted)
 
 
 def _given(names: Sequence[str]) -> list[str]:
@@ -226,7 +250,7 @@ def audit(output: pathlib.Path) -> None:
     if _PARCELS.value:
         if not _MAPS.value:
             raise AuditError("--parcels are counted on the maps: leave out --maps=False")
-        polygons = vectors.read(_PARCELS.value)
+        polygons = vectors.read(os.fspath(files.absolute(_PARCELS.value)))
     chosen = job.Settings(maps=_MAPS.value, above=_ABOVE.value, min_area=_MIN_AREA.value)
     if _DATA_DIR.value:
         _audit_data_set(output, chosen, polygons)
@@ -241,9 +265,15 @@ def _audit_data_set(
     """Audits a data set, by networks of folds if there are any."""
     dataset = input_pipeline.open_dataset(_DATA_DIR.value, _DATASET.value, _SPLIT.value)
     mesh_size = sharding.make_mesh().size
+    if not chosen.maps and (output / "maps").exists():
+        raise AuditError(
+            f"{output / 'maps'} is of an earlier audit, and would be taken for maps of this one: "
+            "delete it, or choose another --output"
+        )
     facts = {"data set": f"{_DATASET.value}, {_SPLIT.value}, {dataset.num_locations} locations"}
     if _FOLDS.value:
         fold_of = folds.spatial_folds(dataset, _FOLDS.value, _BLOCK_KM.value)
+        _keep_folds(output / "folds", fold_of)
         predictors = []
         for fold in range(_FOLDS.value):
             workdir = str(output / "folds" / f"{fold}_of_{_FOLDS.value}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from absl import app
+from etils import epath
 
 from cromss_jax import files
 from cromss_jax.errors import UserError
@@ -18,6 +19,8 @@ from cromss_jax.results import report
 
 # The settings that all runs of a table must share.
 _SAME = ("resnet", "num_train_tiles")
+# What else a table is made of.
+_KEYS = ("confusions", "dataset", "encoder", "input", "num_bands", "weights")
 
 
 class CompareError(UserError):
@@ -37,12 +40,7 @@ def table(folders: Iterable[str]) -> str:
         path = files.absolute(folder) / "results.json"
         if not path.is_file():
             raise CompareError(f"{path} not found: pass the folders of finished finetuning runs")
-        try:
-            run = files.parse_json(path.read_bytes())
-        except ValueError as error:
-            raise CompareError(
-                f"{path} is damaged: start the run again, which writes it anew ({error})"
-            ) from error
+        run = _results(path)
         if run["encoder"] not in ("frozen", "trained"):
             raise CompareError(
                 f"{folder}: the encoder is {run['encoder']!r}; the table needs 'frozen' or "
@@ -66,6 +64,25 @@ def table(folders: Iterable[str]) -> str:
             metrics.scores(np.array(confusion))["miou"] for confusion in run["confusions"]
         ]
     return report.transfer_table(cells)
+
+
+def _results(path: epath.Path) -> dict:
+    """The content of a run's results.
+
+    Raises:
+      CompareError: if it is damaged.
+    """
+    try:
+        run = files.parse_json(path.read_bytes())
+        missing = {*_SAME, *_KEYS} - run.keys()
+    except (ValueError, AttributeError) as error:
+        missing = {str(error)}
+    if missing:
+        raise CompareError(
+            f"{path} is damaged ({', '.join(sorted(missing))}): start the run again, which writes "
+            "it anew"
+        )
+    return run
 
 
 def main(arguments: list[str]) -> None:

@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
             print(script, end="")
             return
         launch.check_tool("sbatch", "run this on a login node of the cluster")
-    except (UserError, files.PathError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(subprocess.run(["bash", "-c", script]).returncode)
 

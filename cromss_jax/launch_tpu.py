@@ -302,7 +302,7 @@ def main(arguments: list[str]) -> None:
             print(f"# In an empty folder:\n{script}", end="")
             return
         launch.check_tool(*_TOOLS[_BACKEND.value])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(subprocess.run(["bash", "-c", script], cwd=folder).returncode)

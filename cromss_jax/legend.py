@@ -136,12 +136,15 @@ class Legend:
           known; and the different values that are not known (none if `ignored` is None), sorted.
         """
         values = np.asarray(values)
-        if np.issubdtype(values.dtype, np.integer) and values.size and np.ptp(values) < 1 << 16:
+        is_whole = np.issubdtype(values.dtype, np.integer) and values.size
+        # In Python's integers, as a difference may be too large for the values' own.
+        least, most = (int(values.min()), int(values.max())) if is_whole else (0, 0)
+        if is_whole and most - least < 1 << 16:
             # A table is ten times as fast as sorting the pixels.
-            codes = values.astype(np.int64) - int(values.min())
+            codes = values.astype(np.int64) - least
             present = np.flatnonzero(np.bincount(codes.ravel()))
             inverse = np.searchsorted(present, np.arange(present[-1] + 1))[codes]
-            present += int(values.min())
+            present += least
         else:
             present, inverse = np.unique(values, return_inverse=True)
         label_of = {v: label for label, group in enumerate(self.values) for v in group}

@@ -33,7 +33,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from cromss_jax import command_line, files
+from cromss_jax import command_line
 from cromss_jax.costs import chips, costs, table
 from cromss_jax.data import description
 from cromss_jax.errors import UserError
@@ -468,7 +468,7 @@ def main(arguments: list[str]) -> None:
             tile_size=_TILE_SIZE.value,
             seasons=_SEASONS.value,
         )
-    except (UserError, files.PathError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table.markdown(figures), end="\n\n")
     print(json.dumps(figures))

@@ -4,6 +4,7 @@ Writes `classes.tif`, what `--write` names beside it, and `summary.md`. Interrup
 command goes on. With --table, each scene gets a folder of its own.
 """
 
+import datetime
 import logging
 import os
 import pathlib
@@ -68,13 +69,35 @@ class PredictError(UserError):
     """Flags that cannot be followed. The message is for the user."""
 
 
+def _rows(table: str) -> dict[str, tuple[datetime.datetime, dict[str, tuple[pathlib.Path, ...]]]]:
+    """Date and files of each row of a table, by the name of its folder: the scene's and the day.
+
+    Raises:
+      PredictError: for a scene whose name is no name of a folder, and for two of one name.
+      errors.BuildError: if the table cannot be read.
+    """
+    given = {}
+    for row in scene_table.read(table, required=("scene", "date")):
+        name = f"{row.scene}_{row.date:%Y%m%d}"
+        if pathlib.Path(name).name != name:
+            raise PredictError(
+                f"{table}: the scene {row.scene!r} gives its folder its name: take out the /"
+            )
+        if name in given:
+            raise PredictError(
+                f"{table}: two rows would be mapped into the folder {name}, which the scene and "
+                "the day name: give one of them another scene"
+            )
+        given[name] = row.date, dict(row.files)
+    return given
+
+
 def _tasks(chosen: job.Settings, output: pathlib.Path) -> list[scenes.Task]:
     """The scenes to map, with a folder each if there may be several."""
     if _TABLE.value:
         if _S2.value or _S1.value:
             raise PredictError("--table and --s2 or --s1 are given: give one or the other")
-        rows = scene_table.read(_TABLE.value, required=("scene", "date"))
-        given = {f"{row.scene}_{row.date:%Y%m%d}": (row.date, dict(row.files)) for row in rows}
+        given = _rows(_TABLE.value)
     else:
         named = {"s2": _S2.value, "s1": _S1.value}
         if not any(named.values()):
@@ -113,7 +136,8 @@ def _map_in_pipeline(
             "environment of its own"
         ) from error
     try:
-        predict_beam.map_all(tasks, os.path.abspath(_CHECKPOINT.value), folder, arguments)
+        checkpoint = os.fspath(files.absolute(_CHECKPOINT.value))
+        predict_beam.map_all(tasks, checkpoint, folder, arguments)
     except predict_beam.PipelineError as error:
         raise PredictError(str(error)) from error
 

@@ -12,7 +12,7 @@ from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from etils import epath
 
-from cromss_jax import files, lock, scenes
+from cromss_jax import files, scenes
 from cromss_jax.errors import UserError
 
 # A process maps one scene at a time, whatever its number of threads.
@@ -29,10 +29,9 @@ _load = functools.lru_cache(maxsize=1)(scenes.load)
 def _map(task: scenes.Task, checkpoint: str, folder: str) -> None:
     """Maps a scene, or writes down why it cannot be mapped: other scenes go on."""
     with _mapping:
+        model = _load(checkpoint, folder)  # without it none can be mapped
         try:
-            scenes.map_task(task, _load(checkpoint, folder))
-        except lock.LockedError:
-            raise  # the runner tries again
+            scenes.map_task(task, model)
         except (UserError, OSError) as error:
             _note(folder, task, str(error))
 

@@ -113,6 +113,21 @@ class Pretrained:
         raw = {band: values[..., names.index(band)] for band in self.bands[modality]}
         if modality == "s2" and _is_float(values.dtype):
             _check_unit_s2(raw)
+        check = _check_s1 if modality == "s1" else _check_s2
+        return self.scale({band: check(pixels, band) for band, pixels in raw.items()})
+
+    def scale(self, raw: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The grey levels of `grey_levels`, of values that were looked at.
+
+        Of a part of an image the unit cannot be told: dark water is as dark as a wrong unit.
+
+        Args:
+          raw: [..., H, W] values of each band that the network takes of a sensor, in its order;
+            finite, and of Sentinel-2 at least 0.
+
+        Returns:
+          [..., H, W, K] uint8.
+        """
         scaled = [_scaled(pixels, band, self._limits[band]) for band, pixels in raw.items()]
         return np.stack(scaled, axis=-1)
 
@@ -367,12 +382,7 @@ def _scaled(values: np.ndarray, band: str, limits: tuple[float, float]) -> np.nd
 
     Returns:
       [..., H, W] uint8.
-
-    Raises:
-      ValueError: for values that cannot be what is needed.
     """
-    check = _check_s1 if band in sensors.S1_BANDS else _check_s2
-    values = check(values, band)
     for statistics in (sensors.BAND_STATISTICS, *sensors.S2_STATISTICS.values()):
         # To the last digit as in the data sets.
         if band in statistics and limits == _limits_of(*statistics[band]):

@@ -16,7 +16,7 @@ import numpy as np
 import cromss_jax
 from cromss_jax import sensors
 from cromss_jax.errors import UserError
-from cromss_jax.legend import Legend
+from cromss_jax.legend import MAX_CLASSES, MIN_CLASSES, Legend
 from cromss_jax.mapping import job, products, scene_map
 from cromss_jax.mapping.cogs import Grid as MapGrid
 from cromss_jax.networks import decoders
@@ -24,7 +24,7 @@ from cromss_jax.pretrained import Pretrained
 from cromss_jax.training import devices, settings
 from data_prep import errors, options
 from data_prep.datasets import scene_images, scene_labels, scene_scan, scene_table
-from data_prep.reading import bands, warping
+from data_prep.reading import bands, safe, warping
 
 _log = logging.getLogger(__name__)
 # Size of the pixels that networks are trained on, and by which factor others may differ from it.
@@ -81,7 +81,8 @@ class Scene:
                 pixels = np.maximum(found.pixels - self.units.s2_offset, 0)
             usual = [sensors.BAND_STATISTICS[name][0] for name in names]
             filled = np.where(found.valid, pixels, np.reshape(usual, (-1, 1, 1)))
-            scaled = self.model.grey_levels(np.moveaxis(filled, 0, -1), names)
+            # The scan has looked at the units.
+            scaled = self.model.scale(dict(zip(names, filled, strict=True)))
             mask = np.moveaxis(found.valid, 0, -1)
             grey[modality] = np.where(mask, scaled, np.uint8(bands.NEUTRAL))
             valid[modality] = found.valid.all(axis=0)
@@ -103,9 +104,9 @@ class Scene:
         """What of the scene decides a map, as JSON: its files and the offset of Sentinel-2."""
         images = {}
         for layer in itertools.chain(*self.acquisition.s1, *self.acquisition.s2):
-            path = pathlib.Path(layer.path)
-            seen = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
-            images[f"{layer.path} {layer.name}"] = [layer.index, *seen]
+            seen = safe.file_of(layer.path).stat()
+            key = f"{layer.path} {layer.name}"
+            images[key] = [layer.index, seen.st_size, seen.st_mtime_ns]
         return {"images": images, "s2_offset": self.units.s2_offset}
 
     @property
@@ -255,7 +256,7 @@ def load(checkpoint: str, compiled: str) -> Pretrained:
       compiled: folder for what is compiled.
 
     Raises:
-      SceneError: if it has no decoder.
+      SceneError: if it has no decoder, or too few or too many classes for a map.
       WeightsError, devices.DeviceError: if it cannot be loaded or used.
     """
     settings.use_default_numbers()
@@ -268,6 +269,11 @@ def load(checkpoint: str, compiled: str) -> Pretrained:
         raise SceneError(
             f"{model.source} holds a {model.description}, without decoder and head: fine-tune "
             "it, and give that run"
+        )
+    if not MIN_CLASSES <= model.description.num_classes <= MAX_CLASSES:
+        raise SceneError(
+            f"{model.source} tells {model.description.num_classes} classes apart: maps hold "
+            f"{MIN_CLASSES} to {MAX_CLASSES}"
         )
     return model
 

@@ -26,6 +26,12 @@ def test_values_become_labels():
     np.testing.assert_array_equal(unknown, [-7, 6, 70_000])
     labels, unknown = dataclasses.replace(legend, ignored=None).classes_of(np.array([5, 6]))
     assert (labels.tolist(), unknown.tolist()) == ([1, 255], [])
+    extremes = np.iinfo(np.int32)  # whose difference is no int32
+    labels, unknown = dataclasses.replace(legend, ignored=None).classes_of(
+        np.array([extremes.min, 5, extremes.max], np.int32)
+    )
+    assert unknown.size == 0
+    assert labels[0] == labels[2] == 255
     _, unknown = legend.classes_of(np.array([5, 2.5, np.nan]))
     np.testing.assert_array_equal(unknown, [2.5, np.nan])
     labels, unknown = legend.classes_of(np.zeros((0, 3), np.uint8))

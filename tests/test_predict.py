@@ -1,6 +1,7 @@
 """The command `predict`: a whole map, and what it refuses."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -155,6 +156,46 @@ def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):
     other = commands.run_flags("cromss_jax.predict", **flags | {"overlap": 8})
     assert other.returncode == 1
     assert "holds the map of another command: delete it" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (["a,2020-06-01T10:00:00", "a,2020-06-01T10:05:00"], "mapped into the folder a_20200601"),
+        (["north/a,2020-06-01"], "the scene 'north/a' gives its folder its name: take out the /"),
+    ],
+)
+def test_each_row_has_a_folder_of_its_own(written, rows, sentence):
+    written.write("s2.tif", written.s2, sensors.S2_BANDS)
+    table = written.folder / "rows.csv"
+    table.write_text("\n".join(["scene,date,s2", *(f"{row},s2.tif" for row in rows)]))
+    done = commands.run_flags(
+        "cromss_jax.predict", checkpoint="none", table=table, output=written.folder / "maps"
+    )
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("count", [1, 251])
+def test_networks_of_one_class_or_too_many_make_no_map(monkeypatch, tmp_path, count):
+    described = types.SimpleNamespace(num_classes=count)
+    model = types.SimpleNamespace(notes=(), source="unet.pt", description=described)
+    monkeypatch.setattr(scenes.cromss_jax, "load", lambda _: model)
+    monkeypatch.setattr(scenes.settings, "keep_compiled", lambda _: None)
+    with pytest.raises(scenes.SceneError, match=f"unet.pt tells {count} classes apart: maps hold"):
+        scenes.load("unet.pt", str(tmp_path))
+
+
+def test_a_window_of_any_values_is_scaled(written, model):
+    """Of a whole scene such values are refused: they look like power, and like a wrong unit."""
+    written.s2[:, :8, :8] = written.s1[:, :8, :8] = 1
+    s2 = written.write("s2.tif", written.s2.astype(np.float32), sensors.S2_BANDS)
+    s1 = written.write("s1.tif", written.s1, sensors.S1_BANDS)
+    scene, _ = open_scene(model, s2=s2, s1=s1)
+    grey = scene.read(0, 0, 8, 8).grey
+    for modality, names in (("s1", sensors.S1_BANDS), ("s2", sensors.S2_BANDS)):
+        expected = [sensors.scale_to_uint8(np.ones(1), name)[0] for name in names]
+        np.testing.assert_array_equal(grey[modality], np.broadcast_to(expected, (8, 8, len(names))))
 
 
 def test_wrong_flags_are_one_sentence(weights, tmp_path):

@@ -209,6 +209,8 @@ def audit(
     Returns:
       The content of `report.json`.
     """
+    for name in ("report.json", "report.md"):  # of an earlier audit, whose maps are replaced
+        (folder / name).unlink(missing_ok=True)
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(subject.num_locations)
     chosen = np.sort(order[: settings.num_estimated])

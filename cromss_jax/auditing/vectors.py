@@ -13,6 +13,8 @@ import shapely
 from cromss_jax.errors import UserError
 
 _POLYGONS = ("Polygon", "MultiPolygon")
+# Columns that every GeoPackage has for itself, and what a file's own are called in it.
+_TAKEN = {"fid": "source_fid", "geom": "source_geom"}
 
 
 class VectorError(UserError):
@@ -72,7 +74,8 @@ def read(path: str) -> Polygons:
             )
     if not meta["crs"]:
         raise VectorError(f"{path} does not say its reference system: set it, as by ogr2ogr -a_srs")
-    return Polygons(shapes, dict(zip(meta["fields"], values, strict=True)), meta["crs"])
+    names = [_TAKEN.get(name.lower(), name) for name in meta["fields"]]
+    return Polygons(shapes, dict(zip(names, values, strict=True)), meta["crs"])
 
 
 def write(path: pathlib.Path, found: Polygons, kind: str) -> None:
@@ -82,17 +85,23 @@ def write(path: pathlib.Path, found: Polygons, kind: str) -> None:
       path: of the file.
       found: what it holds.
       kind: "Polygon", or "Unknown" for a mixture with multipolygons.
+
+    Raises:
+      VectorError: if GDAL cannot write it.
     """
     unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
     unfinished.unlink(missing_ok=True)
-    pyogrio.raw.write(
-        unfinished,
-        np.array([shapely.to_wkb(shape) for shape in found.shapes], object),
-        list(found.fields.values()),
-        list(found.fields),
-        geometry_type=kind,
-        crs=found.crs,
-        driver="GPKG",
-        layer=path.stem,
-    )
+    try:
+        pyogrio.raw.write(
+            unfinished,
+            np.array([shapely.to_wkb(shape) for shape in found.shapes], object),
+            list(found.fields.values()),
+            list(found.fields),
+            geometry_type=kind,
+            crs=found.crs,
+            driver="GPKG",
+            layer=path.stem,
+        )
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+        raise VectorError(f"{path} cannot be written: {error}") from error
     os.replace(unfinished, path)

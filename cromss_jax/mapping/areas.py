@@ -5,12 +5,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import rasterio
+import rasterio.warp
 
 from cromss_jax.mapping.blending import NODATA
 from cromss_jax.mapping.cogs import Grid
 
 # Half axes of the ellipsoid of WGS 84 in metres.
 _A, _B = 6378137.0, 6356752.314245
+# By which share a projection's areas may differ from true ones to be taken.
+_KEPT = 0.005
+# Of an edge of a row, straight in the projection, between which it is straight on another map.
+_POINTS = 9
 # Rows that are read at once.
 _ROWS = 256
 
@@ -18,18 +23,36 @@ _ROWS = 256
 def pixel_areas(grid: Grid) -> np.ndarray | None:
     """Area of a pixel of each row in m², [H] float64; None where the CRS is unknown.
 
-    Of a projected CRS, as in the projection: in UTM within 0.1 %. Of a CRS in degrees, on the
-    ellipsoid.
+    Of a projection that keeps areas, as UTM does within 0.1 %, the projection's; else, as of
+    degrees or Web Mercator, the mean of the row on the ellipsoid.
     """
     if not grid.crs:
         return None
     crs = rasterio.CRS.from_wkt(grid.crs)
-    a, b, _, d, e, f = grid.transform
+    true = _on_ellipsoid(grid, crs)
+    if crs.is_geographic:
+        return true
+    a, b, _, d, e, _ = grid.transform
+    _, metres = crs.linear_units_factor
+    projected = np.full(grid.height, abs(a * e - b * d) * metres**2)
+    return projected if np.allclose(projected, true, rtol=_KEPT) else true
+
+
+def _on_ellipsoid(grid: Grid, crs: rasterio.CRS) -> np.ndarray:
+    """Mean area of the pixels of each row in m², [H], by an equal-area map of the ellipsoid."""
+    a, b, c, d, e, f = grid.transform
+    rows = np.arange(grid.height + 1)[:, None]
+    columns = np.linspace(0, grid.width, _POINTS)
+    points = np.stack([c + a * columns + b * rows, f + d * columns + e * rows])
     if not crs.is_geographic:
-        _, metres = crs.linear_units_factor
-        return np.full(grid.height, abs(a * e - b * d) * metres**2)
-    edges = np.radians(f + e * np.arange(grid.height + 1))
-    return np.abs(np.diff(_zone(np.sin(edges)))) * math.radians(abs(a))
+        degrees = rasterio.warp.transform(crs, "OGC:CRS84", *points.reshape(2, -1))
+        points = np.reshape(degrees, points.shape)
+    x = np.unwrap(np.radians(points[0]), axis=1)
+    y = _zone(np.sin(np.radians(points[1])))
+    # Around the row: along its upper edge, and back along its lower one.
+    x, y = (np.concatenate([z[:-1], z[1:, ::-1]], axis=1) for z in (x, y))
+    doubled = x * np.roll(y, -1, axis=1) - y * np.roll(x, -1, axis=1)
+    return np.abs(doubled.sum(axis=1)) / 2 / grid.width
 
 
 def _zone(sine: np.ndarray) -> np.ndarray:

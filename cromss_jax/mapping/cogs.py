@@ -8,7 +8,10 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
+import rasterio._err
+import rasterio.errors
 import rasterio.shutil
+from rasterio.windows import Window
 
 from cromss_jax.mapping import styles
 from cromss_jax.mapping.blending import NODATA
@@ -79,26 +82,35 @@ def write(raw: pathlib.Path, layer: Layer, grid: Grid, folder: pathlib.Path) -> 
 
     Returns:
       The path of the `.tif`.
+
+    Raises:
+      OSError: if GDAL cannot write it, as on a full disk.
     """
     source, unfinished = raw.with_suffix(".vrt"), raw.with_suffix(".tif")
     side_car = unfinished.with_name(f"{unfinished.name}.aux.xml")
     for left_over in (unfinished, side_car):
         left_over.unlink(missing_ok=True)
     source.write_text(_vrt(raw, layer, grid))
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
-        rasterio.shutil.copy(
-            source,
-            unfinished,
-            driver="COG",
-            COMPRESS="DEFLATE",
-            BLOCKSIZE=str(_BLOCK),
-            OVERVIEW_RESAMPLING="MODE" if layer.is_classes else "AVERAGE",
-            NUM_THREADS="ALL_CPUS",
-            BIGTIFF="IF_SAFER",
-        )
+    final = folder / f"{layer.name}.tif"
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
+            rasterio.shutil.copy(
+                source,
+                unfinished,
+                driver="COG",
+                COMPRESS="DEFLATE",
+                BLOCKSIZE=str(_BLOCK),
+                OVERVIEW_RESAMPLING="MODE" if layer.is_classes else "AVERAGE",
+                NUM_THREADS="ALL_CPUS",
+                BIGTIFF="IF_SAFER",
+            )
+        with rasterio.open(unfinished) as file:  # its last block: closing tells no error
+            file.read(window=Window(grid.width - 1, grid.height - 1, 1, 1))
+    # GDAL's own errors come through `copy` as they are.
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
+        raise OSError(f"{final} cannot be written: {error}") from error
     style = unfinished.with_suffix(".qml")
     style.write_text(styles.qml(layer.entries, is_classes=layer.is_classes))
-    final = folder / f"{layer.name}.tif"
     style.replace(final.with_suffix(".qml"))
     if side_car.exists():
         side_car.replace(final.with_name(f"{final.name}.aux.xml"))

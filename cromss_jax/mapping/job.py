@@ -185,7 +185,7 @@ def make_map(
     settings = dataclasses.replace(settings.for_devices(), write=names)
     identity = identity_of(network, settings, identity)
     if (folder / products.IDENTITY).exists():
-        if json.loads((folder / products.IDENTITY).read_text()) != identity:
+        if work.read_json(folder / products.IDENTITY) != identity:
             raise MapError(
                 f"{folder} holds the map of another command: delete it, or choose another --output"
             )

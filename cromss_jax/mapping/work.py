@@ -24,6 +24,18 @@ class WorkError(UserError):
     """A folder of an unfinished map that cannot be used. The message is for the user."""
 
 
+def read_json(path: pathlib.Path) -> Any:
+    """What a file of ours in the folder of a map holds.
+
+    Raises:
+      WorkError: if it is damaged.
+    """
+    try:
+        return files.parse_json(path.read_bytes())
+    except ValueError as error:
+        raise WorkError(f"{path} is damaged ({error}): delete {path.parent}") from error
+
+
 @contextlib.contextmanager
 def opened(
     folder: pathlib.Path,
@@ -47,7 +59,7 @@ def opened(
         described = folder / _IDENTITY
         wanted = json.loads(json.dumps(identity))
         if described.exists():
-            found = json.loads(described.read_text())
+            found = read_json(described)
             differ = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
             if differ:
                 raise WorkError(
@@ -75,14 +87,17 @@ class Work:
         self._shape = shape
         self._num_bands = dict(num_bands)
         progress = folder / _PROGRESS
-        self.rows_done = int(progress.read_text()) if progress.exists() else 0
-        for name, count in num_bands.items():
-            size = count * shape[0] * shape[1]
+        sizes = {name: count * shape[0] * shape[1] for name, count in num_bands.items()}
+        for name, size in sizes.items():
+            path = self.path(name)
+            if not path.exists() or path.stat().st_size != size:  # new, or lost
+                # Before the file is there: what is not written yet must not count as done.
+                progress.unlink(missing_ok=True)
+        for name, size in sizes.items():
             # Without truncating: rows that are done stay.
             with self.path(name).open("ab") as file:
-                if file.tell() != size:  # new, or lost
-                    self.rows_done = 0
                 file.truncate(size)
+        self.rows_done = int(read_json(progress)) if progress.exists() else 0
 
     def path(self, layer: str) -> pathlib.Path:
         """The file of a layer."""

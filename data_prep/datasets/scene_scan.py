@@ -137,8 +137,8 @@ def _scan_s2(
             if valid.any() and not pixels[valid].any():
                 raise errors.BadFileError(
                     layer.path,
-                    f"{layer.name} is 0 in all tiles sampled: the band was never filled; leave it "
-                    "out with --s2_bands, or replace it",
+                    f"{layer.name} is 0 in all tiles sampled: the band was never filled; replace "
+                    "it; a data set may do without it by --s2_bands",
                 )
             evidence[layer.name] = pixels, valid
     _check_range(path, evidence)

@@ -362,7 +362,7 @@ def _bands(
         raise errors.BadFileError(
             str(files[0]),
             f"no file holds {', '.join(missing) or 'a band'}, found {', '.join(found) or 'none'}: "
-            "name the files of all bands, or choose others with --s2_bands",
+            "name the files of all bands; a data set may do without some by --s2_bands",
         )
     groups: dict[tuple, list[Layer]] = {}
     for name in names:
@@ -391,8 +391,8 @@ def _named(
         raise errors.BadFileError(
             layers[0].path,
             f"has {len(layers)} {'band' if len(layers) == 1 else 'bands'} without names: describe "
-            f"them in the file ({needed}), name the file after its band, or, for several in "
-            "the usual order, give --s2_bands",
+            f"them in the file ({needed}), name the file after its band, or, for a data set of "
+            "several in the usual order, give --s2_bands",
         )
     return [
         dataclasses.replace(layer, name=name)

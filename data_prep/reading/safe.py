@@ -8,6 +8,8 @@ from data_prep import errors
 
 _BAND = re.compile(r"_(B\d[0-9A])(?:_(\d\d)m)?\.jp2$", re.IGNORECASE)
 _SCL = re.compile(r"_SCL_(\d\d)m\.jp2$", re.IGNORECASE)
+# How GDAL names a file in a zip file.
+_IN_ZIP = "/vsizip/"
 _METADATA = re.compile(r"(^|/)MTD_MSIL(1C|2A)\.xml$")
 
 
@@ -30,7 +32,13 @@ def _members(path: pathlib.Path) -> dict[str, str]:
             names = sorted(archive.namelist())
     except (OSError, zipfile.BadZipFile) as error:
         raise errors.BadFileError(str(path), f"cannot be read as a zip file: {error}") from error
-    return {name: f"/vsizip/{path}/{name}" for name in names}
+    return {name: f"{_IN_ZIP}{path}/{name}" for name in names}
+
+
+def file_of(opened: str) -> pathlib.Path:
+    """The file on disk that GDAL opens by a path: itself, or the archive that holds it."""
+    path = pathlib.Path(opened.removeprefix(_IN_ZIP))
+    return path if path.exists() else next(p for p in path.parents if p.is_file())
 
 
 def band_files(path: pathlib.Path) -> list[str]:

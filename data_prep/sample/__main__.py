@@ -13,6 +13,7 @@ import time
 
 from absl import app, flags
 
+from cromss_jax.errors import UserError
 from data_prep import cpus
 from data_prep.sample import downstream, nol, world
 
@@ -53,7 +54,7 @@ _NUM_WORKERS = flags.DEFINE_integer(
 def _run_nol() -> str:
     """Writes SSL4EO-S12 + NoL as the flags say, and returns a summary."""
     if _LABELS.value == "lc":
-        raise ValueError(f"--labels=lc is for --format=dfc2020, not for {_NOL}")
+        raise UserError(f"--labels=lc is for --format=dfc2020, not for {_NOL}")
     seasons = _SEASONS.value or nol.SEASONS
     tile_size = _TILE_SIZE.value or nol.TILE_SIZE
     wrong = nol.write_sample(
@@ -73,13 +74,13 @@ def _run_nol() -> str:
 def _run_downstream() -> str:
     """Writes a downstream data set as the flags say, and returns a summary."""
     if _SEASONS.value is not None:
-        raise ValueError(
+        raise UserError(
             f"--seasons={_SEASONS.value} is for --format={_NOL}: tiles of --format={_FORMAT.value} "
             "have one date, leave --seasons out"
         )
     coarse = _LABELS.value == "lc"
     if coarse and _FORMAT.value != "dfc2020":
-        raise ValueError(f"--labels=lc is for --format=dfc2020, not for {_FORMAT.value}")
+        raise UserError(f"--labels=lc is for --format=dfc2020, not for {_FORMAT.value}")
     tile_size = _TILE_SIZE.value or downstream.FORMATS[_FORMAT.value].tile_size
     downstream.write_sample(
         _OUTPUT_DIR.value,
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     try:
         summary = _run_nol() if _FORMAT.value == _NOL else _run_downstream()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"Interrupted: {_OUTPUT_DIR.value} is incomplete, delete it.")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from affine import Affine
 
+from cromss_jax.errors import UserError
 from cromss_jax.sensors import S2_BANDS, S2_BANDS_BY_RESOLUTION
 from data_prep import parallel
 from data_prep.datasets import tile_layouts
@@ -192,10 +193,10 @@ def write_sample(
 
     Raises:
       FileExistsError: if `output_dir` holds anything.
-      ValueError: if there are too few locations for two splits.
+      UserError: if there are too few locations for two splits.
     """
     if locations < 2:
-        raise ValueError(
+        raise UserError(
             f"--locations={locations} leaves no tile for the test split: 2 or more are needed"
         )
     make = functools.partial(

@@ -9,6 +9,7 @@ import datetime
 
 import numpy as np
 
+from cromss_jax.errors import UserError
 from cromss_jax.sensors import S2_BANDS_BY_RESOLUTION
 from data_prep.sample.archetypes import ARCHETYPES
 from data_prep.sample.geography import (
@@ -83,12 +84,12 @@ class Location:
 def check_shape(seasons: int, tile_size: int) -> None:
     """Raises ValueError if a location cannot have this number of seasons or pixels a side."""
     if tile_size < 6 or tile_size % 6:
-        raise ValueError(
+        raise UserError(
             f"tile_size is {tile_size}: bands at 10, 20 and 60 m need a positive multiple of 6, "
             "such as 264"
         )
     if not 1 <= seasons <= MAX_SEASONS:
-        raise ValueError(f"seasons is {seasons}: must be from 1 to {MAX_SEASONS}")
+        raise UserError(f"seasons is {seasons}: must be from 1 to {MAX_SEASONS}")
 
 
 def _image_season(
@@ -120,7 +121,7 @@ def make_location(seed: int, index: int, seasons: int = 4, tile_size: int = 264)
       The location's images, true classes, noisy labels and georeference.
 
     Raises:
-      ValueError: if `tile_size` does not fit the 20 m and 60 m bands, or `seasons` is out of
+      UserError: if `tile_size` does not fit the 20 m and 60 m bands, or `seasons` is out of
         range.
     """
     check_shape(seasons, tile_size)

@@ -1,6 +1,7 @@
 """A map on one scene by a network that is a formula: planted errors, borders, nodata, kills."""
 
 import json
+import types
 
 import numpy as np
 import pyogrio
@@ -231,6 +232,15 @@ def test_killed_anywhere_the_files_are_the_same(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first[2], second[2])
     for a, b in zip(first[3], second[3], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_report_of_before_does_not_stand_for_an_unfinished_audit(tmp_path):
+    for name in ("report.json", "report.md"):
+        (tmp_path / name).write_text("of before")
+    subject = types.SimpleNamespace(num_locations=1, location=None)
+    with pytest.raises(TypeError):
+        job.audit(subject, tmp_path, job.Settings(), {"by": "it"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_maps_there_is_a_report(tmp_path):

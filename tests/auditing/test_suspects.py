@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pyogrio
@@ -215,6 +216,23 @@ def test_parcels(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["audit_label"] for row in rows] == [NAMES[0], NAMES[1], ""]
     assert rows[0]["owner"] == "x"
+
+
+def test_columns_that_a_geopackage_has_for_itself_are_renamed(tmp_path):
+    """QGIS writes the `fid` of a GeoPackage to shapefiles, as numbers with decimals."""
+    shape = {"type": "Polygon", "coordinates": [[[0, 0], [0, 1], [1, 1], [0, 0]]]}
+    feature = {"type": "Feature", "geometry": shape}
+    features = [feature | {"properties": {"FID": x, "geom": "b", "name": "c"}} for x in (1.5, 1.5)]
+    path = tmp_path / "parcels.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    read = vectors.read(str(path))
+    vectors.write(tmp_path / "copy.gpkg", read, "Polygon")
+    again = vectors.read(str(tmp_path / "copy.gpkg"))
+    assert {name: list(x) for name, x in again.fields.items()} == {
+        "source_fid": [1.5, 1.5], "source_geom": ["b", "b"], "name": ["c", "c"]
+    }  # fmt: skip
+    with pytest.raises(vectors.VectorError, match=r"none/copy.gpkg cannot be written: "):
+        vectors.write(tmp_path / "none" / "copy.gpkg", read, "Polygon")
 
 
 def test_parcels_that_cannot_be_used(tmp_path):

@@ -20,7 +20,7 @@ from data_prep.datasets import (
     scene_tiles,
     scenes,
 )
-from data_prep.reading import rasters, registration
+from data_prep.reading import rasters, registration, safe
 from tests import commands
 from tests.data_prep.scene_files import (
     BANDS,
@@ -382,3 +382,12 @@ def test_command(folder):
     assert built.stdout.startswith("9 locations written, 0 skipped, 9 records, "), built.stderr
     assert "exists, nothing was done: 9 records" in run().stdout
     assert "was built with --stride=64: delete it, or choose another" in run(stride=32).stderr
+
+
+def test_a_band_in_an_archive_is_a_file_on_disk(tmp_path):
+    """Whose size and time say whether it was replaced."""
+    path = tmp_path / "S2A_MSIL2A_1.SAFE.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("S2A_MSIL2A_1.SAFE/GRANULE/L2A/IMG_DATA/T32_B02_10m.jp2", b"")
+    (opened,) = safe.band_files(path)
+    assert safe.file_of(opened) == safe.file_of(str(path)) == path

@@ -5,6 +5,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 import rasterio
+import rasterio.warp
 
 from cromss_jax import presets
 from cromss_jax.mapping import areas, cogs, job, products, work
@@ -126,6 +127,34 @@ def test_areas_in_feet():
     feet = rasterio.CRS.from_epsg(2263).to_wkt()
     grid = cogs.Grid(2, 2, feet, (10.0, 0.0, 0.0, 0.0, -10.0, 0.0))
     np.testing.assert_allclose(areas.pixel_areas(grid), (10 * 0.3048006096) ** 2)
+
+
+def test_areas_in_web_mercator_are_those_of_the_ellipsoid():
+    """A degree by a degree at 50° N, where it shows lengths 1.5 times too long."""
+    mercator = rasterio.CRS.from_epsg(3857)
+    x, y = rasterio.warp.transform("EPSG:4326", mercator, [9.0, 10.0], [51.0, 50.0])
+    step = (x[1] - x[0]) / 500, (y[1] - y[0]) / 700
+    grid = cogs.Grid(700, 500, mercator.to_wkt(), (step[0], 0.0, x[0], 0.0, step[1], y[0]))
+    wgs84 = rasterio.CRS.from_epsg(4326).to_wkt()
+    expected = areas.pixel_areas(cogs.Grid(100, 1, wgs84, (1.0, 0.0, 9.0, 0.0, -0.01, 51.0)))
+    found = areas.pixel_areas(grid)
+    assert found.sum() * 500 == pytest.approx(expected.sum(), rel=1e-9)
+    assert (np.diff(found) > 0).all()
+    assert found[0] / -(step[0] * step[1]) == pytest.approx(np.cos(np.radians(51)) ** 2, rel=0.01)
+
+
+def test_a_projection_that_keeps_areas_has_its_own():
+    """At the edge of a zone of UTM a pixel of 10 m has 99.9 or 100.1 m²."""
+    np.testing.assert_array_equal(areas.pixel_areas(GRID), 100)
+    assert not np.allclose(areas._on_ellipsoid(GRID, rasterio.CRS.from_wkt(UTM)), 100, rtol=5e-4)
+
+
+def test_what_gdal_cannot_write_is_one_sentence(tmp_path):
+    (layer,) = products.describe(("classes",), LEGEND)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(OSError, match=r"classes.tif cannot be written: "):
+        cogs.write(tmp_path / "work" / "lost.raw", layer, GRID, tmp_path)
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_where_the_crs_is_unknown_pixels_are_counted():

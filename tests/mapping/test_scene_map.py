@@ -114,8 +114,20 @@ def test_a_folder_that_was_deleted_by_halves_is_begun_anew(lost, tmp_path, monke
         assert unfinished.rows_done == 0
     unfinished.write(1, 0, {"work": np.ones((2, 40, 40), np.uint8)})
     (tmp_path / lost).unlink()
-    with work.opened(tmp_path, {"size": 32}, (40, 40), {"work": 2}) as unfinished:
-        assert unfinished.rows_done == 0
+    for _ in range(2):  # killed before the first row
+        with work.opened(tmp_path, {"size": 32}, (40, 40), {"work": 2}) as unfinished:
+            assert unfinished.rows_done == 0
+
+
+@pytest.mark.parametrize("name", ["map.json", "progress"])
+def test_a_damaged_folder_is_one_sentence(name, tmp_path):
+    arguments = tmp_path, {"size": 32}, (4, 4), {"work": 1}
+    with work.opened(*arguments) as unfinished:
+        unfinished.write(1, 0, {"work": np.ones((1, 4, 4), np.uint8)})
+    (tmp_path / name).write_text("")
+    sentence = f"{name} is damaged .*: delete {tmp_path}"
+    with pytest.raises(work.WorkError, match=sentence), work.opened(*arguments):
+        pass
 
 
 def test_work_of_another_map_is_refused(tmp_path):

@@ -327,8 +327,10 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
     with pytest.raises(compare.CompareError, match="results.json not found"):
         compare.table([str(tmp_path)])
     (tmp_path / "a" / "results.json").write_text('{"dataset": ')
-    with pytest.raises(compare.CompareError, match=r"a/results.json is damaged: start the run"):
-        compare.table(folders)
+    for content, fault in (('{"dataset": ', "Expecting value"), ("{}", "confusions"), ("[]", "")):
+        (tmp_path / "a" / "results.json").write_text(content)
+        with pytest.raises(compare.CompareError, match=rf"a/results.json is damaged \(.*{fault}"):
+            compare.table(folders)
 
 
 def test_a_confusion_matrix_is_drawn_in_its_colours():
