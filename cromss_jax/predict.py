@@ -73,16 +73,12 @@ def _rows(table: str) -> dict[str, tuple[datetime.datetime, dict[str, tuple[path
     """Date and files of each row of a table, by the name of its folder: the scene's and the day.
 
     Raises:
-      PredictError: for a scene whose name is no name of a folder, and for two of one name.
+      PredictError: for two rows of one name.
       errors.BuildError: if the table cannot be read.
     """
     given = {}
     for row in scene_table.read(table, required=("scene", "date")):
         name = f"{row.scene}_{row.date:%Y%m%d}"
-        if pathlib.Path(name).name != name:
-            raise PredictError(
-                f"{table}: the scene {row.scene!r} gives its folder its name: take out the /"
-            )
         if name in given:
             raise PredictError(
                 f"{table}: two rows would be mapped into the folder {name}, which the scene and "

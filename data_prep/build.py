@@ -380,7 +380,9 @@ def _existing(
         raise errors.BuildError(
             f"{final_dir} was built with --labels={labels}: delete it, or choose another --data_dir"
         )
-    if build_options.legend and build_options.legend != Legend.from_dict(info.metadata["legend"]):
+    # Data sets of earlier versions do not say their legend.
+    legend = Legend.from_dict(info.metadata.get("legend", presets.DYNAMIC_WORLD.to_dict()))
+    if build_options.legend not in (None, legend):
         raise errors.BuildError(
             f"{final_dir} was built with another legend than --legend={_LEGEND.value}: delete it, "
             "or choose another --data_dir"
@@ -391,9 +393,10 @@ def _existing(
             f"{final_dir} was built with other labels, {_cleaned_text(info.metadata)}: delete it, "
             "or choose another --data_dir"
         )
+    chosen = info.metadata.get("chosen", {})
     for name, value in wanted.items():
         # Data sets of earlier versions do not say all options.
-        found = info.metadata.get(name, value)
+        found = chosen.get(name, info.metadata.get(name, value))
         if found != value and (flags.FLAGS[name].present or name == "patch_size"):
             raise errors.BuildError(
                 f"{final_dir} was built with --{name}={_text(found)}: delete it, or choose another "

@@ -100,6 +100,7 @@ class Options:
             "s2_level": self.s2_level,
             "s2_bands": list(self.bands.get("s2", ())),
             "block_size": self.block_size,
+            "test_cities": list(self.test_cities),
             **({"cleaning": dataclasses.asdict(self.cleaning)} if self.cleaning else {}),
         }
 

@@ -162,7 +162,10 @@ def test_the_command_makes_a_map_and_goes_on_with_it(written, weights):
     ("rows", "sentence"),
     [
         (["a,2020-06-01T10:00:00", "a,2020-06-01T10:05:00"], "mapped into the folder a_20200601"),
-        (["north/a,2020-06-01"], "the scene 'north/a' gives its folder its name: take out the /"),
+        (
+            ["north/a,2020-06-01"],
+            "scene 'north/a', which files are named after: take out the /",
+        ),
     ],
 )
 def test_each_row_has_a_folder_of_its_own(written, rows, sentence):

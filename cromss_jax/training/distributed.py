@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cromss_jax import lock
+from cromss_jax import files, lock
 from cromss_jax.errors import UserError
 from cromss_jax.training import preemption
 
@@ -87,7 +87,7 @@ def initialize(
         if None in given:
             remedy = "without SLURM or Cloud TPU, set --coordinator_address, --num_processes and "
             remedy += "--process_id for each process"
-        reason = str(error).splitlines()[0]
+        reason = files.first_line(error)
         raise DistributedError(
             f"the processes did not find each other ({reason}): {remedy}"
         ) from error
@@ -191,7 +191,7 @@ def leave(sentence: str, status: int) -> NoReturn:
 def lost(error: jax.errors.JaxRuntimeError) -> str:
     """The message for a device failure with several processes."""
     return (
-        f"error: the joint computation of the processes failed ({str(error).splitlines()[0]}): if "
+        f"error: the joint computation of the processes failed ({files.first_line(error)}): if "
         "another process ended, its log has the reason; run the same command on all hosts to "
         "continue"
     )

@@ -164,9 +164,12 @@ def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: j
         if index < 0:
             continue
         record = task.test.source[index]
+        name, (height, width) = record["location_id"].decode(), tile.shape
+        if "season" in record:  # a record for each date of a location
+            name += f"_{int(record['season'])}"
         maps.write_map(
-            folder / f"{record['location_id'].decode()}.tif",
-            tile[: int(record["height"]), : int(record["width"])],
+            folder / f"{name}.tif",
+            tile[: int(record.get("height", height)), : int(record.get("width", width))],
             record["crs"].decode(),
             record["transform"],
             task.test.legend,

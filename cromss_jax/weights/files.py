@@ -4,6 +4,7 @@ This is the only module that imports torch, and only for `.pt` and `.ckpt`. `.sa
 need it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -12,9 +13,10 @@ import os
 import pickle
 import re
 import struct
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -266,13 +268,26 @@ def _float8_tensors(content: bytes) -> list[str]:
         return []
 
 
+@contextlib.contextmanager
+def _on_disk(path: epath.Path, content: bytes) -> Iterator[str]:
+    """The path of a file, or of a copy of what a bucket holds."""
+    if not files.in_bucket(path):
+        yield os.fspath(path)
+        return
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(content)
+        copy.flush()
+        yield copy.name
+
+
 def _read_safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, np.ndarray], dict]:
     if found := _float8_tensors(content):
         raise WeightsError(
             f"{path} has float8 tensors, such as {found[0]}: save them as float32 or bfloat16"
         )
     try:
-        arrays = safetensors.numpy.load_file(path)  # `load` does not support bfloat16
+        with _on_disk(path, content) as local:
+            arrays = safetensors.numpy.load_file(local)  # `load` does not support bfloat16
         card = files.parse_json(
             _safetensors_header(content).get("__metadata__", {}).get(_CARD, "{}")
         )

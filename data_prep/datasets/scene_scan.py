@@ -121,7 +121,7 @@ def _scan_s2(
     """Unit and offset of Sentinel-2, facts and findings."""
     path = acquisition.s2[0][0].path
     evidence: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    unit = scene_images.SCALED
+    unit = None
     for group in acquisition.s2:
         images = _samples(group, sample)
         if not images:
@@ -129,7 +129,14 @@ def _scan_s2(
         if np.issubdtype(images[0].pixels.dtype, np.floating):
             valid = np.concatenate([i.pixels[i.valid & (i.pixels > 0)] for i in images])
             # Snow and cloud have a reflectance of 1, the darkest water 20 of 10000.
-            unit = scene_images.REFLECTANCE if np.median(valid) < 3 else scene_images.SCALED
+            own = scene_images.REFLECTANCE if np.median(valid) < 3 else scene_images.SCALED
+            if unit not in (None, own):
+                raise errors.BadFileError(
+                    group[0].path,
+                    f"holds Sentinel-2 as {own}, other bands of the scene are {unit}: bring all "
+                    "into one unit",
+                )
+            unit = own
         values = [scene_images.native_s2(group, image, unit) for image in images]
         for i, layer in enumerate(group):
             pixels = np.concatenate([v.pixels[i].ravel() for v in values])
@@ -141,6 +148,7 @@ def _scan_s2(
                     "it; a data set may do without it by --s2_bands",
                 )
             evidence[layer.name] = pixels, valid
+    unit = unit or scene_images.SCALED
     _check_range(path, evidence)
     _check_order(path, evidence)
     if options.s2_offset is None:

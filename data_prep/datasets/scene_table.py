@@ -153,6 +153,10 @@ def _row(
     row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
     if not row["scene"]:
         raise errors.BuildError(f"{where} has no scene: give it a name")
+    if pathlib.Path(row["scene"]).name != row["scene"]:
+        raise errors.BuildError(
+            f"{where} has the scene {row['scene']!r}, which files are named after: take out the /"
+        )
     files = {
         name: find_files(path.parent, f"{where}: {name}", row.get(name, ""))
         for name in COLUMNS

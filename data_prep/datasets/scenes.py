@@ -30,6 +30,8 @@ _WGS84 = rasterio.CRS.from_epsg(4326).to_wkt()
 _WEB_MERCATOR = 3857
 # Bands of 20 m and Sentinel-1 of 20 m are brought onto 10 m.
 _MAX_ENLARGED = 2.5
+# Share of a pixel by which the pixels of files of one label map may be apart: rounding.
+_OFF_THE_LATTICE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Scenes(builder.LocationBuilder):
         data_dir = files.absolute(data_dir)
         findings = report.Report(data_dir, self.name, max_bad_locations)
         acquisitions = _acquisitions(scene_table.read(table), options, findings)
-        levels = [a.s2_level for a in acquisitions if a.s2_level]
+        levels, given = [a.s2_level for a in acquisitions if a.s2_level], options
         options = dataclasses.replace(
             options,
             modalities=tuple(m for m in sensors.MODALITIES if getattr(acquisitions[0], m)),
@@ -124,6 +126,7 @@ class Scenes(builder.LocationBuilder):
                 "has_truth": has_truth,
                 **options.metadata(options.legend, band_list, f"{self.name} in {table}"),
                 **dataclasses.asdict(cutting),
+                "chosen": given.choices(),  # before the files were looked at
                 "blocks": {split: [] for split in splits},
             },
             location_bytes=max_seasons * side**2 * (len(band_list) + max_seasons + has_truth),
@@ -161,7 +164,8 @@ def _acquisitions(
         raise errors.BuildError(
             f"the table has no column {' or '.join(options.modalities)}, which --modalities names"
         )
-    level = found[0].s2_level or options.s2_level
+    stated = next((a for a in found if a.s2_level), found[0])
+    level = stated.s2_level or options.s2_level
     if level == "L2A" and "B10" in found[0].s2_bands:
         raise errors.BuildError(
             f"{found[0].name} has B10, which L2A has not: leave --s2_level=L2A out, or B10 with "
@@ -173,9 +177,9 @@ def _acquisitions(
                 f"{other.name} has the bands {', '.join(other.s2_bands)}, {found[0].name} has "
                 f"{', '.join(found[0].s2_bands)}: choose those that all have with --s2_bands"
             )
-        if other.s2_level and found[0].s2_level and other.s2_level != found[0].s2_level:
+        if other.s2_level and other.s2_level != stated.s2_level:
             raise errors.BuildError(
-                f"{other.name} is {other.s2_level}, {found[0].name} is {found[0].s2_level}, whose "
+                f"{other.name} is {other.s2_level}, {stated.name} is {stated.s2_level}, whose "
                 "values differ: build a data set from one of them"
             )
     return found
@@ -254,7 +258,7 @@ def _grid(acquisition: Acquisition, cutting: Cutting) -> Grid:
     try:
         _check_resolution(image, cutting)
         if cutting.grid == "labels":
-            return _labels_grid(image, acquisition.labels[0])
+            return _labels_grid(image, acquisition.labels)
         crs = rasterio.CRS.from_wkt(image.crs)
         _, b, _, d, _, _ = image.transform
         is_metric = crs.is_projected and crs.linear_units_factor[1] == 1
@@ -293,16 +297,27 @@ def _spanned(crs: str, left: float, bottom: float, right: float, top: float, siz
     return Grid(crs, (size, 0.0, left, 0.0, -size, top), height, width)
 
 
-def _labels_grid(image: Layer, labels: Layer) -> Grid:
-    """The pixels of a label map, as far as the imagery goes."""
+def _labels_grid(image: Layer, maps: Sequence[Layer]) -> Grid:
+    """The pixels of a label map, which may be in several files, as far as the imagery goes."""
+    labels = maps[0]
     a, b, c, d, e, f = labels.transform
     if b or d or a < 0 or e > 0:
         raise errors.BadFileError(
             labels.path, "is turned, so that --grid=labels cannot be: choose --grid=s2"
         )
+    for other in maps[1:]:
+        steps = (other.transform[2] - c) / a, (other.transform[5] - f) / e
+        same = (other.crs, *np.delete(other.transform, (2, 5))) == (labels.crs, a, b, d, e)
+        if not same or np.abs(np.subtract(steps, np.round(steps))).max() > _OFF_THE_LATTICE:
+            raise errors.BadFileError(
+                other.path,
+                f"has other pixels than {labels.path}, so that --grid=labels cannot be: choose "
+                "--grid=s2",
+            )
+    west, south, east, north = np.transpose([own.bounds for own in maps])
     left, bottom, right, top = warping.bounds_in(image.path, image.bounds, image.crs, labels.crs)
-    left, right = max(left, labels.bounds[0]), min(right, labels.bounds[2])
-    bottom, top = max(bottom, labels.bounds[1]), min(top, labels.bounds[3])
+    left, right = max(left, west.min()), min(right, east.max())
+    bottom, top = max(bottom, south.min()), min(top, north.max())
     column, row = math.floor((left - c) / a + 1e-6), math.floor((top - f) / e + 1e-6)
     width = math.ceil((right - c) / a - 1e-6) - column
     height = math.ceil((bottom - f) / e - 1e-6) - row
@@ -316,6 +331,8 @@ def _labels_grid(image: Layer, labels: Layer) -> Grid:
 def _utm(bounds: blocks.Bounds) -> str:
     """The UTM zone of the middle of bounds in degrees, as WKT."""
     west, south, east, north = bounds
+    if west > east:  # across the antimeridian
+        east += 360
     zone = int(((west + east) / 2 + 180) // 6) % 60 + 1
     return rasterio.CRS.from_epsg((32600 if south + north >= 0 else 32700) + zone).to_wkt()
 

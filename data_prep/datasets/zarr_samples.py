@@ -426,8 +426,9 @@ def _labels(
         )
     image = lulc.image(min(time, len(lulc.pixels) - 1))
     known = {value for group in legend.values for value in group} | {*(legend.ignored or ())}
-    if image.pixels.max() > _LULC_VALUES and max(known) == _LULC_VALUES:
-        shown = labels.values_text(image.pixels[image.pixels > _LULC_VALUES])
+    unknown = image.pixels[(image.pixels > _LULC_VALUES) & (image.pixels != IGNORE_LABEL)]
+    if unknown.size and max(known) == _LULC_VALUES:
+        shown = labels.values_text(unknown)
         raise errors.BadFileError(
             lulc.path,
             f"labels {shown} are ESRI's own codes, of which others mean another class here: give "

@@ -246,11 +246,14 @@ def pick_bands(
             return image, ()
         detail = f"bands are {', '.join(image.descriptions)}"
         return image.bands(indexes), (Finding("bands reordered", path, detail),)
-    if len(image.pixels) == len(names):
+    strangers = [name for name in found if name in product and name not in names]
+    if len(image.pixels) == len(names) and not strangers:
         return image, ()
-    if len(image.pixels) == len(product):
+    if len(image.pixels) == len(product) and not strangers:
         return image.bands([product.index(name) for name in names]), ()
     reason = f"has {len(image.pixels)} bands, {len(names)} are needed"
+    if len(image.pixels) == len(names):
+        reason = f"has the bands {', '.join(found)}, needed are {', '.join(names)}"
     if len(image.pixels) == 12 and len(names) == 13:
         reason += (
             ": B10 is missing, as in L2A products, whose values differ; of L2A, give --s2_level=L2A"

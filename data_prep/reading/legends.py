@@ -201,7 +201,9 @@ def _read_raster(path: epath.Path) -> Legend:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             opened = rasterio.open(os.fspath(path))
         with opened as raster:
-            colours = raster.colormap(1) if raster.colorinterp[0].name == "palette" else {}
+            if raster.count > geotiff.MAX_BANDS:
+                raise LegendError(f"the raster has {raster.count:,} bands, a map has one")
+            colours = _colour_table(raster)
             names = _category_names(raster) or _names_in_tag(raster.tags().get("legend", ""))
             nodata = raster.nodata
     except (*geotiff.DAMAGE, ET.ParseError) as error:
@@ -228,6 +230,16 @@ def _read_raster(path: epath.Path) -> Legend:
         for value, name in classes.items()
     ]
     return _legend([*entries, *((value, "", "", "") for value in sorted(hidden))])
+
+
+def _colour_table(raster: rasterio.io.DatasetReader) -> dict[int, tuple[int, int, int, int]]:
+    """Red, green, blue and alpha of the first band's values; none if it has no table."""
+    if raster.colorinterp[0] != rasterio.enums.ColorInterp.palette:
+        return {}
+    try:
+        return raster.colormap(1)
+    except ValueError:  # a damaged file says that it has one
+        return {}
 
 
 def _category_names(raster: rasterio.io.DatasetReader) -> dict[int, str]:

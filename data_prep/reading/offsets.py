@@ -129,7 +129,8 @@ def _first(found: Iterable[Offset | None]) -> Offset | None:
 
 def _from_pixels(bands: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Offset | None:
     """What band 10 says, or if it is missing, the darkest of the bands."""
-    names = ["B10"] if "B10" in bands else list(bands)
+    is_b10 = "B10" in bands
+    names = ["B10"] if is_b10 else list(bands)
     levels = [
         float(np.percentile(values[valid], _PERCENTILE))
         for values, valid in (bands[name] for name in names)
@@ -138,11 +139,11 @@ def _from_pixels(bands: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Offset |
     if not levels:
         return Offset(0, "no valid pixel")
     level = min(levels)
-    evidence = f"{'band 10' if len(names) == 1 else 'dark pixels'} near {level:.0f}"
+    evidence = f"{'band 10' if is_b10 else 'dark pixels'} near {level:.0f}"
     if level < _WITHOUT:
         return Offset(0, evidence)
     # Without band 10, the darkest pixels may also be bright ground.
-    if _WITH <= level < _CLOUDS and len(names) == 1:
+    if _WITH <= level < _CLOUDS and is_b10:
         return Offset(OFFSET, evidence)
     return None
 

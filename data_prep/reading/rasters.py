@@ -70,8 +70,11 @@ class Layer:
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """Left, bottom, right and top, in the units of the CRS."""
-        return rasterio.transform.array_bounds(self.height, self.width, Affine(*self.transform))
+        """Left, bottom, right and top, in the units of the CRS, whichever way the rows go."""
+        x, y, other_x, other_y = rasterio.transform.array_bounds(
+            self.height, self.width, Affine(*self.transform)
+        )
+        return min(x, other_x), min(y, other_y), max(x, other_x), max(y, other_y)
 
     @property
     def metres(self) -> float | None:
@@ -111,6 +114,10 @@ def layers(path: str) -> list[Layer]:
         file = _open(path)
     except geotiff.DAMAGE as error:
         raise errors.BadFileError(path, f"cannot be opened as a raster: {error}") from error
+    if file.count > geotiff.MAX_BANDS:
+        raise errors.BadFileError(
+            path, f"has {file.count:,} bands, more than {geotiff.MAX_BANDS:,}"
+        )
     if file.transform == Affine.identity() and file.gcps[0]:
         raise errors.BadFileError(
             path,

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import zipfile
+import zlib
 
 from data_prep import errors
 
@@ -80,6 +81,16 @@ def scene_classification(path: pathlib.Path) -> str:
     return min(found)[1]
 
 
+def _read_member(path: pathlib.Path, name: str) -> str:
+    """The text of a file in a zip file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name).decode(errors="replace")
+    # The last is raised for what is encrypted.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise errors.BadFileError(str(path), f"{name} cannot be read: {error}") from error
+
+
 def metadata(path: pathlib.Path) -> tuple[str, str]:
     """The text of the product's metadata, and its level, L1C or L2A.
 
@@ -91,7 +102,6 @@ def metadata(path: pathlib.Path) -> tuple[str, str]:
             if path.is_dir():
                 text = pathlib.Path(opened).read_text(errors="replace")
             else:
-                with zipfile.ZipFile(path) as archive:
-                    text = archive.read(name).decode(errors="replace")
+                text = _read_member(path, name)
             return text, f"L{match[2]}"
     raise errors.BadFileError(str(path), "has no MTD_MSIL1C.xml or MTD_MSIL2A.xml")

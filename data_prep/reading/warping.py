@@ -106,6 +106,11 @@ def source_window(
       errors.BadFileError: if the CRS cannot be transformed.
     """
     left, bottom, right, top = bounds_in(layer.path, grid.bounds, grid.crs, layer.crs)
+    if left > right:  # degrees on both sides of the antimeridian, of which a layer has one
+        west, _, east, _ = layer.bounds
+        right += 360
+        if min(right - 360, east) - max(left - 360, west) > min(right, east) - max(left, west):
+            left, right = left - 360, right - 360
     to_pixels = ~Affine(*layer.transform)
     corners = [apply(to_pixels, x, y) for x in (left, right) for y in (bottom, top)]
     columns, rows = zip(*corners, strict=True)

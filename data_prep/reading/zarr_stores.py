@@ -11,12 +11,20 @@ import itertools
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from data_prep import errors
+from data_prep.reading import geotiff
+
+# What the zip file, its JSON and the codecs raise where a store is damaged.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, KeyError, ValueError),
+    *(AttributeError, TypeError, ZeroDivisionError),
+)
 
 
 class ZarrError(ValueError):
@@ -68,7 +76,7 @@ def read(data: bytes, names: tuple[str, ...]) -> Store:
                 for name in names
                 if f"{name}/.zarray" in metadata
             }
-    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise ZarrError(f"no Zarr store, or damaged: {error}") from error
     attributes = {
         key.removesuffix(".zattrs").rstrip("/"): value
@@ -100,6 +108,9 @@ def _array(archive: zipfile.ZipFile, name: str, form: Mapping[str, Any]) -> np.n
     dtype = np.dtype(form["dtype"])
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects")
+    size = math.prod(shape) * dtype.itemsize
+    if size > geotiff.MAX_PIXEL_BYTES:
+        raise ValueError(f"{name} declares {size:,} bytes, more than {geotiff.MAX_PIXEL_BYTES:,}")
     codecs = [registry.get_codec(config) for config in form["filters"] or ()]
     if form["compressor"]:
         codecs.append(registry.get_codec(form["compressor"]))

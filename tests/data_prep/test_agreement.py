@@ -349,6 +349,11 @@ def test_evidence_without_band_10():
     with pytest.raises(errors.BadFileError, match="neither band 10 nor metadata"):
         offsets.find("x", bands, [])
     assert offsets.find("x", bands, [XML]).value == 1000
+    # A single band is no band 10, whose brightness tells the offset.
+    alone = {"B8": bands["B8"]}
+    with pytest.raises(errors.BadFileError, match="neither band 10 nor metadata"):
+        offsets.find("x", alone, [])
+    assert offsets.find("x", alone, [XML.replace("-1000", "0")]).value == 0
     bands["B12"] = (np.full((6, 6), 130), bands["B12"][1])
     assert offsets.find("x", bands, []).value == 0
 

@@ -172,6 +172,7 @@ def test_records(templates, tmp_path, name):
         "origin": f"{builder.name} in {templates[name]}",
         "season_counts": {"train": [1, 1, 1], "test": [1, 1]}, "num_bad_locations": 0,
         "block_size": 0.0,
+        "test_cities": [],
     }  # fmt: skip
     assert reported(name, tmp_path) == []
     assert set(builder.info.splits) == {"train", "test"}

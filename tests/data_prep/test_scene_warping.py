@@ -28,6 +28,7 @@ from tests.data_prep.scene_files import (
     moved,
     pixel_centres,
     utm_transform,
+    wkt,
     write,
     write_s2,
 )
@@ -156,3 +157,16 @@ def test_zeros_of_one_band_are_dark_pixels(folder):
     assert (read.pixels[-1, 96:, :96] == 0).all()
     # Where brightness falls steeply, the kernel overshoots, below 0 in a few pixels.
     assert (read.pixels[-1, 96:, 100:] > 0).mean() > 0.95
+
+
+@pytest.mark.parametrize(("west", "is_eastern"), [(179.95, False), (179.85, True)])
+def test_a_tile_across_the_antimeridian_reads_a_small_window(west, is_eastern):
+    """Not the globe between its edges, but the side of the layer that has more of it."""
+    place = rasterio.warp.transform(DEGREES, "EPSG:32660", [west], [-16.8])
+    transform = (100.0, 0.0, place[0][0], 0.0, -100.0, place[1][0])
+    tile = warping.Grid(wkt("EPSG:32660"), transform, 200, 200)
+    degrees = (0.01, 0.0, -180.0, 0.0, -0.01, 90.0)
+    globe = rasters.Layer("", "globe.tif", 1, wkt(DEGREES), degrees, 18000, 36000, "uint8")
+    window = warping.source_window(globe, tile)
+    assert window.width < 60
+    assert (window.col_off > 35_000) == is_eastern

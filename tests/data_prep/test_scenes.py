@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.warp
+from affine import Affine
 
 from cromss_jax import blocks, presets, sensors
 from data_prep import errors, options
@@ -29,6 +30,7 @@ from tests.data_prep.scene_files import (
     LEFT,
     LEGEND,
     OPTIONS,
+    ROW,
     SCENE,
     SIDE,
     UTM33,
@@ -242,6 +244,53 @@ def test_grid_of_the_labels(folder):
     np.testing.assert_array_equal(labels[inside], np.where(part == 10, 0, 1)[inside])
 
 
+def test_grid_of_labels_in_several_files(folder):
+    """As WorldCover's: the grid is that of one file."""
+    transform, height, width = cover(EUROPE, 20, margin=0)
+    values = np.random.default_rng(0).choice([10, 20], (1, height, width)).astype(np.uint8)
+    write(folder / "map.tif", values, EUROPE, transform)
+    write(folder / "map_1.tif", values[:, :, :60], EUROPE, transform)
+    right = [Affine(20, 0, transform.c + 20 * x, 0, -20, transform.f) for x in (60, 0.5)]
+    write(folder / "map_2.tif", values[:, :, 60:], EUROPE, right[0])
+    laid = [
+        scenes._grid(acquisition(folder, ROW.replace("map.tif", name)), cutting(grid="labels"))
+        for name in ("map.tif", "map_?.tif")
+    ]
+    assert laid[0] == laid[1]
+    write(folder / "map_3.tif", values, EUROPE, right[1])
+    with pytest.raises(errors.BuildError, match=r"map_3.tif: has other pixels than .*map_1.tif"):
+        scenes._grid(
+            acquisition(folder, ROW.replace("map.tif", "map_?.tif")), cutting(grid="labels")
+        )
+
+
+def test_image_whose_rows_go_north_is_laid_out_alike(tmp_path):
+    """As xarray writes what has its y coordinates ascending."""
+    pixels = (100 + 3000 * random_fields(0)).astype(np.uint16)[None]
+    transform = utm_transform(10)
+    flipped = Affine(10, 0, transform.c, 0, 10, transform.f - 10 * SIDE)
+    laid = []
+    for name, place, values in (("a", transform, pixels), ("b", flipped, pixels[:, ::-1])):
+        write(tmp_path / f"{name}_B4.tif", values, UTM33, place)
+        row = f"a,20220701,{name}_B4.tif,{name}_B4.tif"
+        found = acquisition(tmp_path, row, header="scene,date,s2,labels")
+        laid.append(scenes._grid(found, cutting()))
+    assert laid[0] == laid[1]
+    assert laid[0].height == SIDE
+
+
+@pytest.mark.parametrize(
+    ("bounds", "zone"),
+    [
+        ((8.9, 50.0, 9.1, 50.2), 32632),
+        ((179.7, -17.0, -179.9, -16.8), 32760),
+        ((179.9, 66.0, -179.7, 66.1), 32601),
+    ],
+)
+def test_zone_of_the_middle_of_a_scene(bounds, zone):
+    assert rasterio.CRS.from_wkt(scenes._utm(bounds)).to_epsg() == zone
+
+
 def test_geographic_scene_gets_metres(tmp_path):
     transform, height, width = cover(DEGREES, 10)
     pixels = np.random.default_rng(0).integers(100, 3000, (1, height, width)).astype(np.uint16)
@@ -391,3 +440,32 @@ def test_a_band_in_an_archive_is_a_file_on_disk(tmp_path):
         archive.writestr("S2A_MSIL2A_1.SAFE/GRANULE/L2A/IMG_DATA/T32_B02_10m.jp2", b"")
     (opened,) = safe.band_files(path)
     assert safe.file_of(opened) == safe.file_of(str(path)) == path
+
+
+def test_levels_that_rows_state_must_agree(folder):
+    """Whichever rows come first say none."""
+    product = "S2A_MSIL{}_20220701T102031_N0{}00_R065_T33UVT_20220701T164454_{}.tif"
+    for level, baseline in (("1C", 3), ("2A", 3)):
+        for name in BANDS:
+            shutil.copy(folder / f"{name}.tif", folder / product.format(level, baseline, name))
+    names = [f"S2A_MSIL{level}*" for level in ("1C", "2A")]
+    rows = [ROW, *(ROW.replace("here", f"at{i}").replace("B*.tif", x) for i, x in enumerate(names))]
+    write_table(folder, *rows)
+    with pytest.raises(errors.BuildError, match=r"is L2A, .* is L1C, whose values differ"):
+        build(folder)
+
+
+def test_the_same_command_finds_its_data_set(folder):
+    """Also where it names what the files do not have."""
+    write_table(folder, "here,2022-07-01,B*.tif,map.tif", header="scene,date,s2,labels")
+    (folder / "map.csv").write_text("value,name,colour\n10,water,#0000ff\n20,trees,#00ff00\n")
+    flags = dict(dataset="scenes", table=folder / "scenes.csv", data_dir=folder / "data")
+    flags |= dict(legend=folder / "map.csv", tile_size=64, test_fraction=0.0)
+    flags |= dict(modalities="s1,s2", max_invalid=0.5)
+    for sentence in ("records", "exists, nothing was done"):
+        done = commands.run_flags("data_prep.build", **flags)
+        assert done.returncode == 0, done.stderr
+        assert sentence in done.stdout + done.stderr
+    other = commands.run_flags("data_prep.build", **flags | {"modalities": "s2"})
+    assert other.returncode == 1
+    assert "was built with --modalities=s1,s2" in other.stderr

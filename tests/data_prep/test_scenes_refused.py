@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from data_prep.datasets import (
     scene_scan,
     scene_table,
 )
-from data_prep.reading import rasters
+from data_prep.reading import rasters, safe
 from tests.data_prep.scene_files import (
     BANDS,
     OPTIONS,
@@ -30,6 +31,7 @@ from tests.data_prep.scene_files import (
     grid,
     moved,
     open_split,
+    random_fields,
     utm_transform,
     write,
     write_labels,
@@ -307,3 +309,23 @@ def test_twelve_bands_without_names(folder):
 def test_scaled_imagery_is_refused(folder):
     write(folder / "B4.tif", np.ones((1, SIDE, SIDE), np.uint8), UTM33, utm_transform(10))
     assert "B4.tif: dtype uint8, but raw values are needed" in scan_error(folder)
+
+
+def test_float_bands_of_two_units(folder):
+    """Reflectance beside reflectance * 10000."""
+    for i, name in enumerate(BANDS):
+        metres, factor = (20, 1e-4) if name == "B11" else (10, 1)
+        fields = random_fields(i)[:: metres // 10, :: metres // 10]
+        pixels = (factor * (100 + 3000 * fields)).astype(np.float32)
+        write(folder / f"{name}.tif", pixels[None], UTM33, utm_transform(metres))
+    text = scan_error(folder)
+    assert "B11.tif: holds Sentinel-2 as reflectance, other bands of the scene are" in text
+
+
+def test_a_product_whose_metadata_are_damaged(tmp_path):
+    path = tmp_path / "S2A_MSIL2A_1.SAFE.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("S2A_MSIL2A_1.SAFE/MTD_MSIL2A.xml", "<metadata of a product>")
+    path.write_bytes(path.read_bytes().replace(b"<metadata of", b"<metadata oF", 1))
+    with pytest.raises(errors.BadFileError, match=r"MTD_MSIL2A.xml cannot be read: Bad CRC"):
+        safe.metadata(path)

@@ -151,6 +151,7 @@ def test_records(template, tmp_path):
         "season_counts": {"train": [4, 4, 2]},
         "num_bad_locations": 0, "s2_offset": "auto", "max_invalid": 0.5, "max_days": 60,
         "block_size": 0.0,
+        "test_cities": [],
         "modalities": ["s1", "s2"], "s2_level": "L1C", "s2_bands": list(sensors.S2_BANDS),
         "legend": presets.DYNAMIC_WORLD.to_dict(),
         "bands": [list(band.to_row()) for band in sensors.preset_bands(is_native=True)],

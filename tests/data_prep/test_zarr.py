@@ -472,3 +472,36 @@ def test_real_places(shared, tmp_path, level):
         want = np.array([255, 0, 1, 2, 3, 4, 5, 6, 255, 7])[pixels["LULC"][0]]
         np.testing.assert_array_equal(record["labels"][0], want)
     assert built.report.counts.get("offset subtracted", 0) == (2 if level == "L1C" else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"compressor": {"id": "zlib", "level": 1}}, "incorrect header check"),
+        ({"chunks": [0, 4]}, "zero"),
+        ({"shape": [1 << 20, 1 << 20], "chunks": [1 << 20, 1 << 20]}, "declares"),
+        ({"compressor": 5}, ""),
+    ],
+)
+def test_a_damaged_store_is_one_sentence(change, fault):
+    data = pack({"bands": np.ones((4, 4), np.uint16)}, consolidated=False)
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "bands/.zarray":
+                content = json.dumps(json.loads(content) | change)
+            new.writestr(name, content)
+    with pytest.raises(zarr_stores.ZarrError, match=f"no Zarr store, or damaged: .*{fault}"):
+        zarr_stores.read(out.getvalue(), ("bands",))
+
+
+def test_pixels_without_a_label_are_no_code_of_another_legend(tmp_path):
+    """255 is always ignored."""
+    changed = classes(0)
+    changed[..., :3] = 255
+    write_shards(tmp_path, {"a": sample(0, LULC=store("LULC", changed, ["2020-01-01"]))})
+    (record,) = build(tmp_path).as_data_source("train")
+    # No data and cloud are ignored, too.
+    ignored = np.isin(changed[0, 0], (0, 8, 255))
+    np.testing.assert_array_equal(record["labels"][0] == 255, ignored)

@@ -1,6 +1,7 @@
 """Finetuning on tiny tiles: whole runs, what a frozen encoder is, scoring, tables."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 import rasterio
+from etils import epath
 from flax import nnx
 
 from configs import finetune as finetune_config
@@ -344,3 +346,17 @@ def test_a_confusion_matrix_of_many_classes_is_no_huge_picture():
     colours = {f"class {i}": f"#{i:02x}00{255 - i:02x}" for i in range(250)}
     picture = pictures.draw_confusion(np.eye(250, dtype=int), Legend.of(colours))
     assert max(picture.shape) < 3000
+
+
+def test_maps_of_several_dates_have_a_file_each(tmp_path):
+    """As of scenes, whose tiles are not cut to the size of their files."""
+    place = {"crs": rasterio.CRS.from_epsg(32632).to_wkt().encode()}
+    place["transform"] = np.array([10, 0, 5e5, 0, -10, 5e6])
+    records = [{"location_id": b"a_0_0", "season": np.int32(s), **place} for s in range(2)]
+    test = types.SimpleNamespace(source=records, legend=presets.DFC2020)
+    predictions = jnp.arange(3, dtype=jnp.uint8)[:, None, None] * jnp.ones((1, 4, 6), jnp.uint8)
+    task = types.SimpleNamespace(test=test)
+    scoring._write_maps(task, epath.Path(tmp_path), np.array([0, 1, -1]), predictions)
+    assert {path.name for path in tmp_path.glob("*.tif")} == {"a_0_0_0.tif", "a_0_0_1.tif"}
+    with rasterio.open(tmp_path / "a_0_0_1.tif") as file:
+        np.testing.assert_array_equal(file.read(1), np.ones((4, 6)))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 
 from configs import finetune, pretrain
@@ -502,3 +503,13 @@ def test_runs_of_earlier_versions_continue(tmp_path, get_config):
         run.ConfigError, match=r"changed init_from_bands from \[\] to \['B2', 'B3'\]"
     ):
         run.record_config(config, folder)
+
+
+def test_weights_of_a_bucket_are_read(tmp_path, monkeypatch):
+    """The library opens files on disk only."""
+    arrays = {"a": np.ones(3, np.float32)}
+    content = safetensors.numpy.save(arrays)
+    monkeypatch.setattr(weight_files.files, "in_bucket", lambda path: True)
+    found, card = weight_files._read_safetensors(epath.Path("gs://none/x.safetensors"), content)
+    np.testing.assert_array_equal(found["a"], arrays["a"])
+    assert card == {}
