@@ -424,7 +424,11 @@ def _labels(
             f"has {len(lulc.pixels)} dates of {lulc.pixels.shape[1]} bands; one band is needed, of "
             f"one date or {len(main.pixels)}",
         )
-    image = lulc.image(min(time, len(lulc.pixels) - 1))
+    # In whatever order they are; of equal dates its own.
+    nearest = min(
+        range(len(lulc.dates)), key=lambda i: (abs(lulc.dates[i] - main.dates[time]), i != time)
+    )
+    image = lulc.image(nearest)
     known = {value for group in legend.values for value in group} | {*(legend.ignored or ())}
     unknown = image.pixels[(image.pixels > _LULC_VALUES) & (image.pixels != IGNORE_LABEL)]
     if unknown.size and max(known) == _LULC_VALUES:
