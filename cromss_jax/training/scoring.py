@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -15,7 +15,7 @@ from cromss_jax.data import input_pipeline
 from cromss_jax.method import losses, metrics
 from cromss_jax.networks import decoders, resnet
 from cromss_jax.results import report
-from cromss_jax.training import finetune_step, run, sharding
+from cromss_jax.training import finetune_step, objective, run, sharding
 from cromss_jax.training.state import TrainState, put_weights
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights.layouts import to_layout
@@ -165,7 +165,7 @@ def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: j
             continue
         record = task.test.source[index]
         name, (height, width) = record["location_id"].decode(), tile.shape
-        if "season" in record:  # a record for each date of a location
+        if task.test.season_counts.max() > 1:  # a record for each date of a location
             name += f"_{int(record['season'])}"
         maps.write_map(
             folder / f"{name}.tif",
@@ -174,6 +174,24 @@ def _write_maps(task: Task, folder: epath.Path, rows: np.ndarray, predictions: j
             record["transform"],
             task.test.legend,
         )
+
+
+def _check_scaling(config: ml_collections.FrozenConfigDict, card: Mapping, modality: str) -> None:
+    """Refuses weights whose card says that they take imagery scaled otherwise, as of L2A.
+
+    Raises:
+      WeightsError: naming a band.
+    """
+    taken = (card.get("input") or {}).get("by_band") or {}
+    for band in objective.stored_bands(config) or sensors.preset_bands((modality,)):
+        known = taken.get(band.name, {})
+        limits = [known.get(name) for name in ("mean", "std")]
+        if None not in limits and not np.allclose(limits, (band.mean, band.std)):
+            raise WeightsError(
+                f"{config.init_from} takes {band.name} scaled by mean {limits[0]:g} and standard "
+                f"deviation {limits[1]:g}, {config.data.name} has {band.mean:g} and {band.std:g}: "
+                "score on a data set of the same processing level, or fine-tune"
+            )
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -210,6 +228,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
             f"{config.data.name} are {', '.join(names)}: score on a data set of the same legend, "
             "or fine-tune"
         )
+    _check_scaling(task.config, source.card, modality)
     state = put_weights(
         Weights(network, arrays), init_state(task, 0), sharding.replicated(task.mesh)
     )

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 from configs import finetune as finetune_config
-from cromss_jax import compare, files, presets
+from cromss_jax import compare, files, presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.legend import Legend
 from cromss_jax.method import metrics, schedules
@@ -353,10 +353,29 @@ def test_maps_of_several_dates_have_a_file_each(tmp_path):
     place = {"crs": rasterio.CRS.from_epsg(32632).to_wkt().encode()}
     place["transform"] = np.array([10, 0, 5e5, 0, -10, 5e6])
     records = [{"location_id": b"a_0_0", "season": np.int32(s), **place} for s in range(2)]
-    test = types.SimpleNamespace(source=records, legend=presets.DFC2020)
+    counts = np.array([2])
+    test = types.SimpleNamespace(source=records, legend=presets.DFC2020, season_counts=counts)
     predictions = jnp.arange(3, dtype=jnp.uint8)[:, None, None] * jnp.ones((1, 4, 6), jnp.uint8)
     task = types.SimpleNamespace(test=test)
     scoring._write_maps(task, epath.Path(tmp_path), np.array([0, 1, -1]), predictions)
     assert {path.name for path in tmp_path.glob("*.tif")} == {"a_0_0_0.tif", "a_0_0_1.tif"}
     with rasterio.open(tmp_path / "a_0_0_1.tif") as file:
         np.testing.assert_array_equal(file.read(1), np.ones((4, 6)))
+
+
+def test_weights_of_another_level_are_not_scored():
+    config = finetune_config.get_config("task=dfc2020,input=s2,encoder=frozen,sample")
+    config.init_from, config.data.name = "l2a.safetensors", "dfc2020"
+
+    def card(level):
+        mean, std = sensors.S2_STATISTICS[level]["B2"]
+        return {"input": {"by_band": {"B2": {"mean": mean, "std": std}, "B3": {}}}}
+
+    for known in ({}, {"input": None}, card("L1C")):
+        scoring._check_scaling(config, known, "s2")
+    config.imagery = tuple(
+        b.to_row() for b in sensors.preset_bands(s2_level="L2A", s2_bands=("B2",))
+    )
+    scoring._check_scaling(config, card("L2A"), "s2")
+    with pytest.raises(WeightsError, match=r"l2a.safetensors takes B2 scaled by mean .*: score on"):
+        scoring._check_scaling(config, card("L1C"), "s2")
