@@ -72,6 +72,8 @@ class Runs:
         }
         fields = {f"config.{name}": value for name, value in self._fields.items()}
         line = runs.command("cromss_jax.main", config=self._recipe, workdir=workdir, **fields)
+        # What `nohup` and shells have ignored in the background would be ignored by the run.
+        line = ["env", "--default-signal=HUP,INT", *line]
         more = [[]]
         if self._num_processes > 1:
             with socket.socket() as free:
