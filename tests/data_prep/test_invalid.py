@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+from affine import Affine
 
 from cromss_jax import sensors
 from cromss_jax.data import input_pipeline
@@ -398,3 +399,21 @@ def test_masks_of_resolutions():
     assert fine.shape == (12, 12)
     assert not fine[:6, 6:].any()
     assert fine.sum() == 3 * 36
+
+
+def test_bands_described_as_others_are_not_taken_by_position():
+    def described(*names):
+        pixels, ones = np.zeros((len(names), 4, 4), np.uint16), (1.0,) * len(names)
+        return geotiff.Image(
+            pixels, None, "", Affine.identity(), scales=ones, offsets=ones, descriptions=names,
+            tags={},
+        )  # fmt: skip
+
+    wanted = ("B2", "B3", "B4", "B8")
+    for names in (wanted, ("", "", "", ""), ("blue", "green", "red", "nir")):
+        found, _ = bands.pick_bands("x.tif", described(*names), wanted, sensors.S2_BANDS)
+        assert len(found.pixels) == 4
+    others = described("B5", "B6", "B7", "B8")
+    sentence = "has the bands B5, B6, B7, B8, needed are B2, B3, B4, B8"
+    with pytest.raises(errors.BadFileError, match=sentence):
+        bands.pick_bands("x.tif", others, wanted, sensors.S2_BANDS)

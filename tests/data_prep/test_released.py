@@ -14,6 +14,7 @@ from data_prep import errors
 from data_prep.datasets import nol_table
 from data_prep.finding import archives, sources
 from data_prep.options import Options
+from tests import commands
 from tests.data_prep import trees
 
 
@@ -76,6 +77,12 @@ def test_dfc2020_public_bundle_is_split_by_city(templates, tmp_path):
         "train": ["spring_BlackForest_p1", "spring_BlackForest_p4"],
         "test": ["autumn_Mumbai_p0", "autumn_Mumbai_p3", "winter_KippaRing_p2"],
     }
+    # The same command finds it, another one does not.
+    flags = dict(dataset="dfc2020", source_dir=released, data_dir=tmp_path / "data")
+    again = commands.run_flags("data_prep.build", **flags, test_cities="Mumbai,KippaRing")
+    assert "exists, nothing was done" in again.stdout + again.stderr
+    other = commands.run_flags("data_prep.build", **flags, test_cities="BlackForest")
+    assert "was built with --test_cities=Mumbai,KippaRing: delete it" in other.stderr
     by_number = {key.rpartition("_")[2]: value for key, value in trees.pixels(expected).items()}
     found = {key.rpartition("_")[2]: value for key, value in trees.pixels(built).items()}
     assert found == by_number
