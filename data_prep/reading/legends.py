@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from data_prep.reading import proj  # noqa: F401 # isort: skip
 
 import rasterio
+import rasterio.enums
 import rasterio.errors
 import rasterio.io
 import rasterio.shutil

@@ -82,7 +82,7 @@ class Location:
 
 
 def check_shape(seasons: int, tile_size: int) -> None:
-    """Raises ValueError if a location cannot have this number of seasons or pixels a side."""
+    """Raises UserError if a location cannot have this number of seasons or pixels a side."""
     if tile_size < 6 or tile_size % 6:
         raise UserError(
             f"tile_size is {tile_size}: bands at 10, 20 and 60 m need a positive multiple of 6, "

@@ -328,7 +328,6 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
         compare.table([write("f", "CromSS", "late", half)])
     with pytest.raises(compare.CompareError, match="results.json not found"):
         compare.table([str(tmp_path)])
-    (tmp_path / "a" / "results.json").write_text('{"dataset": ')
     for content, fault in (('{"dataset": ', "Expecting value"), ("{}", "confusions"), ("[]", "")):
         (tmp_path / "a" / "results.json").write_text(content)
         with pytest.raises(compare.CompareError, match=rf"a/results.json is damaged \(.*{fault}"):
