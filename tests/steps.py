@@ -22,18 +22,24 @@ MAKERS = {
 
 
 class _Jitted:
-    """A jitted step that lowers and compiles once for equal shapes, as runs that continue do."""
+    """A jitted step that is traced and compiled once for equal shapes.
+
+    Runs that begin call it, runs that continue lower it first: JAX would trace it for each.
+    """
 
     def __init__(self, jitted: Callable):
         self._jitted, self._lowered = jitted, {}
 
     def __call__(self, *arguments):
-        return self._jitted(*arguments)
+        return self.lower(*arguments).compile()(*arguments)
 
     def lower(self, *arguments) -> "_Lowered":
-        key = str(arguments)  # of shapes, dtypes and shardings
+        # Shardings are those that it was jitted with.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        leaves, structure = jax.tree.flatten(shapes)
+        key = (*leaves, structure)
         if key not in self._lowered:
-            self._lowered[key] = _Lowered(self._jitted.lower(*arguments))
+            self._lowered[key] = _Lowered(self._jitted.lower(*shapes))
         return self._lowered[key]
 
 

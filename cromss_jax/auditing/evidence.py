@@ -1,16 +1,17 @@
 """What the images and the other labels say about the class of each pixel.
 
-Three witnesses, each a distribution over the classes:
+Four witnesses, each a distribution over the classes:
 - the *images* of the season: for every class, the entangled confidence that the method gives it
   (`method.selection.entangle`), averaged over the sensors. Where S1 and S2 disagree it is low for
   both of their classes.
 - the *other seasons*: the mean of their images' distributions;
 - the *neighbours*: the labels around the pixel and in all seasons, as smoothed for the targets
-  (`method.smoothing.smoothing_prior`).
+  (`method.smoothing.smoothing_prior`);
+- the *dates*: the labels of the pixel itself at other dates.
 
 They are combined by a product of powers, which is a weighted vote of log-probabilities:
 
-    r_k = images_k  seasons_k^0.25  neighbours_k^0.5, normalised over the classes k
+    r_k = images_k  seasons_k^0.25  neighbours_k^0.5  dates_k^0.3, normalised over the classes k
 
 The exponents say that witnesses repeat each other: seasons show the same land, and errors of labels
 come in patches. 1 - r_label is the evidence that the label is wrong, and the class of the largest r
@@ -23,7 +24,7 @@ import numpy as np
 
 from cromss_jax import sensors
 
-WEIGHTS = {"images": 1.0, "seasons": 0.25, "neighbours": 0.5}
+WEIGHTS = {"images": 1.0, "seasons": 0.25, "neighbours": 0.5, "dates": 0.3}
 LEAST = 1e-4  # no witness rules a class out
 
 # What contradicts a label, by index.
@@ -64,6 +65,25 @@ def other_seasons(images: np.ndarray) -> np.ndarray:
     if count == 1:
         return np.full(images.shape, 1 / num_classes, np.float32)
     return (images.sum(axis=0, keepdims=True) - images) / (count - 1)
+
+
+def other_dates(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often each class is the label of the pixel at the other dates.
+
+    Every class has 1 / C of a vote more, so that a few dates rule nothing out. A date with the very
+    labels of another one repeats its map, and is no witness of it.
+
+    Args:
+      labels: [S, T, T] uint8, `IGNORE_LABEL` where there is none.
+      num_classes: C.
+
+    Returns:
+      [S, T, T, C] float32, summing to one; uniform where no other date has a label.
+    """
+    differs = np.array([[np.any(a != b) for b in labels] for a in labels], np.float32)
+    votes = (labels[..., None] == np.arange(num_classes)).astype(np.float32)
+    counts = np.tensordot(differs, votes, axes=1)
+    return (counts + np.float32(1 / num_classes)) / (counts.sum(axis=-1, keepdims=True) + 1)
 
 
 def combine(witnesses: Mapping[str, np.ndarray]) -> np.ndarray:

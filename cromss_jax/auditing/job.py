@@ -77,19 +77,23 @@ class Calibration:
         return shifted, others.argmax(axis=-1).astype(np.uint8)
 
 
-def witnesses(probs: Mapping[str, np.ndarray], prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def witnesses(
+    probs: Mapping[str, np.ndarray], prior: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """What the images say, and the product of all witnesses; see `evidence`.
 
     Args:
       probs: [S, T, T, C] by modality.
       prior: [S, T, T, C] from the labels.
+      labels: [S, T, T] uint8.
 
     Returns:
       Two distributions [S, T, T, C]: by images and seasons alone, and by all.
     """
     images = evidence.entangled(probs)
     seen = {"images": images, "seasons": evidence.other_seasons(images)}
-    return evidence.combine(seen), evidence.combine({**seen, "neighbours": prior})
+    said = {"neighbours": prior, "dates": evidence.other_dates(labels, prior.shape[-1])}
+    return evidence.combine(seen), evidence.combine({**seen, **said})
 
 
 def calibrate(judge: subjects.Judge, locations: np.ndarray, settings: Settings) -> Calibration:
@@ -107,7 +111,8 @@ def calibrate(judge: subjects.Judge, locations: np.ndarray, settings: Settings) 
         known = np.flatnonzero(found["labels"].ravel() != sensors.IGNORE_LABEL)
         chosen = rng.permutation(known)[: settings.pixels]
         drawn[0].append(found["labels"].ravel()[chosen])
-        for pixels, values in zip(drawn[1:], witnesses(probs, found["prior"]), strict=True):
+        both = witnesses(probs, found["prior"], found["labels"])
+        for pixels, values in zip(drawn[1:], both, strict=True):
             pixels.append(values.reshape(-1, values.shape[-1])[chosen])
     labels, alone, product = map(np.concatenate, drawn)
     limits = np.stack([noise.thresholds(values, labels) for values in (alone, product)])
@@ -221,8 +226,8 @@ def audit(
     for index in _progress(np.arange(subject.num_locations), "judging"):
         probs, found = subject.location(index)
         modalities |= set(probs)
-        alone, product = witnesses(probs, found["prior"])
         labels = found["labels"]
+        alone, product = witnesses(probs, found["prior"], labels)
         wrong, suggested = calibration.judge(product, labels)
         known = labels != sensors.IGNORE_LABEL
         own = subject.tiles(index)

@@ -30,6 +30,15 @@ def test_other_seasons():
     np.testing.assert_array_equal(evidence.other_seasons(images[:1]), [[0.5, 0.5]])
 
 
+def test_other_dates():
+    """The third date has the labels of the first: neither speaks for the other."""
+    labels = np.uint8([[[0, 1]], [[0, 255]], [[0, 1]]])
+    found = evidence.other_dates(labels, 2)
+    own = [[3 / 4, 1 / 4], [1 / 2, 1 / 2]]
+    np.testing.assert_allclose(found[:, 0], [own, [[5 / 6, 1 / 6], [1 / 6, 5 / 6]], own], rtol=1e-6)
+    np.testing.assert_array_equal(evidence.other_dates(labels[:1], 2), np.full((1, 1, 2, 2), 0.5))
+
+
 def test_witnesses_are_a_product_of_powers():
     images, neighbours = np.float32([0.5, 0.3, 0.2]), np.float32([0.04, 0.16, 0.8])
     found = evidence.combine({"images": images, "neighbours": neighbours})
@@ -202,9 +211,10 @@ def test_one_wrong_patch_is_found():
     found = {"labels": labels, "prior": prior}
     settings = job.Settings(pixels=10_000)
     calibration = job.calibrate(lambda _: (probs, found), np.array([0]), settings)
-    alone, product = job.witnesses(probs, prior)
-    # Without information from the neighbours both are the same.
-    np.testing.assert_allclose(alone, product, rtol=1e-5)
+    # One map for all dates and no neighbours: labels have nothing to say.
+    same = job.witnesses(probs, prior, np.repeat(labels[:1], 3, axis=0))
+    np.testing.assert_allclose(*same, rtol=1e-5)
+    _, product = job.witnesses(probs, prior, labels)
     wrong, suggested = calibration.judge(product, labels)
     is_wrong = (labels != truth) & (labels != 255)
     assert wrong[is_wrong].min() > 2 * wrong[~is_wrong & (labels != 255)].max()

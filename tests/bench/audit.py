@@ -35,7 +35,7 @@ from tests import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/audit", "Folder of data and networks")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the worlds")
-_FOLDS = flags.DEFINE_integer("folds", 2, "Networks of each kind")
+_FOLDS = flags.DEFINE_integer("folds", 4, "Networks of each kind")
 _DATASET = flags.DEFINE_enum(
     "dataset", "ssl4eo_s12_nol", ["ssl4eo_s12_nol", "dfc2020"], "Shape of the data"
 )
@@ -184,7 +184,7 @@ def judged(found: Predictions) -> tuple[list[np.ndarray], list[np.ndarray]]:
     settings = job.Settings()
     calibration = job.calibrate(found.__getitem__, np.arange(len(found)), settings)
     pairs = [
-        calibration.judge(job.witnesses(probs, known["prior"])[1], known["labels"])
+        calibration.judge(job.witnesses(probs, known["prior"], known["labels"])[1], known["labels"])
         for probs, known in found
     ]
     return [wrong for wrong, _ in pairs], [suggested for _, suggested in pairs]

@@ -91,8 +91,10 @@ def test_weights_move_both_ways_bit_equal(parity, torch, fusion, depth, num_chan
     for key, array in arrays.items():
         assert back[key].dtype == array.dtype, key
         np.testing.assert_array_equal(back[key], array, err_msg=key)
-    other = parity.torch_network(fusion, depth, num_channels, NUM_CLASSES, 3, decoder)
-    other.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=True)
+    with torch.device("meta"):
+        other = parity.torch_network(fusion, depth, num_channels, NUM_CLASSES, 3, decoder)
+    tensors = {k: torch.from_numpy(v) for k, v in back.items()}
+    other.load_state_dict(tensors, strict=True, assign=True)
 
 
 def test_loaded_arrays_are_copies():
@@ -123,16 +125,16 @@ def test_loading_names_every_tensor_that_does_not_fit():
 # Numbers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "depth", "num_channels", "decoder"),
     [
         # Mid fusion of U-Nets: ten whole steps in test_oracle. ResNet-34 and 50 and all numbers of
         # bands: tests.bench.parity.
-        ("late", 10, {"s1": 2, "s2": 9}, "unet"),
-        pytest.param("mid", 18, {"s1": 2, "s2": 13}, "pspnet", marks=pytest.mark.slow),
-        pytest.param("late", 18, {"s1": 2, "s2": 9}, "unet", marks=pytest.mark.slow),
-        pytest.param("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus", marks=pytest.mark.slow),
-        pytest.param("mid", 18, {"s1": 2, "s2": 13}, "fpn", marks=pytest.mark.slow),
+        ("late", 18, {"s1": 2, "s2": 9}, "unet"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "pspnet"),
+        ("mid", 18, {"s1": 2, "s2": 3}, "deeplabv3plus"),
+        ("mid", 18, {"s1": 2, "s2": 13}, "fpn"),
     ],
 )
 def test_logits_statistics_and_gradients_are_smps(
@@ -185,12 +187,9 @@ def test_distant_surroundings_are_smps(parity, torch):
     assert error <= parity.TOLERANCES["eval_logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fusion", "decoder"),
-    [
-        ("mid", "unet"),
-        *(pytest.param("none", name, marks=pytest.mark.slow) for name in OTHER_DECODERS),
-    ],
+    ("fusion", "decoder"), [("mid", "unet"), *(("none", name) for name in OTHER_DECODERS)]
 )
 def test_initial_values_are_distributed_as_smps(parity, fusion, decoder):
     num_channels = {"s1": 2, "s2": 3} if fusion == "mid" else {"s2": 3}

@@ -168,6 +168,7 @@ def test_encoders_beside_each_other():
     assert_equal(*both_ways(make, plain, packed))
 
 
+@pytest.mark.slow
 def test_packed_decoder():
     rng = np.random.default_rng(2)
     channels = (6, 5, 4, 3, 2)

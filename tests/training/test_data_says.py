@@ -64,7 +64,7 @@ def data_dir(tmp_path_factory, legend) -> str:
     return str(folder / "built")
 
 
-@pytest.fixture(scope="module", params=["s2", pytest.param("s1,s2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["s2", "s1,s2"])
 def modalities(request) -> tuple[str, ...]:
     return tuple(request.param.split(","))
 
@@ -80,6 +80,7 @@ def finished(modalities, data_dir, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_44_classes_with_gaps_train_and_are_scored(finished, modalities, data_dir, legend):
     dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol")
     assert dataset.legend == legend
@@ -99,6 +100,7 @@ def test_44_classes_with_gaps_train_and_are_scored(finished, modalities, data_di
     assert (finished / "samples.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_44_classes_are_exported(finished, legend, tmp_path):
     """The card's names, colours and scaling are the data set's; smp takes the weights strictly."""
     pytest.importorskip("segmentation_models_pytorch")

@@ -103,6 +103,7 @@ def test_of_equal_microbatches_nothing_but_the_running_statistics_differs(num_mi
     np.testing.assert_allclose(found, new / 0.1 * (1 - 0.9**num_microbatches), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_all_logits_each_normalised_in_its_microbatch():
     config = tiny_config()
     batch = make_batch(config, 1)

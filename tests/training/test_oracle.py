@@ -18,7 +18,7 @@ import torch
 
 from tests import torch_oracle, torch_parity
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 
 B, S, C = 4, 4, torch_oracle.NUM_CLASSES
 T, CROP = 66, 64  # a tile's bands fit 60 m; crops are drawn from it
@@ -26,7 +26,7 @@ NUM_STEPS = 10
 FIRST_EPOCH = 20  # a step is an epoch here: the ramp rises from 0.06 to 0.13
 
 
-@pytest.fixture(scope="module", params=[10, pytest.param(18, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[10, 18])
 def config(request):
     config = torch_parity.network_config("mid", request.param, 13)
     changes = {
@@ -157,7 +157,6 @@ def torch_network(config):
     return torch_parity.torch_network("mid", config.network.depth, {"s1": 2, "s2": 13}, C, seed=0)
 
 
-@pytest.mark.slow  # the next test is the quick form
 def test_ten_adam_steps_are_pytorchs(config, train_step):
     network = torch_network(config)
     losses, (ours, *theirs) = run(config, train_step, network, num_rounded=3)

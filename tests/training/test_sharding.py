@@ -13,7 +13,7 @@ from cromss_jax.training.state import TrainState
 from cromss_jax.weights import torch_keys
 from tests import runs
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 
 B, S, T = 8, 2, 36
 
@@ -106,7 +106,6 @@ def test_one_and_eight_devices_agree(compiled):
     assert np.linalg.norm(moved[1] - moved[8]) < 0.005 * np.linalg.norm(moved[1])
 
 
-@pytest.mark.slow  # networks/test_packing compares the parts
 def test_packed_as_plain(compiled):
     """A step as TPUs run it, rotated samples and ignored labels included."""
     executable, start, mesh = compiled[1]

@@ -185,7 +185,7 @@ def test_features_of_other_libraries_resnet50(parity, torch, library):
     ("decoder", "depth", "modality", "name"),
     [
         ("pspnet", 10, "s1", "ResNet-10 PSPNet of S1 VV VH, 11 classes"),
-        ("deeplabv3plus", 34, "s2", "ResNet-34 DeepLabV3+ of S2 B1 "),
+        ("deeplabv3plus", 10, "s2", "ResNet-10 DeepLabV3+ of S2 B1 "),
         ("fpn", 10, "s2", "ResNet-10 FPN of S2 B1 "),
     ],
 )
