@@ -32,7 +32,6 @@ HEAVY = (
     "data_prep.datasets.ssl4eo_s12_nol",
     "data_prep.datasets.terramesh",
     "data_prep.sample.nol",
-    "tensorboardX",  # imports torch
 )
 
 

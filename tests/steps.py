@@ -6,11 +6,11 @@ them again takes as much CPU time as tens of steps.
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
+import ml_collections
 
 from cromss_jax.training import finetune_step, pretrain_step, sharding
 from tests import environment
@@ -19,6 +19,7 @@ MAKERS = {
     pretrain_step: ("make_train_step", "make_eval_step", "make_picture_step"),
     finetune_step: ("make_train_step", "make_eval_step"),
 }
+UNREAD = ("init_from", "num_epochs", "seeds", "seed", "save_predictions", "checkpoint_every_epochs")
 
 
 class _Jitted:
@@ -54,9 +55,9 @@ def _remembering(make: Callable[..., Callable]) -> Callable[..., Callable]:
 
     @functools.wraps(make)
     def remembering(config, *arguments, **named):
-        fields = json.loads(config.to_json())
-        fields["init_from"] = None  # weights are read before the first step
-        key = (json.dumps(fields, sort_keys=True), *arguments, *sorted(named.items()))
+        # Without what no step reads, and no step can read then.
+        config = ml_collections.ConfigDict({k: v for k, v in config.items() if k not in UNREAD})
+        key = (config.to_json(sort_keys=True), *arguments, *sorted(named.items()))
         if key not in made:
             made[key] = make(config, *arguments, **named)
         return made[key]

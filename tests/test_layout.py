@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import importlib
+import importlib.util
 import pathlib
 import re
 
@@ -33,6 +35,7 @@ READERS_OF_SCENES = tuple(
 )
 # What of cromss_jax data_prep imports.
 PREPARED_WITH = ("blocks", "errors", "sensors", "legend", "presets", "files", "lock")
+OURS = ("cromss_jax", "data_prep", "configs", "tests")
 READING = re.compile(r"data_prep\.(errors|options|reading\..+|datasets\.scene_\w+)$")
 
 
@@ -195,3 +198,28 @@ def test_preparation_imports_downwards():
             above, below = preparation_room(name), preparation_room(other)
             assert rank(below) >= rank(above), f"{name} imports {other}"
             assert (above, below) != ("commands", "sample"), f"{name} imports {other}"
+
+
+def test_what_benches_name_is_there():
+    """They run for minutes or hours, and nobody runs all of them after a change."""
+    missing = []
+    for path in (ROOT / "tests" / "bench").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        named = {}  # modules of ours by the name that they have here
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in OURS:
+                continue
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if importlib.util.find_spec(node.module).submodule_search_locations and (
+                    importlib.util.find_spec(full)
+                ):
+                    named[alias.asname or alias.name] = importlib.import_module(full)
+                elif not hasattr(importlib.import_module(node.module), alias.name):
+                    missing.append(f"{path.name}: {full}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = named.get(node.value.id)
+                if module and not hasattr(module, node.attr):
+                    missing.append(f"{path.name}: {node.value.id}.{node.attr}")
+    assert not missing

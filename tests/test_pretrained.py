@@ -89,7 +89,7 @@ def saved(folder, weights: Weights) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("decoder", ["unet", "pspnet"])
+@pytest.mark.parametrize("decoder", [pytest.param("unet", marks=pytest.mark.slow), "pspnet"])
 def test_a_process_with_x64_gets_the_same_float32(decoder, tmp_path):
     bands = {"s1": S1}
     images = random_images(bands, 1, 20, 36)

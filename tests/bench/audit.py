@@ -25,7 +25,7 @@ from cromss_jax import folds as spatial
 from cromss_jax import sensors
 from cromss_jax.auditing import evidence, job, scores, subjects
 from cromss_jax.auditing.predictions import Predictor
-from cromss_jax.data import input_pipeline
+from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.mapping.job import Network
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
@@ -275,7 +275,7 @@ def unseen(folder: pathlib.Path, seed: str) -> np.ndarray:
     """Locations that are held back from the networks of all folds."""
     dataset = input_pipeline.open_dataset(str(folder / f"data{seed}"), _DATASET.value)
     config = config_of(folder / f"data{seed}", "sample")
-    return input_pipeline.split_locations(
+    return validation_split.split_locations(
         dataset.num_locations, config.data.validation_fraction, config.seed, dataset.blocks
     )[1]
 

@@ -181,7 +181,15 @@ def test_prior_with_ignored_pixels():
 
 
 # Images of an odd number of pixels, of as many as one sum counts, of more, of a prime number.
-@pytest.mark.parametrize("shape", [(4, 31, 17), (2, 1023, 128), (2, 64, 2048), (2, 1031, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 31, 17),
+        pytest.param((2, 1023, 128), marks=pytest.mark.slow),
+        (2, 64, 2048),
+        (2, 1031, 1),
+    ],
+)
 def test_thresholds_equal_a_sort(shape):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, C + 1, shape, np.uint8)
