@@ -9,10 +9,9 @@ import pytest
 from flax import nnx
 
 from cromss_jax.training import gradients, objective, pretrain_step, run, sharding
-from tests import runs
+from tests import environment, runs
 from tests.training.test_sharding import away_from_kinks
 
-pytestmark = pytest.mark.numeric
 B, SIZE = 8, 32
 EPOCH = 1  # the ramp is half way
 
@@ -59,7 +58,8 @@ def compiled(config, batch, num_microbatches):
         )
 
     arguments = (state.params, state.batch_stats, batch)
-    options = sharding.compiler_options(sharding.make_mesh(1))
+    # Compared with each other alone, which takes no program as users compile it.
+    options = sharding.compiler_options(sharding.make_mesh(1)) | environment.QUICK_OPTIONS
     return compute.lower(*arguments).compile(compiler_options=options), arguments
 
 
@@ -154,7 +154,8 @@ def test_microbatches_gather_nothing():
     state = jax.eval_shape(lambda: pretrain_step.init_state(config, jax.random.key(0)))
     batch = make_batch(config, 1)
     shapes = {k: jax.ShapeDtypeStruct((16, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-    text = sharding.jit_step(update, mesh).lower(state, shapes).compile().as_text()
+    lowered = sharding.jit_step(update, mesh).lower(state, shapes)
+    text = lowered.compile(environment.QUICK_OPTIONS).as_text()
     assert "all-reduce" in text
     for collective in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {collective}(" not in text, collective

@@ -11,9 +11,9 @@ from cromss_jax import platforms
 from cromss_jax.training import pretrain_step, sharding
 from cromss_jax.training.state import TrainState
 from cromss_jax.weights import torch_keys
-from tests import runs
+from tests import environment, runs
 
-pytestmark = [pytest.mark.numeric, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 B, S, T = 8, 2, 36
 
@@ -72,7 +72,8 @@ def compile_step(config, num_devices: int):
     state = init(jax.random.key(0))
     records = sharding.to_devices(make_records(0), mesh)
     jitted = jit_step(config, mesh, packed=False)
-    return jitted.lower(state, records).compile(), state, mesh
+    # Compared with each other alone, which takes no program as users compile it.
+    return jitted.lower(state, records).compile(environment.QUICK_OPTIONS), state, mesh
 
 
 def jit_step(config, mesh, *, packed):
@@ -114,7 +115,7 @@ def test_packed_as_plain(compiled):
     start = jax.device_put(away_from_kinks(start), sharding.replicated(mesh))
     records = sharding.to_devices(make_records(0), mesh)
     lowered = jit_step(config, mesh, packed=True).lower(start, records)
-    packed = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    packed = lowered.compile(environment.QUICK_OPTIONS)
     (state, report), (packed_state, packed_report) = (
         executable(start, records),
         packed(start, records),
