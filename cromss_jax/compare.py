@@ -17,10 +17,11 @@ from cromss_jax.errors import UserError
 from cromss_jax.method import metrics
 from cromss_jax.results import report
 
-# The settings that all runs of a table must share.
-_SAME = ("resnet", "num_train_tiles")
+# The settings that all runs of a table must share, and those that the runs of a row must.
+_OF_ALL, _OF_A_ROW = ("resnet",), ("num_train_tiles", "decoder")
 # What else a table is made of.
-_KEYS = ("confusions", "dataset", "encoder", "input", "num_bands", "weights")
+_KEYS = ("confusions", "encoder", "num_bands")
+_TEXTS = ("dataset", "input", "weights")
 
 
 class CompareError(UserError):
@@ -35,7 +36,7 @@ def table(folders: Iterable[str]) -> str:
       files.PathError: if the program cannot read from the storage of a folder.
     """
     cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    kinds: list[dict] = []
+    kinds: dict[str | None, dict] = {}
     for folder in folders:
         path = files.absolute(folder) / "results.json"
         if not path.is_file():
@@ -46,13 +47,13 @@ def table(folders: Iterable[str]) -> str:
                 f"{folder}: the encoder is {run['encoder']!r}; the table needs 'frozen' or "
                 "'trained'"
             )
-        kind = {key: run[key] for key in _SAME}
-        if kinds and kind not in kinds:
-            raise CompareError(
-                f"{folder} has {kind} and the runs before it have {kinds[0]}: make one table for "
-                "each"
-            )
-        kinds.append(kind)
+        for scope, keys in ((None, _OF_ALL), (run["dataset"], _OF_A_ROW)):
+            kind = {key: run.get(key) for key in keys}
+            if kind != kinds.setdefault(scope, kind):
+                raise CompareError(
+                    f"{folder} has {kind} and the runs before it have "
+                    f"{kinds[scope]}: make one table for each"
+                )
         name = run["weights"] + (f" {run['num_bands']}B" if run["input"] == "s2" else "")
         cell = cells.setdefault((run["dataset"], run["input"], name), {})
         if run["encoder"] in cell:
@@ -74,12 +75,16 @@ def _results(path: epath.Path) -> dict:
     """
     try:
         run = files.parse_json(path.read_bytes())
-        missing = {*_SAME, *_KEYS} - run.keys()
-    except (ValueError, AttributeError) as error:
-        missing = {str(error)}
-    if missing:
+        wrong = {*_OF_ALL, *_OF_A_ROW, *_KEYS, *_TEXTS} - {"decoder"} - run.keys()
+        wrong |= {name for name in _TEXTS if not isinstance(run.get(name, ""), str)}
+        shapes = [np.shape(np.array(own, np.int64)) for own in run.get("confusions", ())]
+        if not wrong and not (shapes and all(s[:1] + s[:1] == s for s in shapes)):
+            wrong = {"confusions"}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        wrong = {str(error)}
+    if wrong:
         raise CompareError(
-            f"{path} is damaged ({', '.join(sorted(missing))}): start the run again, which writes "
+            f"{path} is damaged ({', '.join(sorted(wrong))}): start the run again, which writes "
             "it anew"
         )
     return run

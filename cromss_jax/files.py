@@ -55,6 +55,8 @@ def absolute(path: epath.PathLike) -> epath.Path:
         TensorStore or epath would take for another one.
     """
     text = os.fspath(path)
+    if not text:
+        raise PathError("a path is empty: name a folder or file, or . for the current folder")
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
     if scheme and not in_bucket(text):
         raise PathError(

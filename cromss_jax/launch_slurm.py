@@ -14,6 +14,7 @@ SLURM starts when they have finished, scores all seeds and writes the table.
 `--dry_run` prints the shell script that submits.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def _script(array: Sequence[int] = (), seeds: Sequence[int] = ()) -> str:
     directives.append("--requeue")
     file, variants = launch.config_file()
     arguments = {
-        "config": f"{file.absolute()}{variants}",
+        # Jobs start in this folder; an absolute path may hold a colon, which ends a file's name.
+        "config": f"{os.path.relpath(file)}{variants}",
         **{f"config.{name}": value for name, value in launch.config_overrides().items()},
         "workdir": workdir,
         "preemption_status": launch.INTERRUPTED_STATUS,

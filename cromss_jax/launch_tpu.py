@@ -196,15 +196,21 @@ def _commit() -> str:
     """The commit that hosts get.
 
     Raises:
-      LaunchError: if the working tree has changes that are not committed.
+      LaunchError: if the working tree has changes that are not committed, or if the configuration
+        is in no commit.
     """
     if package.IS_INSTALLED:  # even if it is installed inside another repository
         raise LaunchError(_NO_CHECKOUT)
-    sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock")
+    config = os.path.relpath(launch.config_file()[0], _ROOT)
+    sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock", config)
     if changed := _git("status", "--porcelain", "--", *sources):
         raise LaunchError(
             f"hosts get the last commit, and {changed.splitlines()[0].split()[-1]} has changes "
             "that are not committed: commit them first, or set --image"
+        )
+    if not _git("ls-tree", "HEAD", "--", config):  # git was told to ignore it
+        raise LaunchError(
+            f"hosts get the last commit, and {config} is not in it: commit it first, or set --image"
         )
     return _git("rev-parse", "HEAD")
 

@@ -79,6 +79,8 @@ class Legend:
                     )
                 owner[value] = name
         for value in self.ignored or ():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise LegendError(f"the ignored value {value!r} is not a whole number")
             if value in owner:
                 raise LegendError(
                     f"value {value} is both ignored and of the class {owner[value]!r}: keep one"
@@ -139,7 +141,7 @@ class Legend:
         is_whole = np.issubdtype(values.dtype, np.integer) and values.size
         # In Python's integers, as a difference may be too large for the values' own.
         least, most = (int(values.min()), int(values.max())) if is_whole else (0, 0)
-        if is_whole and most - least < 1 << 16:
+        if is_whole and most - least < 1 << 16 and most < 1 << 63:
             # A table is ten times as fast as sorting the pixels.
             codes = values.astype(np.int64) - least
             present = np.flatnonzero(np.bincount(codes.ravel()))
@@ -196,7 +198,8 @@ class Legend:
         """
         try:
             if not isinstance(saved, Mapping):
-                return cls.of({name: colour for name, colour in saved})
+                names, colours = zip(*saved, strict=True)
+                return cls(names, colours, values=tuple((i,) for i in range(len(names))))
             return cls(
                 names=tuple(c["name"] for c in saved["classes"]),
                 colours=tuple(c["colour"] for c in saved["classes"]),

@@ -1,5 +1,6 @@
 """Command line: `python -m cromss_jax.main --config=configs/pretrain.py --workdir=DIR`."""
 
+import contextlib
 import gc
 import logging
 import sys
@@ -58,7 +59,9 @@ def main(arguments: list[str]) -> None:
             raise run.ConfigError(
                 f"config.mode is {_CONFIG.value.mode!r}; choose from {', '.join(modes)}"
             )
-        with distributed.only_writer(files.absolute(workdir)):
+        with contextlib.ExitStack() as holding:
+            if _CONFIG.value.mode != "finetune":  # which locks its seeds: jobs may share them out
+                holding.enter_context(distributed.only_writer(files.absolute(workdir)))
             modes[_CONFIG.value.mode](_CONFIG.value, workdir)
     except preemption.Preempted as interruption:
         logging.getLogger("cromss_jax").info("%s", interruption)

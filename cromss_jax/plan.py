@@ -13,7 +13,7 @@ Memory is the compiler's figure, as is a TPU's arithmetic. The memory traffic an
 and launches are counted in the compiled program (`costs.traffic`). cuDNN chooses its algorithms and
 their workspaces on the GPU, so they are not among the figures. All times are lower bounds: they
 assume a chip's published peak rates, with arithmetic, memory and network fully overlapped and
-launches that take no time, and leave out validation and checkpoints.
+launches that take no time, and leave out checkpoints.
 """
 
 import bisect
@@ -37,6 +37,7 @@ from cromss_jax import command_line
 from cromss_jax.costs import chips, costs, table
 from cromss_jax.data import description
 from cromss_jax.errors import UserError
+from cromss_jax.networks import decoders
 from cromss_jax.training import loop, pretrain, pretrain_step, run, settings
 from cromss_jax.training.state import TrainState
 
@@ -360,14 +361,14 @@ def _bounds(
     per_core: float,
 ) -> dict[str, object]:
     """The figures about time: `costs.bounds` of the whole run, and `costs.reading`."""
-    train_locations, held_back = description.split_sizes(config, described)
+    train_locations, num_scored = description.split_sizes(config, described)
     found = costs.bounds(
         cost,
         chip,
         num_chips=num_chips,
         batch_size=config.batch_size,
         num_samples=config.num_epochs * train_locations,
-        num_validated=num_validations(config, train_locations) * held_back * described.seasons,
+        num_validated=num_validations(config, train_locations) * num_scored,
         num_hosts=num_hosts if chip.is_gpu else 1,
     )
     found["reading"] = costs.reading(
@@ -407,7 +408,9 @@ def make_plan(
             "--config=configs/pretrain.py"
         )
     config = ml_collections.FrozenConfigDict(config)
-    described = description.describe(config, **overrides)
+    pretrain.check_fields(config)
+    stride = decoders.STRIDES[config.network.decoder]
+    described = description.describe(config, **overrides).padded_to(stride)
     pretrain.check_config(config, described.tile_size)
     config = run.describe_data(config, described)
     mesh = run.make_mesh(config.num_devices, config.batch_size, find_devices(topology))

@@ -78,6 +78,12 @@ def test_a_folders_own_name_is_no_pattern(tmp_path):
         assert type(found) is type(files.absolute(tmp_path))
 
 
+def test_an_empty_path_is_not_the_current_folder():
+    """As of --workdir=$UNSET."""
+    with pytest.raises(files.PathError, match="a path is empty: name a folder"):
+        files.absolute("")
+
+
 def test_a_config_whose_path_holds_a_colon_is_refused(tmp_path):
     path = tmp_path / "a:b" / "own.py"
     path.parent.mkdir()

@@ -313,6 +313,12 @@ def test_only_what_is_committed_is_sent(project, tmp_path):
     arguments = ("--config=configs/pretrain.py", "--dry_run", *XPK)
     (changed,) = launch(copy, arguments)
     check_refused(changed, "configs/pretrain.py has changes that are not committed: commit them")
+    git(copy, "checkout", "-q", "--", "configs")
+    (copy / ".gitignore").write_text("own.py")
+    for name in ("own.py", "configs/own.py"):
+        shutil.copy(copy / "configs/pretrain.py", copy / name)
+        (ignored,) = launch(copy, (f"--config={name}", *arguments[1:]))
+        check_refused(ignored, f"hosts get the last commit, and {name} is not in it: commit it")
     shutil.rmtree(copy / ".git")
     exported, image = launch(copy, arguments, [*arguments, "--image=eu.gcr.io/a/b:1"])
     check_refused(exported, "is not a git checkout")

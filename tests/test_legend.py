@@ -50,6 +50,8 @@ def test_every_value_as_by_a_dict():
     expected = [[label_of.get(v, 255) for v in row] for row in values.tolist()]
     np.testing.assert_array_equal(legend.classes_of(values)[0], expected)
     np.testing.assert_array_equal(legend.classes_of(values * 1.0)[0], expected)
+    most = np.full((2, 2), 2**64 - 1, np.uint64)
+    np.testing.assert_array_equal(legend.classes_of(most)[0], np.full((2, 2), 255))
 
 
 def test_presets_have_the_publishers_values():
@@ -114,6 +116,11 @@ def test_text_of_values():
         (lambda: Legend.of(TWO, (0, 255)), "the value 255 of 'b' means ignored everywhere"),
         (lambda: Legend.of(TWO, (0, 1.5)), "the value 1.5 of 'b' is not a whole number"),
         (lambda: Legend.from_dict({"classes": [{}]}), "the saved legend .* has no classes with na"),
+        (
+            lambda: Legend.from_dict([("a", "#000000"), ("a", "#ffffff"), ("b", "#ff0000")]),
+            "2 classes are called 'a'",
+        ),
+        (lambda: Legend.of(TWO, ignored=("x",)), "the ignored value 'x' is not a whole number"),
         (lambda: Legend.from_dict([1, 2]), "the saved legend .* has no classes with name, colour"),
     ],
 )

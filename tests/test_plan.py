@@ -163,7 +163,10 @@ def test_published_data_stand_in_for_absent_ones():
     config = runs.tiny_config("absent", "")
     found = description.describe(config, seasons=None)
     assert (found.num_locations, found.tile_size, found.seasons) == (103_793, 264, 4)
-    assert description.split_sizes(config, found) == (103_793 - 1038, 1038)
+    assert description.split_sizes(config, found) == (103_793 - 1038, 4 * 1038)
+    uneven = dataclasses.replace(found, num_locations=3, season_counts=np.array([2, 2, 2]))
+    assert description.split_sizes(config, uneven) == (2, 2)
+    assert dataclasses.replace(found, tile_size=24).padded_to(32).tile_size == 36
     assert description.describe(config, tile_size=96).tile_size == 96
     with pytest.raises(input_pipeline.DataError, match="a multiple of 6, such as 96$"):
         description.describe(config, tile_size=100)

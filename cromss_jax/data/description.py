@@ -29,6 +29,7 @@ class Description:
       legend: the classes.
       bands: of the imagery, in the order of the records' arrays.
       blocks: see `input_pipeline.TileDataset`.
+      season_counts: likewise; None of the published data set.
     """
 
     source: str
@@ -39,6 +40,12 @@ class Description:
     legend: Legend
     bands: tuple[sensors.Band, ...]
     blocks: np.ndarray | None = None
+    season_counts: np.ndarray | None = None
+
+    def padded_to(self, size: int) -> "Description":
+        """The same as `TileDataset.padded_to`."""
+        padded = input_pipeline.padded_size(self.tile_size, size, self.bands)
+        return dataclasses.replace(self, tile_size=padded)
 
 
 # SSL4EO-S12 with noisy labels, as data_prep builds it from the distributed files.
@@ -68,16 +75,19 @@ def describe(config: ml_collections.ConfigDict, **overrides: int | None) -> Desc
     found = _PUBLISHED
     folder = files.absolute(config.data.dir) / config.data.name
     if folder.exists():
-        dataset = input_pipeline.open_dataset(config.data.dir, config.data.name)
+        dataset = input_pipeline.open_dataset(
+            config.data.dir, config.data.name, max_bad_records=config.data.max_bad_records
+        )
         found = Description(
             source=str(folder),
             num_locations=dataset.num_locations,
             tile_size=dataset.tile_size,
-            seasons=len(dataset.source[0]["labels"]),
+            seasons=len(dataset.read(0)[0]["labels"]),
             features=dataset.features,
             legend=dataset.legend,
             bands=dataset.bands,
             blocks=dataset.blocks,
+            season_counts=dataset.season_counts,
         )
     given = {name: value for name, value in overrides.items() if value is not None}
     found = dataclasses.replace(found, **given)
@@ -116,12 +126,12 @@ def record_shapes(
 
 
 def split_sizes(config: ml_collections.ConfigDict, described: Description) -> tuple[int, int]:
-    """Numbers of locations for training and for validation."""
-    blocks = described.blocks
-    if blocks is not None and len(blocks) != described.num_locations:
-        # Another number of locations was given.
-        blocks = None
+    """Numbers of locations for training and of records, all their seasons, for validation."""
+    blocks, counts = described.blocks, described.season_counts
+    if counts is None or len(counts) != described.num_locations:
+        # Of no data set, or another number of locations was given.
+        blocks, counts = None, np.full(described.num_locations, described.seasons)
     locations, held_back = validation_split.split_locations(
         described.num_locations, config.data.validation_fraction, config.seed, blocks
     )
-    return len(locations), len(held_back)
+    return len(locations), int(np.minimum(counts[held_back], described.seasons).sum())

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cromss_jax import files, presets, sensors
@@ -83,8 +84,7 @@ class TileDataset:
 
     def padded_to(self, size: int) -> "TileDataset":
         """The same data set with tiles of at least `size` pixels, whole numbers in all bands."""
-        step = math.lcm(*(band.metres // 10 for band in self.bands))
-        return dataclasses.replace(self, tile_size=max(self.tile_size, -(-size // step) * step))
+        return dataclasses.replace(self, tile_size=padded_size(self.tile_size, size, self.bands))
 
     @property
     def by_record(self) -> "TileDataset":
@@ -191,17 +191,20 @@ class _Records(Sequence):
             for part in threads.map(read_end, self._paths):
                 digest.update(part)
         for index in sampled.tolist():
-            digest.update(self._serialized[index])
+            try:
+                digest.update(self._read(index))
+            except BadRecordError as error:
+                self.skip(index, error)
+                digest.update(b"damaged")
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._serialized)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | bytes]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} does not exist: the split has {len(self)} records")
+    def _read(self, index: int) -> bytes:
+        """A record as it is stored; BadRecordError if it is damaged."""
         try:
-            serialized = self._serialized[index]
+            return self._serialized[index]
         except (RuntimeError, OSError) as error:  # of ArrayRecord
             file = int(np.searchsorted(self._ends, index, side="right"))
             start = self._ends[file - 1] if file else 0
@@ -210,7 +213,11 @@ class _Records(Sequence):
                 f"({files.first_line(error)}): restore the file, build the data set again, or go "
                 "on without such records by --config.data.max_bad_records"
             ) from error
-        stored = tf_example_pb2.Example.FromString(serialized).features.feature
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | bytes]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} does not exist: the split has {len(self)} records")
+        stored = tf_example_pb2.Example.FromString(self._read(index)).features.feature
         record = {}
         # data_prep stores arrays as bytes, and numbers and texts as they are.
         for name, form in self._features.items():
@@ -233,6 +240,12 @@ class _Records(Sequence):
         _log.warning(
             "skipped, %d of %d that may be: %s", len(self._bad), self._max_bad_records, error
         )
+
+
+def padded_size(tile_size: int, size: int, bands: Sequence[sensors.Band]) -> int:
+    """Side of tiles that are padded to at least `size` pixels, whole numbers in all bands."""
+    step = math.lcm(*(band.metres // 10 for band in bands))
+    return max(tile_size, -(-size // step) * step)
 
 
 def legend_of(metadata: Mapping) -> Legend:
@@ -267,6 +280,8 @@ def bands_of(metadata: Mapping, features: Sequence[str]) -> tuple[sensors.Band, 
         known = {"s1": sensors.S1_BANDS, "s2": sensors.S2_BANDS}
         if not all(b.name in known[b.modality] and b.array in features for b in bands):
             raise ValueError(f"{[(b.array, b.name) for b in bands]} are not in the records")
+        if not bands:
+            raise ValueError("there are none")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"the bands in metadata.json are damaged: {error}") from error
     return bands
@@ -298,7 +313,8 @@ def open_dataset(
       max_bad_records: number of damaged records that each process may do without.
 
     Raises:
-      DataError: if it does not exist; says where it was expected and how to build it.
+      DataError: if it does not exist; says where it was expected and how to build it. If what
+        describes it is damaged, or was written by another program.
       files.PathError: if the program cannot read from the storage of `data_dir`.
     """
     root = files.absolute(data_dir) / name
@@ -310,17 +326,35 @@ def open_dataset(
     )
     if not versions:
         raise _not_found(root, data_dir)
-    builder = tfds.builder_from_directory(versions[-1][1])
+    folder = versions[-1][1]
+    try:
+        return _open(folder, split, max_bad_records)
+    except DataError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, json_format.ParseError) as error:
+        raise DataError(
+            f"{folder} is damaged, or data_prep did not build it ({error!r:.200}): restore its "
+            "JSON files, or build it again"
+        ) from error
+
+
+def _open(folder: epath.Path, split: str, max_bad_records: int) -> TileDataset:
+    """Opens a split of a version of a data set; any error of Python if its JSON is damaged."""
+    builder = tfds.builder_from_directory(folder)
     metadata = builder.info.metadata
     if split not in builder.info.splits:
         raise DataError(
-            f"{versions[-1][1]} has no split {split!r}: choose one of "
-            f"{', '.join(builder.info.splits)}"
+            f"{folder} has no split {split!r}: choose one of {', '.join(builder.info.splits)}"
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     blocks = metadata.get("blocks")
     # Tiles that were skipped have no records.
     counts = np.asarray(metadata["season_counts"][split])
+    num_records, num_locations = builder.info.splits[split].num_examples, (counts > 0).sum()
+    if counts.sum() != num_records:
+        raise ValueError(f"season_counts are {counts.sum()} records of {split}, not {num_records}")
+    if blocks and len(blocks[split]) != num_locations:
+        raise ValueError(f"blocks are of {len(blocks[split])} locations, not {num_locations}")
     return TileDataset(
         source=_Records(
             builder.as_data_source(split, deserialize_method=raw),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cromss_jax import platforms
+from cromss_jax.errors import UserError
 from cromss_jax.networks import fused, packing
 from cromss_jax.networks.convolution import convolve
 
@@ -208,7 +209,7 @@ class BatchNorm(nnx.Module):
     def track(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         """Moves the running statistics towards those of a batch of `count` pixels, [C] each."""
         if count < 2:
-            raise ValueError(
+            raise UserError(
                 "BatchNorm found one value per channel in training mode and needs at least two: "
                 "use a larger batch or larger images"
             )

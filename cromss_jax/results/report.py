@@ -81,6 +81,11 @@ def _percent(values: Sequence[float]) -> str:
     return mean if known.size == 1 else f"{mean} ± {100 * known.std(ddof=1):.1f}"
 
 
+def _in_a_cell(text: str) -> str:
+    """A text of others in a table of Markdown, where a bar would begin the next cell."""
+    return text.replace("|", r"\|")
+
+
 def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[str]) -> str:
     """Table of scores in Markdown, in percent: OA, AA, mIoU, mF1 and the IoU of each class.
 
@@ -89,12 +94,13 @@ def scores_table(scores: Mapping[str, Sequence[Mapping]], class_names: Sequence[
         standard deviation.
       class_names: C names.
     """
-    lines = ["| scored | OA | AA | mIoU | mF1 | " + " | ".join(class_names) + " |"]
+    names = " | ".join(map(_in_a_cell, class_names))
+    lines = [f"| scored | OA | AA | mIoU | mF1 | {names} |"]
     lines.append("|---" * (5 + len(class_names)) + "|")
     for name, runs in scores.items():
         columns = [[run[key] for run in runs] for key in ("oa", "aa", "miou", "mf1")]
         columns += np.stack([run["iou"] for run in runs], axis=-1).tolist()
-        lines.append(f"| {name} | " + " | ".join(map(_percent, columns)) + " |")
+        lines.append(f"| {_in_a_cell(name)} | " + " | ".join(map(_percent, columns)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -107,7 +113,8 @@ def transfer_table(cells: Mapping[tuple[str, str, str], Mapping[str, Sequence[fl
     """
     rows = list(dict.fromkeys(dataset for dataset, _, _ in cells))
     columns = list(dict.fromkeys(key[1:] for key in cells))
-    lines = ["| | " + " | ".join(f"{input_.upper()} {name}" for input_, name in columns) + " |"]
+    names = (f"{input_.upper()} {_in_a_cell(name)}" for input_, name in columns)
+    lines = ["| | " + " | ".join(names) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for dataset in rows:
         shown = []

@@ -1,17 +1,19 @@
 """Fine-tuning on clean labels: one training run for each seed, then scores on the test split."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cromss_jax import files, platforms
 from cromss_jax.data import input_pipeline
 from cromss_jax.method import metrics
 from cromss_jax.networks import decoders
-from cromss_jax.training import finetune_step, loop, run, scoring, sharding
+from cromss_jax.training import distributed, finetune_step, loop, run, scoring, sharding
 from cromss_jax.weights.network import WeightsError
 
 _log = logging.getLogger(__name__)
@@ -20,7 +22,10 @@ _log = logging.getLogger(__name__)
 def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains once for each seed, scores, and writes the results; continues where it stopped.
 
+    Other processes may train other seeds in the same folder at the same time.
+
     Raises:
+      lock.LockedError: if another process trains one of the seeds there.
       input_pipeline.DataError, run.ConfigError, checkpoint.CheckpointError, WeightsError,
         loop.NonFiniteLossError: each with a sentence for the user.
       Preempted: after a signal; the state is saved.
@@ -52,18 +57,22 @@ def finetune(config: ml_collections.ConfigDict, workdir: str) -> None:
         for train_encoder in (False, True)
     )
     confusions = []
-    for index, seed in enumerate(config.seeds):
-        training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
-        state = loop.fit(training)
-        folder = training.folder / "predictions" if config.save_predictions else None
-        confusions.append(scoring.score(task, state, folder))
-        _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
-    scoring.write_results(task, num_tiles, config.seeds, confusions)
+    with contextlib.ExitStack() as holding:
+        for seed in config.seeds:  # all before the first is trained for hours
+            holding.enter_context(distributed.only_writer(_folder(task, seed)))
+        for index, seed in enumerate(config.seeds):
+            training = _training(task, dataset, num_tiles, index, frozen_step, trained_step)
+            state = loop.fit(training)
+            folder = training.folder / "predictions" if config.save_predictions else None
+            confusions.append(scoring.score(task, state, folder))
+            _log.info("seed %d: mIoU %.1f %%", seed, 100 * metrics.scores(confusions[-1])["miou"])
+        scoring.write_results(task, num_tiles, config.seeds, confusions)
 
 
 def _check_config(config: ml_collections.FrozenConfigDict) -> None:
     """Raises run.ConfigError or WeightsError for what would fail hours later."""
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+    are_seeds = all(type(seed) is int and 0 <= seed < 1 << 63 for seed in config.seeds)
+    if not config.seeds or not are_seeds or len(set(config.seeds)) < len(config.seeds):
         raise run.ConfigError(
             f"config.seeds is {config.seeds}; name at least one, from 0, none twice: (0, 1, 2)"
         )
@@ -79,6 +88,11 @@ def _check_config(config: ml_collections.FrozenConfigDict) -> None:
                 f"config.init_from: {_init_path(config, seed)} does not exist; name the folder of "
                 "a run or of a checkpoint, or a file"
             )
+
+
+def _folder(task: scoring.Task, seed: int) -> epath.Path:
+    """Of the training run of a seed."""
+    return task.folder / f"seed_{seed}"
 
 
 def _init_path(config: ml_collections.FrozenConfigDict, seed: int) -> str:
@@ -121,7 +135,7 @@ def _training(
       trained_step: jitted, trains the encoder, too.
     """
     config, seed = task.config, task.config.seeds[index]
-    folder = task.folder / f"seed_{seed}"
+    folder = _folder(task, seed)
     run.record_config(config, folder)
     # Every record is visited once an epoch.
     tiles = dataset.by_record

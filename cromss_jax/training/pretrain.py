@@ -46,6 +46,7 @@ _RANGES = {
         "selection.final_keep_fraction",
     ),
     "from 0 to 180": ("augmentation.max_angle",),
+    "from 0 to 2^63 - 1": ("seed",),
     "above 0": ("optimizer.learning_rate",),
     "from 0 to below 1": ("optimizer.momentum",),
     "above 0 and below 1": ("schedule.factor",),
@@ -70,9 +71,14 @@ _CHOICES = {
 }
 
 
+def check_fields(config: ml_collections.ConfigDict) -> None:
+    """Raises run.ConfigError for single fields that are wrong, before they are looked up."""
+    run.check_fields(config, _RANGES, _CHOICES)
+
+
 def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
     """Raises run.ConfigError for what would fail late or silently do something else."""
-    run.check_fields(config, _RANGES, _CHOICES)
+    check_fields(config)
     run.init_bands(config)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
         raise run.ConfigError(
@@ -141,6 +147,7 @@ def pretrain(
     """
     config = ml_collections.FrozenConfigDict(config)
     folder = files.absolute(workdir)
+    check_fields(config)
 
     # ---------------------------------------------------------------- data
     dataset = input_pipeline.open_dataset(
@@ -155,6 +162,13 @@ def pretrain(
     if excluded is not None:
         locations = np.setdiff1d(locations, excluded)
         held_back = np.setdiff1d(held_back, excluded)
+        if not len(locations) or (config.schedule.name == "plateau" and not len(held_back)):
+            raise run.ConfigError(
+                f"without the {len(excluded)} locations that this run must not see, "
+                f"{len(locations)} are left to train on and {len(held_back)} to validate on; use "
+                "fewer folds, a larger config.data.validation_fraction, or another schedule than "
+                "plateau"
+            )
     run.check_microbatches(config.batch_size, config.microbatches, mesh.size)
     run.check_same_everywhere(configuration=config.to_json(), data=str(dataset.identity))
     run.record_config(config, folder)

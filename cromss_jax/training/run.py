@@ -48,6 +48,7 @@ _RANGES: Mapping[str, Callable[[float], bool]] = {
     "above 0 and at most 1": lambda value: 0 < value <= 1,
     "above 0 and below 1": lambda value: 0 < value < 1,
     "from 0 to 180": lambda value: 0 <= value <= 180,
+    "from 0 to 2^63 - 1": lambda value: 0 <= value < 1 << 63,
 }
 
 
@@ -81,6 +82,8 @@ def check_fields(
             raise ConfigError(
                 f"config.{name} is {value!r}; choose from {', '.join(map(str, known))}"
             )
+        if len(set(values)) < len(values):
+            raise ConfigError(f"config.{name} is {value!r}; name each once")
 
 
 class DataSays(Protocol):

@@ -33,7 +33,12 @@ _RANGES = {
         "data.num_threads",
         "schedule.epochs",
     ),
-    "at least 0": ("data.num_train_tiles", "data.max_bad_records", "optimizer.l2"),
+    "at least 0": (
+        "data.num_train_tiles",
+        "data.max_bad_records",
+        "optimizer.l2",
+        "unfreeze_epoch",
+    ),
     "from 0 to 1": ("augmentation.flip_probability", "augmentation.rotation_probability"),
     "from 0 to 180": ("augmentation.max_angle",),
     "above 0": ("optimizer.learning_rate",),

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import os
 from collections.abc import Mapping
 
@@ -13,6 +14,8 @@ from cromss_jax.networks import decoders
 from cromss_jax.weights.network import Network, Weights, WeightsError
 
 FORMAT = "cromss_jax weights"
+
+_log = logging.getLogger(__name__)
 
 # The recipe has some kilobytes, or, with a legend of 250 classes, some tens of them.
 MAX_BYTES = 16 << 20
@@ -33,8 +36,7 @@ def of_run(step: epath.Path, network: Network) -> dict:
       ValueError: if the run's configuration or log is damaged.
     """
     run = step.parent.parent
-    recipe = json.loads((run / "config.json").read_text())
-    versions = run / "versions.json"
+    recipe = files.parse_json((run / "config.json").read_text())
     # Runs of earlier versions do not say them: they were trained on Dynamic World's classes, and on
     # bands with the statistics of SSL4EO-S12.
     saved = recipe.get("legend")
@@ -54,7 +56,7 @@ def of_run(step: epath.Path, network: Network) -> dict:
         "recipe": recipe,
         "metrics": _metrics(run, int(step.name) if step.name.isdigit() else None),
         "source": str(step),
-        "versions": json.loads(versions.read_text()) if versions.exists() else None,
+        "versions": _versions(run / "versions.json"),
         # Weights that the run started from may have another licence.
         "licence": None if recipe.get("init_from") else "Apache-2.0",
         "method": None
@@ -102,6 +104,18 @@ def _scaling(band: sensors.Band) -> dict[str, float | str]:
         "high": band.high,
         "unit": band.unit,
     }
+
+
+def _versions(path: epath.Path) -> dict | None:
+    """What a run was trained with; None where that is not known."""
+    try:
+        found = files.parse_json(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        found = str(error)
+    if isinstance(found, dict | None):
+        return found
+    _log.warning("%s is damaged (%.80s): the card will not say versions", path, found)
+    return None
 
 
 def _metrics(run: epath.Path, step: int | None) -> dict:

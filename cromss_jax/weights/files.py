@@ -314,7 +314,7 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
             + _RESAVE.format(name=path.name)
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            struct.error, zipfile.BadZipFile, OSError) as error:  # fmt: skip
+            AssertionError, struct.error, zipfile.BadZipFile, OSError) as error:  # fmt: skip
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path} is a TorchScript program, which is not weights; none of it was run: if "
@@ -333,9 +333,9 @@ def _read_pickle(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict
 
 def _check_unpacked_size(path: epath.Path, content: bytes) -> None:
     """Raises WeightsError if a file's parts are larger than it: PyTorch compresses nothing."""
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        return
     try:
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            return
         parts = zipfile.ZipFile(io.BytesIO(content)).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise WeightsError(f"{path} is damaged: {error}") from error

@@ -65,6 +65,7 @@ def load_run(step: epath.Path) -> Weights:
         else:
             network = Network.of_config(content)
             card = cards.of_run(step, network)
+        network.abstract_state()  # of what it describes, there is a network
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{description} is damaged or was written by another program: {error!r}"

@@ -323,6 +323,55 @@ def test_a_truncated_or_missing_shard_is_named(damage, reason, copied):
     assert str(shard) in str(raised.value)
 
 
+def changed(path: pathlib.Path, **more) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("dataset_info.json", lambda path: path.write_text("{"), "ParseError"),
+        ("features.json", lambda path: path.write_text(""), "JSONDecodeError"),
+        ("features.json", pathlib.Path.unlink, "ValueError"),
+        ("metadata.json", lambda path: path.write_text("{"), "JSONDecodeError"),
+        ("metadata.json", lambda path: path.write_text("[]"), "season_counts"),
+        ("metadata.json", pathlib.Path.unlink, "KeyError"),
+        ("metadata.json", lambda path: changed(path, tile_size=None), "TypeError"),
+        (
+            "metadata.json",
+            lambda path: changed(path, season_counts={"train": [2] * 21}),
+            "season_counts are 42 records of train, not 40",
+        ),
+        (
+            "metadata.json",
+            lambda path: changed(path, blocks={"train": [0]}),
+            "blocks are of 1 locations, not 20",
+        ),
+    ],
+)
+def test_a_damaged_description_is_told_in_a_sentence(name, damage, reason, copied):
+    data_dir, shard = copied
+    damage(shard.with_name(name))
+    with pytest.raises(input_pipeline.DataError, match="is damaged, or data_prep did not") as error:
+        open_built(data_dir)
+    assert reason in str(error.value)
+
+
+def test_a_damaged_record_may_be_among_those_sampled_for_the_digest(copied):
+    data_dir, shard = copied
+    runs.change_digest(pathlib.Path(data_dir), None)
+    content = shard.read_bytes()
+    for position in range(0, len(content), 500):  # until it lies in the first record
+        shard.write_bytes(content[:position] + b"?" + content[position + 1 :])
+        dataset = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol", max_bad_records=1)
+        if not dataset.read(0)[1]:
+            break
+    with pytest.raises(input_pipeline.BadRecordError, match=f"record 0 of {shard} cannot be read"):
+        _ = open_built(data_dir).identity
+    some = input_pipeline.open_dataset(data_dir, "ssl4eo_s12_nol", max_bad_records=40)
+    assert "sample" in some.identity["records"]
+
+
 def test_a_record_that_cannot_be_read_is_counted_in_its_own_file():
     class Broken:
         def __len__(self):

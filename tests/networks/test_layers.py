@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from cromss_jax.costs import costs
+from cromss_jax.errors import UserError
 from cromss_jax.networks import fused, layers, resampling, resnet
 from cromss_jax.training import sharding
 
@@ -154,7 +155,7 @@ def test_a_product_normalised_at_once_is_as_right_in_bfloat16(fused):
 
 
 def test_batch_norm_needs_two_values():
-    with pytest.raises(ValueError, match="larger batch or larger images"):
+    with pytest.raises(UserError, match="larger batch or larger images"):
         layers.BatchNorm(1)(jnp.ones((1, 1, 1, 1)), train=True)
 
 

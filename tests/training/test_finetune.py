@@ -1,6 +1,7 @@
 """Finetuning on tiny tiles: whole runs, what a frozen encoder is, scoring, tables."""
 
 import json
+import shutil
 import types
 
 import jax
@@ -13,7 +14,7 @@ from etils import epath
 from flax import nnx
 
 from configs import finetune as finetune_config
-from cromss_jax import compare, files, presets, sensors
+from cromss_jax import compare, files, lock, presets, sensors
 from cromss_jax.data import input_pipeline
 from cromss_jax.legend import Legend
 from cromss_jax.method import metrics, schedules
@@ -151,6 +152,19 @@ def test_a_run_goes_on_with_the_same_bits(finished, data_dir, tmp_path):
     assert runs.final_digest(tmp_path / "seed_0") == runs.final_digest(finished / "seed_0")
 
 
+def test_seeds_of_a_folder_are_trained_beside_each_other(finished, data_dir, tmp_path):
+    """As jobs of an array do; none of them by two processes."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = tiny_config(data_dir)
+    with lock.held(epath.Path(workdir / "seed_1" / lock.NAME)):
+        config.seeds = (0,)
+        finetune.finetune(config, str(workdir))
+        config.seeds = (0, 1)
+        with pytest.raises(lock.LockedError, match="run/seed_1 is being written by process"):
+            finetune.finetune(config, str(workdir))
+    assert saved_results(workdir)["seeds"] == [0]
+
+
 @pytest.mark.slow
 def test_each_seed_starts_from_its_own_encoder_which_is_unfrozen_late(finished, data_dir, tmp_path):
     config = tiny_config(
@@ -277,6 +291,9 @@ def test_the_cosine_is_torchs_and_then_stays():
         ({"modalities": ("s1", "s2")}, "fine-tuning takes one"),
         ({"seeds": ()}, "name at least one"),
         ({"seeds": (1, 1)}, "none twice"),
+        ({"seeds": (1e3,)}, r"seeds is \(1000.0,\); name at least one, from 0"),
+        ({"seeds": ("a",)}, r"seeds is \('a',\); name at least one, from 0"),
+        ({"unfreeze_epoch": -1}, "unfreeze_epoch is -1; it must be at least 0"),
         ({"optimizer.learning_rate": 1e-6}, "learning_rate is 1e-06; make both positive"),
         ({"network.fusion": "mid"}, "choose from none"),
         ({"augmentation.flip_probability": 50.0}, "is 50.0; it must be from 0 to 1"),
@@ -300,13 +317,13 @@ def test_mode_evaluate_needs_a_checkpoint(data_dir, tmp_path):
 
 
 def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
-    def write(name, weights_, encoder, *confusions, num_train_tiles=8):
+    def write(name, weights_, encoder, *confusions, num_train_tiles=8, **more):
         folder = tmp_path / name
         folder.mkdir()
         content = {"dataset": "dfc2020", "input": "s2", "weights": weights_, "encoder": encoder}
         content |= {"resnet": 50, "num_train_tiles": num_train_tiles, "num_bands": 13}
         content["confusions"] = confusions
-        (folder / "results.json").write_text(json.dumps(content))
+        (folder / "results.json").write_text(json.dumps(content | more))
         return str(folder)
 
     perfect, half = [[2, 0], [0, 2]], [[1, 1], [1, 1]]  # mIoU 1 and 1/3
@@ -324,11 +341,23 @@ def test_the_table_of_several_runs_is_laid_out_like_the_papers(tmp_path):
         compare.table([*folders, write("d", "random", "frozen", half)])
     with pytest.raises(compare.CompareError, match="'num_train_tiles': 4"):
         compare.table([*folders, write("e", "CromSS", "frozen", half, num_train_tiles=4)])
+    # Another data set has as many tiles as it has.
+    other = write("g", "CromSS", "frozen", half, num_train_tiles=4, dataset="dw")
+    assert "| dw | – / – | 33.3 / – |" in compare.table([*folders, other])
+    bar = compare.table([write("i", "a|b", "frozen", half)])
+    assert bar.splitlines()[0] == r"| | S2 a\|b 13B |"
+    with pytest.raises(compare.CompareError, match="'decoder': 'unet'} and .* 'decoder': None}"):
+        compare.table([*folders, write("h", "CromSS", "frozen", half, decoder="unet")])
     with pytest.raises(compare.CompareError, match="encoder is 'late'; the table needs"):
         compare.table([write("f", "CromSS", "late", half)])
     with pytest.raises(compare.CompareError, match="results.json not found"):
         compare.table([str(tmp_path)])
-    for content, fault in (('{"dataset": ', "Expecting value"), ("{}", "confusions"), ("[]", "")):
+    saved = json.loads((tmp_path / "a" / "results.json").read_text())
+    for content, fault in (
+        *(('{"dataset": ', "Expecting value"), ("{}", "confusions"), ("[]", "")),
+        *((json.dumps(saved | {"confusions": c}), "") for c in (None, [], [[1, 2]], [[[1], [2]]])),
+        (json.dumps(saved | {"weights": None}), "weights"),
+    ):
         (tmp_path / "a" / "results.json").write_text(content)
         with pytest.raises(compare.CompareError, match=rf"a/results.json is damaged \(.*{fault}"):
             compare.table(folders)

@@ -92,6 +92,10 @@ def test_a_run_leaves_results_logs_and_checkpoints(finished):
         trained[-1]
     )
     assert all(np.isfinite(line["loss"]) for line in lines)
+    # A step belongs to the epoch of its first sample, and logs are means since the last.
+    rates = 0.003 * 0.8 ** (np.arange(7) * 8 // 14)
+    expected = [rates[:3].mean(), rates[3], rates[4:6].mean(), rates[6]]
+    np.testing.assert_allclose([line["learning_rate"] for line in trained], expected, rtol=1e-6)
     assert "noisy labels against truth" in (finished / "results.md").read_text()
     versions = json.loads((finished / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
@@ -242,6 +246,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, data_dir, tmp_path):
         ({"loss.segmentation": ("dice", "ce")}, "choose from cross_entropy, dice, focal"),
         ({"s2_bands": ("B4", "B14")}, "choose from B1, B2"),
         ({"network.depth": 101}, "choose from 10, 18, 34, 50"),
+        ({"network.decoder": "unetpp"}, "is 'unetpp'; choose from unet, pspnet"),
+        ({"s2_bands": ("B2", "B2")}, "is .*; name each once"),
+        ({"seed": -1}, r"config.seed is -1; it must be from 0 to 2\^63 - 1"),
         ({"augmentation.rotation_probability": 20.0}, "is 20.0; it must be from 0 to 1"),
         ({"selection.final_keep_fraction": -0.5}, "is -0.5; it must be from 0 to 1"),
         ({"optimizer.momentum": 1.0}, "is 1.0; it must be from 0 to below 1"),

@@ -473,6 +473,37 @@ def test_a_damaged_description(folder, tmp_path, content):
         weight_files.load(str(copy))
 
 
+@pytest.mark.parametrize(
+    "change", [{"depth": 51}, {"depth": "10"}, {"depth": [10]}, {"num_classes": "9"}]
+)
+def test_a_description_of_no_network(folder, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "network.json").read_text())
+    content["network"] |= change
+    (copy / "network.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"network\.json is damaged or was written by another"):
+        weight_files.load(str(copy))
+
+
+def test_damaged_pickles_are_told_in_a_sentence(torch, tmp_path):
+    """A storage that nothing names, of an old file; and an archive that lies on several disks."""
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    tensors = {"conv1.weight": torch.ones(3)}
+    torch.save(tensors, old, _use_new_zipfile_serialization=False)
+    content = old.read_bytes()
+    key = str(tensors["conv1.weight"].untyped_storage()._cdata).encode()
+    at = content.rindex(key)
+    old.write_bytes(content[:at] + key[::-1] + content[at + len(key) :])
+    torch.save(tensors, new)
+    content = bytearray(new.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 5  # of the locator: how many disks
+    new.write_bytes(content)
+    for path in (old, new):
+        with pytest.raises(WeightsError, match=rf"{path.name} is damaged"):
+            weight_files.load(str(path))
+
+
 def test_a_flipped_bit_of_a_checkpoint_is_found_and_its_file_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     found = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
