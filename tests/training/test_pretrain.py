@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,15 @@ from etils import epath
 
 from cromss_jax.data import input_pipeline, validation_split
 from cromss_jax.results import pictures
-from cromss_jax.training import loop, memory, preemption, pretrain, run, validation
+from cromss_jax.training import (
+    loop,
+    memory,
+    preemption,
+    pretrain,
+    pretrain_step,
+    run,
+    validation,
+)
 from cromss_jax.training.preemption import Preempted
 from cromss_jax.weights import files as weight_files
 from cromss_jax.weights import folders
@@ -307,6 +316,19 @@ def test_a_stray_folder_is_passed_over(finished, data_dir, tmp_path, caplog):
     train_here(tiny_config(data_dir), workdir)
     assert "9999 is damaged, renamed to damaged_9999: " in caplog.text
     assert runs.saved_steps(workdir) == [7]
+
+
+def test_each_step_draws_crops_of_its_own():
+    config = runs.tiny_config("unused")
+    rng = jax.random.key_data(jax.random.key(0))
+    draw = jax.jit(
+        lambda rng, step: pretrain_step.draw_geometry(
+            config, types.SimpleNamespace(rng=rng, step=step), 48
+        )
+    )
+    first, again, next_step = (draw(rng, step) for step in (0, 0, 1))
+    np.testing.assert_array_equal(first.top, again.top)
+    assert np.any(first.top != next_step.top)
 
 
 def test_garbage_is_looked_for_again_whatever_happened():
