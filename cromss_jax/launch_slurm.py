@@ -91,9 +91,11 @@ def _script(array: Sequence[int] = (), seeds: Sequence[int] = ()) -> str:
     )
     directives.append("--requeue")
     file, variants = launch.config_file()
+    path = str(file.absolute())
+    if ":" in path:  # which would end the name of the file; jobs start in this folder
+        path = os.path.relpath(file)
     arguments = {
-        # Jobs start in this folder; an absolute path may hold a colon, which ends a file's name.
-        "config": f"{os.path.relpath(file)}{variants}",
+        "config": f"{path}{variants}",
         **{f"config.{name}": value for name, value in launch.config_overrides().items()},
         "workdir": workdir,
         "preemption_status": launch.INTERRUPTED_STATUS,

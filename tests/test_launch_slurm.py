@@ -214,6 +214,14 @@ def test_the_script(project):
     )
 
 
+def test_a_folder_with_a_colon(project, tmp_path):
+    """Its jobs begin there, and read the configuration by its name within."""
+    own = shutil.copytree(project, tmp_path / "a:b")
+    done = launch(own, PRETRAIN, "--gpus_per_node=1", "--time=1", "--workdir=runs/a", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert " --config=configs/pretrain.py " in done.stdout
+
+
 MISTAKES = (
     ([PRETRAIN, "--config.batch_sise=4"], 'Did you mean "batch_size"'),
     (["--config=configs/pretrian.py"], "--config=configs/pretrian.py: no such file"),
