@@ -186,7 +186,7 @@ def test_prior_with_ignored_pixels():
     [
         (4, 31, 17),
         pytest.param((2, 1023, 128), marks=pytest.mark.slow),
-        (2, 64, 2048),
+        pytest.param((2, 64, 2048), marks=pytest.mark.slow),
         (2, 1031, 1),
     ],
 )

@@ -73,11 +73,11 @@ def test_parameter_counts_are_smps(parity, torch, fusion, depth, decoder):
     ("fusion", "depth", "num_channels", "decoder"),
     [
         ("mid", 18, {"s1": 2, "s2": 13}, "unet"),
-        ("late", 34, {"s1": 2, "s2": 12}, "unet"),
-        ("none", 50, {"s2": 9}, "unet"),
+        pytest.param("late", 34, {"s1": 2, "s2": 12}, "unet", marks=pytest.mark.slow),
+        pytest.param("none", 50, {"s2": 9}, "unet", marks=pytest.mark.slow),
         ("none", 18, {"s1": 2}, "unet"),
         pytest.param("mid", 18, {"s1": 2, "s2": 13}, "pspnet", marks=pytest.mark.slow),
-        ("none", 50, {"s2": 13}, "deeplabv3plus"),
+        pytest.param("none", 50, {"s2": 13}, "deeplabv3plus", marks=pytest.mark.slow),
         ("late", 18, {"s1": 2, "s2": 3}, "fpn"),
     ],
 )
@@ -148,7 +148,11 @@ def test_logits_statistics_and_gradients_are_smps(
 
 @pytest.mark.parametrize(
     ("depth", "modality", "num_channels", "decoder"),
-    [(34, "s1", 2, "unet"), (50, "s2", 13, "deeplabv3plus"), (18, "s2", 13, "fpn")],
+    [
+        (34, "s1", 2, "unet"),
+        pytest.param(50, "s2", 13, "deeplabv3plus", marks=pytest.mark.slow),
+        (18, "s2", 13, "fpn"),
+    ],
 )
 def test_logits_of_a_single_modality_are_smps(
     parity, torch, depth, modality, num_channels, decoder
@@ -285,6 +289,7 @@ def test_modalities_drop_apart_and_only_in_training():
     assert networks._modality_key(None, "s1") is None
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_statistics_and_logits_float32():
     arrays = initial_arrays(0, "none", depth=10)
     image = {"s2": np.random.default_rng(0).random((2, 32, 64, 3), np.float32)}

@@ -76,7 +76,7 @@ def folder(mid, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("depth", "fusion", "bands"),
-    [(10, "mid", 12), (34, "late", 3), (50, "mid", 9)],
+    [(10, "mid", 12), (34, "late", 3), pytest.param(50, "mid", 9, marks=pytest.mark.slow)],
 )
 def test_a_lightning_file_tells_what_it_is(parity, torch, depth, fusion, bands):
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def test_layouts_load_strictly_in_smp(parity, torch, fusion, modality, channels)
         assert_same(to_layout(found, layout, modality)[1], arrays)
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize("library", ["torchvision", pytest.param("timm", marks=pytest.mark.slow)])
 def test_features_of_other_libraries_resnet50(parity, torch, library):
     """torchgeo's ResNet-50 is timm's of 13 channels."""
     theirs = parity.torch_network("none", 50, {"s2": 13}, 9, seed=0)
