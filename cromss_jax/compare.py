@@ -19,9 +19,9 @@ from cromss_jax.results import report
 
 # The settings that all runs of a table must share, and those that the runs of a row must.
 _OF_ALL, _OF_A_ROW = ("resnet",), ("num_train_tiles", "decoder")
-# What else a table is made of.
-_KEYS = ("confusions", "encoder", "num_bands")
 _TEXTS = ("dataset", "input", "weights")
+# What each run says; those of earlier versions say no decoder.
+_KEYS = {*_TEXTS, "confusions", "encoder", "num_bands", "num_train_tiles", "resnet"}
 
 
 class CompareError(UserError):
@@ -51,8 +51,8 @@ def table(folders: Iterable[str]) -> str:
             kind = {key: run.get(key) for key in keys}
             if kind != kinds.setdefault(scope, kind):
                 raise CompareError(
-                    f"{folder} has {kind} and the runs before it have "
-                    f"{kinds[scope]}: make one table for each"
+                    f"{folder} has {kind} and the runs before it have {kinds[scope]}: make one "
+                    "table for each"
                 )
         name = run["weights"] + (f" {run['num_bands']}B" if run["input"] == "s2" else "")
         cell = cells.setdefault((run["dataset"], run["input"], name), {})
@@ -75,7 +75,7 @@ def _results(path: epath.Path) -> dict:
     """
     try:
         run = files.parse_json(path.read_bytes())
-        wrong = {*_OF_ALL, *_OF_A_ROW, *_KEYS, *_TEXTS} - {"decoder"} - run.keys()
+        wrong = _KEYS - run.keys()
         wrong |= {name for name in _TEXTS if not isinstance(run.get(name, ""), str)}
         shapes = [np.shape(np.array(own, np.int64)) for own in run.get("confusions", ())]
         if not wrong and not (shapes and all(s[:1] + s[:1] == s for s in shapes)):

@@ -143,9 +143,21 @@ def _runtime_version(accelerator: str) -> str:
     )
 
 
+def _configuration() -> tuple[str, str]:
+    """The configuration's file within the source tree, which hosts get, and its variants."""
+    file, variants = launch.config_file()
+    inside = os.path.relpath(file, _ROOT)
+    if inside.startswith(".."):
+        raise LaunchError(
+            f"--config={file} is outside of {_ROOT}, and hosts get only that folder: move the "
+            "file into configs of the git checkout that you launch from"
+        )
+    return inside, variants
+
+
 def _main_command() -> str:
     """The command that every host runs: main, with the configuration's flags and gs:// paths."""
-    file, variants = launch.config_file()
+    config, variants = _configuration()
     overrides = launch.config_overrides()
     if "data.dir" in overrides:
         raise LaunchError("--config.data.dir is set by --data_dir here: remove --config.data.dir")
@@ -158,14 +170,8 @@ def _main_command() -> str:
                 f"--{name}={folder} is not in a gs:// bucket, and the hosts of a slice cannot "
                 "read it: use gs://BUCKET/PATH (`gcloud storage cp -r` copies files there)"
             )
-    inside = os.path.relpath(file, _ROOT)
-    if inside.startswith(".."):
-        raise LaunchError(
-            f"--config={file} is outside of {_ROOT}, and hosts get only that folder: move the "
-            "file into configs of the git checkout that you launch from"
-        )
     arguments = {
-        "config": inside + variants,
+        "config": config + variants,
         **{f"config.{name}": value for name, value in overrides.items()},
         "config.data.dir": _DATA_DIR.value,
         "workdir": _WORKDIR.value,
@@ -201,7 +207,7 @@ def _commit() -> str:
     """
     if package.IS_INSTALLED:  # even if it is installed inside another repository
         raise LaunchError(_NO_CHECKOUT)
-    config = os.path.relpath(launch.config_file()[0], _ROOT)
+    config, _ = _configuration()
     sources = ("cromss_jax", "configs", "pyproject.toml", "requirements.lock", config)
     if changed := _git("status", "--porcelain", "--", *sources):
         raise LaunchError(

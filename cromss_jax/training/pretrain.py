@@ -72,13 +72,17 @@ _CHOICES = {
 
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
-    """Raises run.ConfigError for single fields that are wrong, before they are looked up."""
+    """Raises run.ConfigError for single fields that are wrong, before anything looks them up."""
     run.check_fields(config, _RANGES, _CHOICES)
 
 
 def check_config(config: ml_collections.ConfigDict, tile_size: int) -> None:
-    """Raises run.ConfigError for what would fail late or silently do something else."""
-    check_fields(config)
+    """Raises run.ConfigError for what would fail late or silently do something else.
+
+    Args:
+      config: whose fields are right by themselves, see `check_fields`.
+      tile_size: of the data set, padded as `pretrain` does.
+    """
     run.init_bands(config)
     if (config.network.fusion == "none") != (len(config.modalities) == 1):
         raise run.ConfigError(

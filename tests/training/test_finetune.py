@@ -370,9 +370,10 @@ def test_a_confusion_matrix_is_drawn_in_its_colours():
         assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
-def test_a_confusion_matrix_of_many_classes_is_no_huge_picture():
-    colours = {f"class {i}": f"#{i:02x}00{255 - i:02x}" for i in range(100)}
-    picture = pictures.draw_confusion(np.eye(100, dtype=int), Legend.of(colours))
+@pytest.mark.parametrize("count", [100, pytest.param(250, marks=pytest.mark.slow)])
+def test_a_confusion_matrix_of_many_classes_is_no_huge_picture(count):
+    colours = {f"class {i}": f"#{i:02x}00{255 - i:02x}" for i in range(count)}
+    picture = pictures.draw_confusion(np.eye(count, dtype=int), Legend.of(colours))
     assert max(picture.shape) < 3000
 
 

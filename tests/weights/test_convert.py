@@ -186,6 +186,9 @@ def test_features_of_other_libraries_resnet50(parity, torch, library):
     [
         ("pspnet", 10, "s1", "ResNet-10 PSPNet of S1 VV VH, 11 classes"),
         ("deeplabv3plus", 10, "s2", "ResNet-10 DeepLabV3+ of S2 B1 "),
+        pytest.param(
+            *("deeplabv3plus", 34, "s2", "ResNet-34 DeepLabV3+ of S2 B1 "), marks=pytest.mark.slow
+        ),
         ("fpn", 10, "s2", "ResNet-10 FPN of S2 B1 "),
     ],
 )
